@@ -1,0 +1,338 @@
+"""Slices of files → batches of documents, as Arrow text, with what had to be left out.
+
+Nothing is dropped unsaid: a document that can't be read as text becomes a `Bad` with its source,
+position and reason, an empty one is counted, and every other is in a batch.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from prepare.sources import InputFile, filesystem
+from prepare.text import PIECE_BYTES, byte_stream, pieces, survey, utf8_error
+from shards.tokenizer import repair_surrogates
+
+# Text per batch: large enough for the encoder to run at full speed, small enough for memory.
+BATCH_BYTES = 8 << 20
+READ_BYTES = 4 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of a file: row groups of parquet, else bytes of its (decompressed) text; end -1: all.
+
+    `side` is set where the split does not depend on the documents in it. `begins` is False where
+    the slice goes on with the document of the slice before.
+    """
+
+    file: int
+    start: int = 0
+    end: int = -1
+    side: str | None = None
+    begins: bool = True
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A document, or `documents` of them from `position` on, that could not be read as text."""
+
+    source: int
+    position: int
+    reason: str
+    documents: int = 1
+
+
+@dataclass
+class Batch:
+    """Documents in order: `texts` without nulls or empty ones, `rows` their places in `sources`.
+
+    Where `begins` is False, `texts` is one piece that goes on with the document before. `hashes`,
+    (n, 2) uint64, is given where a text is not whole. `read` counts documents of every fate.
+    """
+
+    texts: pa.Array = field(default_factory=lambda: pa.array([], pa.large_string()))
+    sources: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    side: str | None = None
+    begins: bool = True
+    hashes: np.ndarray | None = None
+    read: int = 0
+    empty: int = 0
+    bad: list[Bad] = field(default_factory=list)
+
+
+def read(files: Sequence[InputFile], parts: Iterable[Slice]) -> Iterator[Batch]:
+    """The documents of some slices, in order. Neighbouring small text files share a batch."""
+    small: list[Slice] = []
+    waiting = 0
+    for part in parts:
+        file = files[part.file]
+        if _is_small_text(file, part):
+            small.append(part)
+            waiting += file.size
+            if waiting < BATCH_BYTES:
+                continue
+        if small:
+            yield _read_small_texts(files, small)
+        if not _is_small_text(file, part):
+            yield from READERS[file.kind](file, part)
+        small, waiting = [], 0
+    if small:
+        yield _read_small_texts(files, small)
+
+
+def _is_small_text(file: InputFile, part: Slice) -> bool:
+    plain = file.kind == "text" and file.compression is None
+    return plain and part.side is None and file.size <= PIECE_BYTES
+
+
+def _read_small_texts(files: Sequence[InputFile], parts: list[Slice]) -> Batch:
+    """Plain-text files of moderate size, each a document."""
+    contents = []
+    for part in parts:
+        system, path = filesystem(files[part.file].path)
+        with system.open_input_file(path) as stream:
+            contents.append(stream.read())
+    sources = np.array([part.file for part in parts], np.int32)
+    return _batch(pa.array(contents, pa.large_binary()), sources, np.zeros(len(parts), np.int64))
+
+
+def _read_text(file: InputFile, part: Slice) -> Iterator[Batch]:
+    """One large or compressed text file, or a range of one: a single document, in pieces."""
+    hashes = None
+    if part.side is None:
+        try:
+            found = survey(file)
+        except OSError as error:
+            yield Batch(read=1, bad=[_damage(file, part.file, 0, error)])
+            return
+        if found.error:
+            yield Batch(read=1, bad=[Bad(part.file, 0, found.error)])
+            return
+        hashes = found.digest
+    begins = part.begins
+    for offset, piece in pieces(file, part.start, part.end):
+        yield Batch(
+            texts=pa.array([piece], pa.large_binary()).cast(pa.large_string()),
+            sources=np.array([part.file], np.int32),
+            rows=np.array([offset], np.int64),
+            side=part.side,
+            begins=begins,
+            hashes=hashes,
+            read=int(begins),
+        )
+        begins = False
+    if begins:
+        yield Batch(read=1, empty=1)
+
+
+@dataclass
+class _Lines:
+    """Lines of jsonl gathered into a batch."""
+
+    source: int
+    column: str
+    texts: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    bad: list[Bad] = field(default_factory=list)
+    size: int = 0
+    empty: int = 0
+
+    def add(self, offset: int, line: bytes) -> None:
+        try:
+            text = _text_of(line, self.column)
+        except ValueError as error:
+            self.bad.append(Bad(self.source, offset, one_line(error)))
+            return
+        if text:
+            self.texts.append(text)
+            self.rows.append(offset)
+            self.size += len(text)
+        else:
+            self.empty += 1
+
+    def batch(self) -> Batch:
+        return Batch(
+            texts=pa.array(self.texts, pa.large_string()),
+            sources=np.full(len(self.texts), self.source, np.int32),
+            rows=np.array(self.rows, np.int64),
+            read=len(self.texts) + self.empty + len(self.bad),
+            empty=self.empty,
+            bad=self.bad,
+        )
+
+
+def _read_jsonl(file: InputFile, part: Slice) -> Iterator[Batch]:
+    """The lines that begin in a byte range, one JSON object each; blank lines are no documents."""
+    gathered = _Lines(part.file, file.column)
+    offset = part.start
+    try:
+        for offset, line in _lines(file, part):
+            gathered.add(offset, line)
+            if gathered.size >= BATCH_BYTES:
+                yield gathered.batch()
+                gathered = _Lines(part.file, file.column)
+    except OSError as error:
+        gathered.bad.append(_damage(file, part.file, offset, error))
+    yield gathered.batch()
+
+
+def _lines(file: InputFile, part: Slice) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of the lines, blank ones left out, that begin from `start` to before `end`."""
+    # A line that begins at `start` is ours; whether one does is seen from the byte before.
+    offset = max(part.start - 1, 0)
+    rest = b""
+    with byte_stream(file, offset) as stream:
+        blocks = chain(iter(lambda: stream.read(READ_BYTES), b""), [b"\n"])
+        if part.start:
+            for block in blocks:
+                offset += len(block)
+                _, newline, rest = block.partition(b"\n")
+                if newline:
+                    offset -= len(rest)
+                    break
+        for block in blocks:
+            *whole, rest = (rest + block).split(b"\n")
+            for line in whole:
+                if 0 <= part.end <= offset:
+                    return
+                if line.strip():
+                    yield offset, line
+                offset += len(line) + 1
+
+
+def _text_of(line: bytes, column: str) -> str:
+    """The text in a line of JSON, "" for an empty one. Raises ValueError, saying why there is none.
+
+    orjson is fast and strict; what it refuses and JSON allows (lone surrogates, say) goes to the
+    standard library's parser.
+    """
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        try:
+            value = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode())
+        except RecursionError:
+            raise ValueError("JSON nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, found a {type(value).__name__}")
+    text = value.get(column)
+    if not isinstance(text, str):
+        found = "null" if text is None else f"a {type(text).__name__}"
+        found = found if column in value else "no such field"
+        raise ValueError(f"expected a string in {column!r}, found {found}")
+    return repair_surrogates(text)
+
+
+def _read_parquet(file: InputFile, part: Slice) -> Iterator[Batch]:
+    """The rows of some row groups, straight from Arrow's buffers."""
+    system, path = filesystem(file.path)
+    try:
+        table = pq.ParquetFile(system.open_input_file(path))
+    except (OSError, pa.ArrowInvalid) as error:
+        yield Batch(read=1, bad=[_damage(file, part.file, 0, error)])
+        return
+    with table:
+        rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+        first = sum(rows[: part.start])
+        for group in range(part.start, len(rows) if part.end < 0 else part.end):
+            yield from _read_row_group(table, file, part.file, group, first)
+            first += rows[group]
+
+
+def _read_row_group(
+    table: pq.ParquetFile, file: InputFile, source: int, group: int, first: int
+) -> Iterator[Batch]:
+    """The rows of one row group, the first of which is row `first` of the file."""
+    metadata = table.metadata.row_group(group)
+    text = metadata.column(table.schema_arrow.names.index(file.column))
+    at_once = max(1, BATCH_BYTES * metadata.num_rows // max(1, text.total_uncompressed_size))
+    row = first
+    try:
+        for batch in table.iter_batches(
+            at_once, row_groups=[group], columns=[file.column], use_threads=False
+        ):
+            yield _parquet_batch(batch.column(0), source, row)
+            row += len(batch)
+    except (OSError, pa.ArrowInvalid) as error:
+        lost = first + metadata.num_rows - row
+        yield Batch(read=lost, bad=[_damage(file, source, row, error, lost)])
+
+
+def _parquet_batch(values: pa.Array, source: int, first: int) -> Batch:
+    """A stretch of a text column: nulls are bad, empty texts counted."""
+    rows = np.arange(first, first + len(values))
+    bad = []
+    if values.null_count:
+        present = values.is_valid().to_numpy(zero_copy_only=False)
+        bad = [Bad(source, int(row), "expected a string, found null") for row in rows[~present]]
+        values, rows = values.drop_null(), rows[present]
+    batch = _batch(values, np.full(len(values), source, np.int32), rows)
+    batch.read += len(bad)
+    batch.bad += bad
+    return batch
+
+
+def _batch(values: pa.Array, sources: np.ndarray, rows: np.ndarray) -> Batch:
+    """A batch of what is UTF-8 and not empty among `values`, strings or bytes without nulls."""
+    read, bad = len(values), []
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_string_view(values.type) or pa.types.is_binary_view(values.type):
+        values = values.cast(pa.large_binary())
+    try:
+        # Parquet's reader does not look inside strings; a cast from bytes does.
+        values.validate(full=True)
+        texts = values if _is_text(values.type) else values.cast(pa.large_string())
+    except pa.ArrowInvalid:
+        reasons = [utf8_error(value) for value in values.cast(pa.large_binary()).to_pylist()]
+        good = np.array([reason is None for reason in reasons])
+        for index in np.flatnonzero(~good):
+            bad.append(Bad(int(sources[index]), int(rows[index]), str(reasons[index])))
+        texts = values.filter(pa.array(good)).cast(pa.large_binary()).cast(pa.large_string())
+        sources, rows = sources[good], rows[good]
+    filled = pc.greater(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
+    if not filled.all():
+        texts, sources, rows = texts.filter(pa.array(filled)), sources[filled], rows[filled]
+    empty = int(len(filled) - filled.sum())
+    return Batch(texts, sources, rows, read=read, empty=empty, bad=bad)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _damage(
+    file: InputFile, source: int, position: int, error: Exception, documents: int = 1
+) -> Bad:
+    """A damaged stretch of a file; the error itself where the file can't even be read as bytes.
+
+    A broken disk or connection is no property of the data: it must end or retry the unit.
+    """
+    try:
+        with byte_stream(file, raw=True) as stream:
+            while stream.read(READ_BYTES):
+                pass
+    except OSError as failure:
+        raise failure from error
+    return Bad(source, position, f"unreadable from here on: {one_line(error)}", documents)
+
+
+def one_line(error: Exception) -> str:
+    """An error's message, its white space folded."""
+    return " ".join(str(error).split())
+
+
+READERS: dict[str, Callable[[InputFile, Slice], Iterator[Batch]]] = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+}

@@ -1,0 +1,218 @@
+"""What will be done: input files → units of work, a function of the input and options alone.
+
+A unit is small enough to keep all cores busy on a small corpus and makes a shard of some 100M
+tokens on a large one. Units share no state, so they run anywhere and in any order (promise 2).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prepare.documents import Bad, Slice
+from prepare.sources import InputFile, filesystem, find_files
+from prepare.split import GIVEN, HASH, POSITION, SplitRule
+from prepare.text import PIECE_BYTES, READ_BYTES, byte_stream, next_cut, next_line, survey
+
+MIN_UNIT_BYTES = 4 << 20
+MAX_UNIT_BYTES = 400 << 20
+UNITS_AIMED_AT = 64
+TEXT_COLUMNS = ("text", "content")
+# How much larger compressed text is guessed to be than its file.
+COMPRESSION_RATIO = 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked prepare for."""
+
+    sources: tuple[str, ...]
+    val_sources: tuple[str, ...] = ()
+    split: str = "auto"
+    val_fraction: float = 0.1
+    text_column: str | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work. `number` names its shards; `weight` is its text in bytes, about."""
+
+    number: int
+    slices: tuple[Slice, ...]
+    weight: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All units, the files they read, how documents are split, and files known to be bad."""
+
+    files: tuple[InputFile, ...]
+    rule: SplitRule
+    units: tuple[Unit, ...]
+    bad: tuple[Bad, ...]
+
+    def record(self) -> dict[str, Any]:
+        """The plan as JSON; equal records mean the same work on unchanged files."""
+        return orjson.loads(orjson.dumps(asdict(self)))
+
+
+def make_plan(request: Request) -> Plan:
+    """Look at the sources and plan the work. Raises ValueError or OSError for bad input."""
+    files = find_files(request.sources)
+    files += find_files(request.val_sources, val=True)
+    files = [with_column(file, request.text_column) for file in files]
+    rule = SplitRule(_rule(request, files), request.val_fraction)
+    target = min(max(sum(map(_weight, files)) // UNITS_AIMED_AT, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
+    bad: list[Bad] = []
+    slices: list[tuple[Slice, int]] = []
+    for source, file in enumerate(files):
+        slices += _slices(source, file, rule, target, bad)
+    return Plan(tuple(files), rule, tuple(_units(slices, target)), tuple(bad))
+
+
+def _rule(request: Request, files: Sequence[InputFile]) -> str:
+    """Which split rule applies to what was given."""
+    alone = len(files) == 1 and files[0].kind == "text"
+    itself = alone and request.sources[0].endswith(files[0].name)
+    if request.split not in ("auto", HASH, POSITION):
+        raise ValueError(f"expected --split auto, hash or position, found {request.split!r}")
+    if request.val_sources:
+        return GIVEN
+    if request.split == POSITION and not alone:
+        raise ValueError(
+            f"expected one plain text file for --split position, found {len(files)} files: "
+            "use --split hash, or --val-source for validation text of your own"
+        )
+    if request.split == "auto":
+        return POSITION if itself else HASH
+    return request.split
+
+
+def _weight(file: InputFile) -> int:
+    """About how many bytes of text a file holds, from its size alone."""
+    packed = file.compression is not None or file.kind == "parquet"
+    return file.size * (COMPRESSION_RATIO if packed else 1)
+
+
+def _slices(
+    source: int, file: InputFile, rule: SplitRule, target: int, bad: list[Bad]
+) -> Iterator[tuple[Slice, int]]:
+    """The slices of one file, each with its weight."""
+    if file.kind == "parquet":
+        yield from _row_groups(source, file)
+    elif file.kind == "jsonl" and file.compression is None:
+        for start in range(0, max(file.size, 1), target):
+            yield Slice(source, start, start + target), min(target, file.size - start)
+    elif file.kind == "text" and (rule.rule == POSITION or file.size > PIECE_BYTES):
+        found = survey(file)
+        if found.error:
+            bad.append(Bad(source, 0, found.error))
+        elif rule.rule == POSITION:
+            middle = next_line(file, int(found.size * (1 - rule.val_fraction)))
+            yield from _text_ranges(source, file, 0, middle, "train", target)
+            yield from _text_ranges(source, file, middle, found.size, "val", target)
+        else:
+            val = file.val if rule.rule == GIVEN else rule.is_val(found.digest)[0]
+            side = "val" if val else "train"
+            yield from _text_ranges(source, file, 0, found.size, side, target)
+    else:
+        yield Slice(source), _weight(file)
+
+
+def _row_groups(source: int, file: InputFile) -> Iterator[tuple[Slice, int]]:
+    """One slice a row group; a file whose footer can't be read is left to the reader to report."""
+    try:
+        metadata = _parquet(file).metadata
+    except (OSError, pa.ArrowInvalid):
+        yield Slice(source), _weight(file)
+        return
+    names = metadata.schema.to_arrow_schema().names
+    for group in range(metadata.num_row_groups):
+        text = metadata.row_group(group).column(names.index(file.column))
+        yield Slice(source, group, group + 1), text.total_uncompressed_size
+
+
+def _text_ranges(
+    source: int, file: InputFile, start: int, end: int, side: str, target: int
+) -> Iterator[tuple[Slice, int]]:
+    """Byte ranges of one text document, cut where its tokens stay what they are."""
+    begins = True
+    while start < end:
+        stop = end
+        if file.compression is None and end - start > 2 * target:
+            stop = min(next_cut(file, start + target), end)
+        yield Slice(source, start, stop, side, begins), stop - start
+        start, begins = stop, False
+
+
+def _units(slices: Sequence[tuple[Slice, int]], target: int) -> Iterator[Unit]:
+    """Neighbouring slices put together until they weigh as much as a unit should."""
+    number, weight = 0, 0
+    taken: list[Slice] = []
+    for part, part_weight in slices:
+        taken.append(part)
+        weight += part_weight
+        if weight >= target:
+            yield Unit(number, tuple(taken), weight)
+            number, weight, taken = number + 1, 0, []
+    if taken:
+        yield Unit(number, tuple(taken), weight)
+
+
+def with_column(file: InputFile, wanted: str | None) -> InputFile:
+    """The file with the name of its text column. Raises ValueError where it has no such column."""
+    names = _columns(file)
+    if names is None:
+        return replace(file, column=wanted or TEXT_COLUMNS[0])
+    for name in [wanted] if wanted else TEXT_COLUMNS:
+        if name in names:
+            return replace(file, column=name)
+    raise ValueError(
+        f"expected a text column {wanted or ' or '.join(TEXT_COLUMNS)} in {file.name}, found "
+        f"{', '.join(names) or 'no column'}: name it by --text-column"
+    )
+
+
+def _columns(file: InputFile) -> list[str] | None:
+    """Names of the columns that may hold text; None where the file has none or can't tell."""
+    if file.kind == "parquet":
+        try:
+            schema = _parquet(file).schema_arrow
+        except (OSError, pa.ArrowInvalid):
+            return None
+        return [field.name for field in schema if _may_hold_text(field.type)]
+    if file.kind == "jsonl":
+        return _first_fields(file)
+    return None
+
+
+def _may_hold_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    return any(getattr(pa.types, f"is_{test}")(kind) for test in tests)
+
+
+def _first_fields(file: InputFile) -> list[str] | None:
+    """The fields of the first JSON object near the head of a jsonl file, None without one."""
+    try:
+        with byte_stream(file) as stream:
+            head = stream.read(READ_BYTES)
+    except OSError:
+        return None
+    for line in head.splitlines():
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            return list(value)
+    return None
+
+
+def _parquet(file: InputFile) -> pq.ParquetFile:
+    system, path = filesystem(file.path)
+    return pq.ParquetFile(system.open_input_file(path))

