@@ -1,0 +1,76 @@
+# The everyday commands. `make help` lists them; each is a line or two that you may type yourself.
+
+PYTHON ?= python3
+VENV := .venv
+RUN_PYTHON := $(VENV)/bin/python
+
+# One's own text: a file, folder, glob or URI. Without one: input.txt if there is one, else the
+# embedded corpus, the source text of Python's standard library.
+INPUT ?= $(if $(wildcard input.txt),input.txt,stdlib)
+# The dataset's name follows from the input: books for books.txt, corpus/ and corpus/*.jsonl.
+stem = $(subst *,,$(subst ?,,$(firstword $(subst ., ,$(notdir $(1:/=))))))
+NAME ?= $(or $(call stem,$(INPUT)),$(call stem,$(patsubst %/,%,$(dir $(INPUT)))),text)
+
+# For the training and evaluation targets; without them the programs find the only dataset there
+# is, and the newest run.
+DATA ?=
+RUN ?=
+DEVICE ?= auto
+NPROC ?= 4
+ARGS ?=
+data_flag = $(if $(DATA),--data $(DATA))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup data demo train-small train-gpu4 eval test test-all lint
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/core ## create the environment in .venv
+
+$(VENV)/core: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: expected Python 3.11 or newer, found $$($(PYTHON) --version): make setup PYTHON=python3.12, say"; exit 2; }
+	test -x $(RUN_PYTHON) || $(PYTHON) -m venv $(VENV)
+	$(RUN_PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,plots]'
+	@touch $@
+
+$(VENV)/dev: $(VENV)/core
+	$(RUN_PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,plots,dev]'
+	@touch $@
+
+data: $(VENV)/core ## prepare a dataset: INPUT=file|folder|glob|uri, NAME=... (ARGS=... more flags)
+	$(RUN_PYTHON) -m prepare '$(INPUT)' --out data/$(NAME) $(ARGS)
+
+demo: $(VENV)/core ## text to trained, evaluated model on this machine, in at most ten minutes
+	$(RUN_PYTHON) -m prepare stdlib --out data/stdlib
+	$(RUN_PYTHON) train.py tiny --data data/stdlib --log-dir log/demo
+	$(RUN_PYTHON) eval.py log/demo
+	@echo
+	@echo "picture     log/demo/loss.png"
+	@echo "log         log/demo/log.txt"
+	@echo "checkpoint  $$(ls -d log/demo/checkpoints/step_* | tail -n 1)"
+	@echo "samples     above; more by: $(RUN_PYTHON) eval.py log/demo --prompt 'def '"
+	@echo "next        make data INPUT=your.txt, then: make train-small DATA=data/your"
+
+train-small: $(VENV)/core ## train GPTConfigSmall: DATA=data/NAME RUN=log/NAME (ARGS=... more flags)
+	$(RUN_PYTHON) train.py small $(data_flag) --log-dir $(or $(RUN),log/small) --device $(DEVICE) $(ARGS)
+
+train-gpu4: $(VENV)/core ## train GPT-2 124M on four GPUs: NPROC=n, DEVICE=cpu, DATA=, RUN=
+	@$(RUN_PYTHON) -m mygpt.distributed $(NPROC) --device $(DEVICE)
+	$(VENV)/bin/torchrun --standalone --nproc_per_node=$(NPROC) train.py gpt2 $(data_flag) \
+	  --log-dir $(or $(RUN),log/gpt2) --device $(DEVICE) $(ARGS)
+
+eval: $(VENV)/core ## evaluate and sample from the newest checkpoint: RUN=log/NAME (ARGS=... more flags)
+	$(RUN_PYTHON) eval.py $(RUN) $(data_flag) $(ARGS)
+
+test: $(VENV)/dev ## all tests but the slow ones
+	$(RUN_PYTHON) -m pytest -n auto -m 'not slow' $(ARGS)
+
+test-all: $(VENV)/dev ## the slow tests too
+	$(RUN_PYTHON) -m pytest -n auto $(ARGS)
+
+lint: $(VENV)/dev ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
