@@ -12,7 +12,6 @@ from itertools import chain
 import numpy as np
 import orjson
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prepare.sources import InputFile, filesystem
@@ -20,7 +19,7 @@ from prepare.text import PIECE_BYTES, byte_stream, pieces, survey, utf8_error
 from shards.tokenizer import repair_surrogates
 
 # Text per batch: large enough for the encoder to run at full speed, small enough for memory.
-BATCH_BYTES = 8 << 20
+BATCH_BYTES = 4 << 20
 READ_BYTES = 4 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -52,10 +51,10 @@ class Bad:
 
 @dataclass
 class Batch:
-    """Documents in order: `texts` without nulls or empty ones, `rows` their places in `sources`.
+    """Documents in order: `texts` without nulls, `rows` their places in `sources`.
 
     Where `begins` is False, `texts` is one piece that goes on with the document before. `hashes`,
-    (n, 2) uint64, is given where a text is not whole. `read` counts documents of every fate.
+    (n, 2) uint64, is given where a text is not whole.
     """
 
     texts: pa.Array = field(default_factory=lambda: pa.array([], pa.large_string()))
@@ -64,8 +63,6 @@ class Batch:
     side: str | None = None
     begins: bool = True
     hashes: np.ndarray | None = None
-    read: int = 0
-    empty: int = 0
     bad: list[Bad] = field(default_factory=list)
 
 
@@ -112,10 +109,10 @@ def _read_text(file: InputFile, part: Slice) -> Iterator[Batch]:
         try:
             found = survey(file)
         except OSError as error:
-            yield Batch(read=1, bad=[_damage(file, part.file, 0, error)])
+            yield Batch(bad=[_damage(file, part.file, 0, error)])
             return
         if found.error:
-            yield Batch(read=1, bad=[Bad(part.file, 0, found.error)])
+            yield Batch(bad=[Bad(part.file, 0, found.error)])
             return
         hashes = found.digest
     begins = part.begins
@@ -127,11 +124,8 @@ def _read_text(file: InputFile, part: Slice) -> Iterator[Batch]:
             side=part.side,
             begins=begins,
             hashes=hashes,
-            read=int(begins),
         )
         begins = False
-    if begins:
-        yield Batch(read=1, empty=1)
 
 
 @dataclass
@@ -144,7 +138,6 @@ class _Lines:
     rows: list[int] = field(default_factory=list)
     bad: list[Bad] = field(default_factory=list)
     size: int = 0
-    empty: int = 0
 
     def add(self, offset: int, line: bytes) -> None:
         try:
@@ -152,20 +145,15 @@ class _Lines:
         except ValueError as error:
             self.bad.append(Bad(self.source, offset, one_line(error)))
             return
-        if text:
-            self.texts.append(text)
-            self.rows.append(offset)
-            self.size += len(text)
-        else:
-            self.empty += 1
+        self.texts.append(text)
+        self.rows.append(offset)
+        self.size += len(text)
 
     def batch(self) -> Batch:
         return Batch(
             texts=pa.array(self.texts, pa.large_string()),
             sources=np.full(len(self.texts), self.source, np.int32),
             rows=np.array(self.rows, np.int64),
-            read=len(self.texts) + self.empty + len(self.bad),
-            empty=self.empty,
             bad=self.bad,
         )
 
@@ -210,7 +198,7 @@ def _lines(file: InputFile, part: Slice) -> Iterator[tuple[int, bytes]]:
 
 
 def _text_of(line: bytes, column: str) -> str:
-    """The text in a line of JSON, "" for an empty one. Raises ValueError, saying why there is none.
+    """The text in a line of JSON. Raises ValueError, saying why there is none.
 
     orjson is fast and strict; what it refuses and JSON allows (lone surrogates, say) goes to the
     standard library's parser.
@@ -238,7 +226,7 @@ def _read_parquet(file: InputFile, part: Slice) -> Iterator[Batch]:
     try:
         table = pq.ParquetFile(system.open_input_file(path))
     except (OSError, pa.ArrowInvalid) as error:
-        yield Batch(read=1, bad=[_damage(file, part.file, 0, error)])
+        yield Batch(bad=[_damage(file, part.file, 0, error)])
         return
     with table:
         rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
@@ -264,11 +252,11 @@ def _read_row_group(
             row += len(batch)
     except (OSError, pa.ArrowInvalid) as error:
         lost = first + metadata.num_rows - row
-        yield Batch(read=lost, bad=[_damage(file, source, row, error, lost)])
+        yield Batch(bad=[_damage(file, source, row, error, lost)])
 
 
 def _parquet_batch(values: pa.Array, source: int, first: int) -> Batch:
-    """A stretch of a text column: nulls are bad, empty texts counted."""
+    """A stretch of a text column: nulls are bad."""
     rows = np.arange(first, first + len(values))
     bad = []
     if values.null_count:
@@ -276,14 +264,13 @@ def _parquet_batch(values: pa.Array, source: int, first: int) -> Batch:
         bad = [Bad(source, int(row), "expected a string, found null") for row in rows[~present]]
         values, rows = values.drop_null(), rows[present]
     batch = _batch(values, np.full(len(values), source, np.int32), rows)
-    batch.read += len(bad)
     batch.bad += bad
     return batch
 
 
 def _batch(values: pa.Array, sources: np.ndarray, rows: np.ndarray) -> Batch:
-    """A batch of what is UTF-8 and not empty among `values`, strings or bytes without nulls."""
-    read, bad = len(values), []
+    """A batch of what is UTF-8 among `values`, strings or bytes without nulls."""
+    bad = []
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if pa.types.is_string_view(values.type) or pa.types.is_binary_view(values.type):
@@ -299,11 +286,7 @@ def _batch(values: pa.Array, sources: np.ndarray, rows: np.ndarray) -> Batch:
             bad.append(Bad(int(sources[index]), int(rows[index]), str(reasons[index])))
         texts = values.filter(pa.array(good)).cast(pa.large_binary()).cast(pa.large_string())
         sources, rows = sources[good], rows[good]
-    filled = pc.greater(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
-    if not filled.all():
-        texts, sources, rows = texts.filter(pa.array(filled)), sources[filled], rows[filled]
-    empty = int(len(filled) - filled.sum())
-    return Batch(texts, sources, rows, read=read, empty=empty, bad=bad)
+    return Batch(texts, sources, rows, bad=bad)
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -85,7 +85,7 @@ def pieces(file: InputFile, start: int = 0, end: int = -1) -> Iterator[tuple[int
             if len(rest) >= PIECE_BYTES and (cut := last_cut(rest)):
                 yield offset, rest[:cut]
                 offset, rest = offset + cut, rest[cut:]
-    if rest:
+    if rest or offset == start:
         yield offset, rest
 
 

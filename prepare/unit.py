@@ -1,39 +1,29 @@
-"""One unit of input → its train shard and its val shard, audited against tiktoken as it goes."""
+"""One unit of input → its train shard and its val shard."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from prepare.documents import Bad, Batch, read
+from prepare.encode import AuditError, encode
+from prepare.output import Side
 from prepare.plan import Plan, Unit
-from prepare.split import GIVEN, content_hashes
+from prepare.split import GIVEN
 from shards.manifest import SPLITS, Shard
-from shards.tokenizer import Tokenizer, cut, string_buffers
-from shards.writer import INDEX_SCHEMA, ShardWriter, open_shard, to_uint16
-
-# One document in so many is encoded by tiktoken too, chosen by content, and the first of a unit;
-# of a long one only the head. At a tenth of the encoder's speed this costs it some two percent.
-AUDITED_ONE_IN = 512
-AUDITED_CHARACTERS = 1 << 14
-# A stream of unknown length (a compressed file) goes on in a further shard after so many tokens.
-MAX_SHARD_TOKENS = 1 << 27
-
-
-class AuditError(Exception):
-    """The fast encoder and tiktoken disagree on a document."""
+from shards.tokenizer import Tokenizer
 
 
 @dataclass
 class Record:
-    """What a finished unit made and met; kept beside the shards until the manifest is written."""
+    """What a finished unit made and met; kept beside the shards until the manifest is written.
+
+    `read` counts documents of every fate, `empty` those without text, which are not written.
+    """
 
     unit: int
-    shards: dict[str, list[Shard]] = field(default_factory=lambda: {side: [] for side in SPLITS})
+    shards: dict[str, list[Shard]]
     read: int = 0
     empty: int = 0
     bad: list[Bad] = field(default_factory=list)
@@ -85,24 +75,23 @@ def check_unchanged(plan: Plan, unit: Unit) -> None:
 
 def _write_unit(plan: Plan, unit: Unit, folder: Path, tokenizer: Tokenizer) -> Record:
     """Read, encode and write the unit's documents."""
-    record = Record(unit.number)
-    with ExitStack() as stack:
-        sides = {
-            side: _Side(stack, folder, side, unit.number, record.shards[side]) for side in SPLITS
-        }
-        first = True
+    train, val = (Side(folder, f"{side}_{unit.number:05d}") for side in SPLITS)
+    record = Record(unit.number, {"train": train.shards, "val": val.shards})
+    first = True
+    with train, val:
         for batch in read(plan.files, unit.slices):
-            record.read += batch.read
-            record.empty += batch.empty
             record.bad += batch.bad
+            record.read += sum(bad.documents for bad in batch.bad)
             if not len(batch.texts):
                 continue
-            hashes = content_hashes(batch.texts) if batch.hashes is None else batch.hashes
-            ids, offsets = tokenizer.encode_batch(batch.texts)
-            _audit(tokenizer, batch, hashes, ids, offsets, first)
-            val = _is_val(plan, batch, hashes)
-            _write_batch(batch, val, ids, offsets, tokenizer.eot, sides)
+            encoded = encode(tokenizer, batch, first)
             first = False
+            filled = encoded.text_bytes > 0
+            record.read += len(filled) if batch.begins else 0
+            record.empty += int(np.count_nonzero(~filled))
+            is_val = _is_val(plan, batch, encoded.hashes)
+            train.write(batch, encoded, filled & ~is_val)
+            val.write(batch, encoded, filled & is_val)
     return record
 
 
@@ -113,102 +102,3 @@ def _is_val(plan: Plan, batch: Batch, hashes: np.ndarray) -> np.ndarray:
     if plan.rule.rule == GIVEN:
         return np.array([plan.files[source].val for source in batch.sources.tolist()])
     return plan.rule.is_val(hashes)
-
-
-def _audit(
-    tokenizer: Tokenizer,
-    batch: Batch,
-    hashes: np.ndarray,
-    ids: np.ndarray,
-    offsets: np.ndarray,
-    first: bool,
-) -> None:
-    """Compare a sample of the batch with tiktoken's tokens; raises AuditError on a difference."""
-    chosen = hashes[:, 1] % np.uint64(AUDITED_ONE_IN) == 0
-    chosen[0] |= first
-    for index in np.flatnonzero(chosen).tolist():
-        text = batch.texts[index].as_py()
-        head = next(cut(text, AUDITED_CHARACTERS))
-        expected = tokenizer.encode_reference(head)
-        found = ids[offsets[index] : offsets[index + 1]]
-        if len(head) < len(text):
-            found = found[: len(expected)]
-        if not np.array_equal(expected, found):
-            where = f"source {batch.sources[index]} at {batch.rows[index]}"
-            raise AuditError(f"gigatoken and tiktoken differ on the document of {where}")
-
-
-class _Side:
-    """The shard being written of one side of the split; opened by its first document."""
-
-    def __init__(
-        self, stack: ExitStack, folder: Path, side: str, number: int, done: list[Shard]
-    ) -> None:
-        self._stack, self._folder, self._done = stack, folder, done
-        self._stem = f"{side}_{number:05d}"
-        self._parts = 0
-        self._closing: ExitStack | None = None
-        self._writer: ShardWriter | None = None
-
-    def writer(self) -> ShardWriter:
-        """Where the next documents go: a further shard once the present one is full."""
-        if self._writer is not None and self._writer.tokens >= MAX_SHARD_TOKENS:
-            assert self._closing is not None
-            self._closing.close()
-            self._writer = None
-        if self._writer is None:
-            suffix = f"_{self._parts:03d}" if self._parts else ""
-            self._parts += 1
-            self._closing = self._stack.enter_context(ExitStack())
-            path = self._folder / f"{self._stem}{suffix}.npy"
-            self._writer = self._closing.enter_context(open_shard(path, self._done))
-        return self._writer
-
-
-def _write_batch(
-    batch: Batch,
-    val: np.ndarray,
-    ids: np.ndarray,
-    offsets: np.ndarray,
-    eot: int,
-    sides: dict[str, _Side],
-) -> None:
-    """Put `<|endoftext|>` before each document and write each to its side's shard."""
-    if batch.begins:
-        starts = offsets[:-1]
-        tokens = np.insert(to_uint16(ids), starts, eot)
-        offsets = offsets + np.arange(len(offsets))
-    else:
-        tokens = to_uint16(ids)
-    lengths = np.diff(offsets)
-    for side, mask in (("train", ~val), ("val", val)):
-        if not mask.any():
-            continue
-        writer = sides[side].writer()
-        ends = np.cumsum(lengths[mask])
-        writer.note(
-            pa.record_batch(
-                [
-                    pa.array(writer.tokens + ends - lengths[mask], pa.int64()),
-                    pa.array(batch.sources[mask], pa.int32()),
-                    pa.array(batch.rows[mask], pa.int64()),
-                    pa.array(_text_bytes(batch)[mask], pa.int64()),
-                    pa.array(np.full(int(mask.sum()), not batch.begins)),
-                ],
-                schema=INDEX_SCHEMA,
-            )
-        )
-        for start, end in _runs(mask):
-            writer.write(tokens[offsets[start] : offsets[end]])
-
-
-def _text_bytes(batch: Batch) -> np.ndarray:
-    """UTF-8 bytes of each text of a batch, (n,) int64."""
-    offsets, _ = string_buffers(batch.texts)
-    return np.diff(offsets)
-
-
-def _runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(start, end) of each stretch of True in a boolean array."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
-    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
