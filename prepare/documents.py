@@ -14,7 +14,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prepare.sources import InputFile, filesystem
+from prepare.sources import InputFile
+from prepare.storage import filesystem
 from prepare.text import PIECE_BYTES, byte_stream, pieces, survey, utf8_error
 from shards.tokenizer import repair_surrogates
 

@@ -1,12 +1,10 @@
-"""Records of all units → quarantine.jsonl, manifest.json and the closing summary."""
+"""Records of all units → the manifest, what was left out, and the closing summary."""
 
-import json
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
+from typing import Any
 
 from prepare.plan import Plan
 from prepare.unit import Record
-from shards.atomic import atomic_file
 from shards.manifest import SPLITS, Manifest, Source, Split, TokenizerIdentity
 from shards.tokenizer import Tokenizer
 
@@ -16,43 +14,68 @@ BAD_DOCUMENTS = 10
 BAD_SHARE = 0.001
 
 
-def build_manifest(plan: Plan, records: list[Record], tokenizer: Tokenizer) -> Manifest:
-    """The manifest of a finished plan; `records` in the order of their units."""
-    bad = sum(entry.documents for entry in plan.bad)
-    read = bad + sum(record.read for record in records)
-    bad += sum(entry.documents for record in records for entry in record.bad)
+def build_manifest(
+    plan: Plan, records: list[Record], tokenizer: Tokenizer, base: Manifest | None = None
+) -> Manifest:
+    """The manifest of a finished plan; `records` in the order of their units, after `base`.
+
+    Raises RuntimeError if the documents read are not all accounted for.
+    """
+    generation = plan.generation
     splits = {
-        side: Split(tuple(shard for record in records for shard in record.shards[side]))
+        side: Split(
+            tuple(
+                replace(shard, generation=generation)
+                for record in records
+                for shard in record.shards[side]
+            )
+        )
         for side in SPLITS
     }
-    written = sum(split.documents for split in splits.values())
-    empty = sum(record.empty for record in records)
-    if read != written + empty + bad:
-        raise RuntimeError(
-            f"{read} documents were read but {written} written, {empty} empty and {bad} bad"
-        )
+    counts = _counts(plan, records, sum(split.documents for split in splits.values()))
+    sources = tuple(Source(file.name, file.size, generation) for file in plan.files)
+    if base is not None:
+        counts = {name: base.counts.get(name, 0) + count for name, count in counts.items()}
+        sources = base.sources + sources
+        splits = {side: Split(base.splits[side].shards + splits[side].shards) for side in SPLITS}
     return Manifest(
         tokenizer=TokenizerIdentity(
             tokenizer.name, tokenizer.n_vocab, tokenizer.eot, tokenizer.hash
         ),
         rule=plan.rule.record(),
-        sources=tuple(Source(file.name, file.size) for file in plan.files),
+        sources=sources,
         splits=splits,
-        counts={"read": read, "written": written, "empty": empty, "quarantined": bad},
+        counts=counts,
+        generation=generation,
     )
 
 
-def check_bad(manifest: Manifest, folder: Path, max_bad: int | None) -> None:
-    """Raise ValueError if more documents are bad than allowed."""
+def _counts(plan: Plan, records: list[Record], written: int) -> dict[str, int]:
+    """What became of each document that was read."""
+    unreadable = sum(bad.documents for bad in plan.bad)
+    counts = {
+        "read": unreadable + sum(record.read for record in records),
+        "written": written,
+        "empty": sum(record.empty for record in records),
+        "quarantined": unreadable + sum(bad.documents for record in records for bad in record.bad),
+        "duplicates": sum(record.duplicates for record in records),
+    }
+    if counts["read"] != sum(counts.values()) - counts["read"]:
+        raise RuntimeError(f"not every document is accounted for: {counts}")
+    return counts
+
+
+def check_bad(manifest: Manifest, entries: list[dict[str, Any]], max_bad: int | None) -> None:
+    """Raise ValueError if more documents are bad than allowed; `entries` lists them."""
     counts = manifest.counts
     allowed = max(BAD_DOCUMENTS, int(BAD_SHARE * counts["read"])) if max_bad is None else max_bad
     if counts["quarantined"] > allowed:
-        first = json.loads((folder / QUARANTINE).read_text("utf-8").splitlines()[0])
+        first = entries[0]
         raise ValueError(
             f"expected at most {allowed} bad documents of {counts['read']}, found "
             f"{counts['quarantined']}, the first in {first['source']} at {first['position']} "
-            f"({first['reason']}): see {folder / QUARANTINE}; mend them, or raise --max-bad and "
-            "run again (finished work is kept)"
+            f"({first['reason']}): {QUARANTINE} lists them; mend them, or raise --max-bad and run "
+            "again (finished work is kept)"
         )
 
 
@@ -72,24 +95,28 @@ def check_splits(manifest: Manifest) -> None:
             )
 
 
-def write_quarantine(plan: Plan, records: list[Record], folder: Path) -> None:
-    """List what was left out, in plan order, one JSON object a line."""
-    entries = [*plan.bad, *(bad for record in records for bad in record.bad)]
-    with atomic_file(folder / QUARANTINE) as file:
-        for entry in entries:
-            line = asdict(entry) | {"source": plan.files[entry.source].name}
-            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+def quarantine(
+    plan: Plan, records: list[Record], before: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What was left out, in plan order, after the entries of earlier generations."""
+    entries = [entry for entry in before if entry["generation"] < plan.generation]
+    for bad in [*plan.bad, *(bad for record in records for bad in record.bad)]:
+        name = plan.files[bad.source].name
+        entries.append(asdict(bad) | {"source": name, "generation": plan.generation})
+    return entries
 
 
-def summary(manifest: Manifest, seconds: float) -> str:
-    """What was prepared, for people."""
+def summary(manifest: Manifest, records: list[Record], seconds: float) -> str:
+    """What was prepared, for people; `seconds` is the time that the records' units took."""
     counts, splits = manifest.counts, manifest.splits
     tokens = sum(split.tokens for split in splits.values())
     text = sum(split.text_bytes for split in splits.values())
+    new = sum(record.text_bytes for record in records)
+    duplicates = f" + {counts['duplicates']:,} duplicates" if counts.get("duplicates") else ""
     lines = [
         f"documents  {counts['read']:,} read = {counts['written']:,} written + "
-        f"{counts['empty']:,} empty + {counts['quarantined']:,} quarantined",
-        f"text       {text / 1e6:,.1f} MB in {seconds:.1f} s, {text / 1e6 / seconds:,.1f} MB/s",
+        f"{counts['empty']:,} empty + {counts['quarantined']:,} quarantined{duplicates}",
+        f"text       {new / 1e6:,.1f} MB in {seconds:.1f} s, {new / 1e6 / seconds:,.1f} MB/s",
         f"tokens     {tokens:,}, {text / tokens:.2f} bytes each",
     ]
     for name, split in splits.items():

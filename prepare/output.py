@@ -24,9 +24,9 @@ class Side:
     what is finished.
     """
 
-    def __init__(self, folder: Path, stem: str) -> None:
+    def __init__(self, folder: Path, stem: str, first_source: int) -> None:
         self.shards: list[Shard] = []
-        self._folder, self._stem = folder, stem
+        self._folder, self._stem, self._first_source = folder, stem, first_source
         self._open = ExitStack()
         self._writer: ShardWriter | None = None
 
@@ -49,7 +49,7 @@ class Side:
         lengths = np.diff(encoded.offsets)[mask]
         columns = (
             writer.tokens + np.cumsum(lengths) - lengths,
-            batch.sources[mask],
+            batch.sources[mask] + self._first_source,
             batch.rows[mask],
             encoded.text_bytes[mask],
             np.full(len(lengths), not batch.begins),

@@ -4,6 +4,7 @@ A unit is small enough to keep all cores busy on a small corpus and makes a shar
 tokens on a large one. Units share no state, so they run anywhere and in any order (promise 2).
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,9 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prepare.documents import Bad, Slice
-from prepare.sources import InputFile, filesystem, find_files
-from prepare.split import GIVEN, HASH, POSITION, SplitRule
+from prepare.request import Request, rule_of, rule_of_append
+from prepare.sources import InputFile, find_files
+from prepare.split import GIVEN, POSITION, SplitRule
+from prepare.storage import filesystem
 from prepare.text import PIECE_BYTES, READ_BYTES, byte_stream, next_cut, next_line, survey
+from shards.manifest import Manifest
 
 MIN_UNIT_BYTES = 4 << 20
 MAX_UNIT_BYTES = 400 << 20
@@ -23,17 +27,6 @@ UNITS_AIMED_AT = 64
 TEXT_COLUMNS = ("text", "content")
 # How much larger compressed text is guessed to be than its file.
 COMPRESSION_RATIO = 4
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked prepare for."""
-
-    sources: tuple[str, ...]
-    val_sources: tuple[str, ...] = ()
-    split: str = "auto"
-    val_fraction: float = 0.1
-    text_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,48 +40,54 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """All units, the files they read, how documents are split, and files known to be bad."""
+    """All units, the files they read, how documents are split, and files known to be bad.
+
+    A plan that appends is of a later `generation`; its first file is source `first_source` of the
+    dataset. `dedup`: exact duplicates are dropped.
+    """
 
     files: tuple[InputFile, ...]
     rule: SplitRule
     units: tuple[Unit, ...]
     bad: tuple[Bad, ...]
+    dedup: bool = False
+    generation: int = 0
+    first_source: int = 0
 
     def record(self) -> dict[str, Any]:
         """The plan as JSON; equal records mean the same work on unchanged files."""
         return orjson.loads(orjson.dumps(asdict(self)))
 
 
-def make_plan(request: Request) -> Plan:
-    """Look at the sources and plan the work. Raises ValueError or OSError for bad input."""
+def make_plan(request: Request, base: Manifest | None = None) -> Plan:
+    """Look at the sources and plan the work, after that of `base` where it appends to one.
+
+    Raises ValueError or OSError for bad input.
+    """
     files = find_files(request.sources)
     files += find_files(request.val_sources, val=True)
     files = [with_column(file, request.text_column) for file in files]
-    rule = SplitRule(_rule(request, files), request.val_fraction)
+    rule = rule_of_append(request, files, base) if base else rule_of(request, files)
     target = min(max(sum(map(_weight, files)) // UNITS_AIMED_AT, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
     bad: list[Bad] = []
     slices: list[tuple[Slice, int]] = []
     for source, file in enumerate(files):
-        slices += _slices(source, file, rule, target, bad)
-    return Plan(tuple(files), rule, tuple(_units(slices, target)), tuple(bad))
+        slices += _slices(source, file, rule, target, request.dedup, bad)
+    return Plan(
+        files=tuple(files),
+        rule=rule,
+        units=tuple(_units(slices, target, _units_before(base))),
+        bad=tuple(bad),
+        dedup=request.dedup,
+        generation=base.generation + 1 if base else 0,
+        first_source=len(base.sources) if base else 0,
+    )
 
 
-def _rule(request: Request, files: Sequence[InputFile]) -> str:
-    """Which split rule applies to what was given."""
-    alone = len(files) == 1 and files[0].kind == "text"
-    itself = alone and request.sources[0].endswith(files[0].name)
-    if request.split not in ("auto", HASH, POSITION):
-        raise ValueError(f"expected --split auto, hash or position, found {request.split!r}")
-    if request.val_sources:
-        return GIVEN
-    if request.split == POSITION and not alone:
-        raise ValueError(
-            f"expected one plain text file for --split position, found {len(files)} files: "
-            "use --split hash, or --val-source for validation text of your own"
-        )
-    if request.split == "auto":
-        return POSITION if itself else HASH
-    return request.split
+def _units_before(base: Manifest | None) -> int:
+    """The first unit number that no shard of the dataset bears."""
+    shards = [shard for split in base.splits.values() for shard in split.shards] if base else []
+    return max((int(re.findall(r"\d+", shard.file)[0]) for shard in shards), default=-1) + 1
 
 
 def _weight(file: InputFile) -> int:
@@ -98,7 +97,7 @@ def _weight(file: InputFile) -> int:
 
 
 def _slices(
-    source: int, file: InputFile, rule: SplitRule, target: int, bad: list[Bad]
+    source: int, file: InputFile, rule: SplitRule, target: int, dedup: bool, bad: list[Bad]
 ) -> Iterator[tuple[Slice, int]]:
     """The slices of one file, each with its weight."""
     if file.kind == "parquet":
@@ -106,7 +105,11 @@ def _slices(
     elif file.kind == "jsonl" and file.compression is None:
         for start in range(0, max(file.size, 1), target):
             yield Slice(source, start, start + target), min(target, file.size - start)
-    elif file.kind == "text" and (rule.rule == POSITION or file.size > PIECE_BYTES):
+    elif file.kind == "text" and (
+        rule.rule == POSITION
+        # To find a duplicate, the document must stay in one unit.
+        or (file.size > PIECE_BYTES and not dedup)
+    ):
         found = survey(file)
         if found.error:
             bad.append(Bad(source, 0, found.error))
@@ -148,9 +151,9 @@ def _text_ranges(
         start, begins = stop, False
 
 
-def _units(slices: Sequence[tuple[Slice, int]], target: int) -> Iterator[Unit]:
+def _units(slices: Sequence[tuple[Slice, int]], target: int, number: int) -> Iterator[Unit]:
     """Neighbouring slices put together until they weigh as much as a unit should."""
-    number, weight = 0, 0
+    weight = 0
     taken: list[Slice] = []
     for part, part_weight in slices:
         taken.append(part)

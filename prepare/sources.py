@@ -14,6 +14,8 @@ from pathlib import Path
 
 from pyarrow import fs
 
+from prepare.storage import filesystem, is_remote, path_of
+
 KINDS = {
     ".txt": "text",
     ".md": "text",
@@ -44,18 +46,16 @@ class InputFile:
     val: bool = False
     column: str = "text"
 
+    @property
+    def remote(self) -> bool:
+        """Whether it is read over a network."""
+        return is_remote(self.path)
+
     def status(self) -> tuple[int, int] | None:
         """Its size and mtime now, or None where it is gone."""
         system, path = filesystem(self.path)
         info = system.get_file_info(path)
         return (info.size, info.mtime_ns or 0) if info.type == fs.FileType.File else None
-
-
-def filesystem(path: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a path or URI, and the path as that filesystem names it."""
-    if "://" in path:
-        return fs.FileSystem.from_uri(path)
-    return fs.LocalFileSystem(), Path(path).absolute().as_posix()
 
 
 def find_files(sources: Iterable[str], val: bool = False) -> list[InputFile]:
@@ -80,10 +80,9 @@ def find_files(sources: Iterable[str], val: bool = False) -> list[InputFile]:
 def _expand(source: str, val: bool) -> Iterator[InputFile]:
     """The files of one source."""
     system, path = filesystem(source)
-    scheme = source.partition("://")[0] + "://" if "://" in source else ""
     info = system.get_file_info(path)
     if info.type == fs.FileType.File:
-        yield _input_file(info, posixpath.basename(path), scheme, val)
+        yield _input_file(source, info, posixpath.basename(path), val)
         return
     pattern = ""
     if info.type == fs.FileType.NotFound and any(mark in path for mark in "*?["):
@@ -97,7 +96,7 @@ def _expand(source: str, val: bool) -> Iterator[InputFile]:
         # fnmatch's `*` crosses folders; a glob's does so only as `**`.
         wanted = _matches(inside, pattern) if pattern else _kind(info.path)[0] is not None
         if wanted:
-            yield _input_file(info, f"{posixpath.basename(path)}/{inside}", scheme, val)
+            yield _input_file(source, info, f"{posixpath.basename(path)}/{inside}", val)
 
 
 def _split_glob(path: str) -> tuple[str, str]:
@@ -119,14 +118,14 @@ def _matches(inside: str, pattern: str) -> bool:
     return len(names) == len(marks) and all(map(fnmatch.fnmatchcase, names, marks))
 
 
-def _input_file(info: fs.FileInfo, name: str, scheme: str, val: bool) -> InputFile:
+def _input_file(source: str, info: fs.FileInfo, name: str, val: bool) -> InputFile:
     """An InputFile of what the filesystem says of it."""
     kind, compression = _kind(info.path)
     if kind is None:
         raise ValueError(
             f"expected a file of type {_supported()}, found {info.path}: rename or convert it"
         )
-    path = scheme + info.path if scheme else info.path
+    path = path_of(source, info.path)
     return InputFile(name, path, info.size, info.mtime_ns or 0, kind, compression, val)
 
 

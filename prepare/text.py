@@ -9,8 +9,9 @@ import numpy as np
 import xxhash
 from pyarrow import NativeFile
 
-from prepare.sources import InputFile, filesystem
+from prepare.sources import InputFile
 from prepare.split import digest_array
+from prepare.storage import filesystem
 
 READ_BYTES = 4 << 20
 # A text document above this size is handed on in pieces of about this size.

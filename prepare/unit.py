@@ -11,6 +11,7 @@ from prepare.encode import AuditError, encode
 from prepare.output import Side
 from prepare.plan import Plan, Unit
 from prepare.split import GIVEN
+from shards.atomic import remove_temporaries
 from shards.manifest import SPLITS, Shard
 from shards.tokenizer import Tokenizer
 
@@ -19,13 +20,14 @@ from shards.tokenizer import Tokenizer
 class Record:
     """What a finished unit made and met; kept beside the shards until the manifest is written.
 
-    `read` counts documents of every fate, `empty` those without text, which are not written.
+    `read` counts documents of every fate; `empty` ones and `duplicates` are not written.
     """
 
     unit: int
     shards: dict[str, list[Shard]]
     read: int = 0
     empty: int = 0
+    duplicates: int = 0
     bad: list[Bad] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -33,6 +35,11 @@ class Record:
     def tokens(self) -> int:
         """Tokens in all its shards."""
         return sum(shard.tokens for shards in self.shards.values() for shard in shards)
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the documents in them."""
+        return sum(shard.text_bytes for shards in self.shards.values() for shard in shards)
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON."""
@@ -45,16 +52,18 @@ class Record:
         return cls(**{**raw, "shards": shards, "bad": [Bad(**bad) for bad in raw["bad"]]})
 
 
-def run_unit(plan: Plan, unit: Unit, folder: Path, tokenizer: Tokenizer) -> Record:
-    """Write the unit's shards into `folder` and describe them.
+def run_unit(
+    plan: Plan, unit: Unit, folder: Path, tokenizer: Tokenizer, drops: np.ndarray | None = None
+) -> Record:
+    """Write the unit's shards into `folder` and describe them, without the documents at `drops`.
 
     Where the audit finds a difference the whole unit is encoded by tiktoken, with a warning.
     Raises ValueError for a source that changed since it was planned, OSError for failing I/O.
     """
     try:
-        record = _write_unit(plan, unit, folder, tokenizer)
+        record = _write_unit(plan, unit, folder, tokenizer, drops)
     except AuditError as error:
-        record = _write_unit(plan, unit, folder, tokenizer.reference_only())
+        record = _write_unit(plan, unit, folder, tokenizer.reference_only(), drops)
         record.warnings.append(f"unit {unit.number} was encoded by tiktoken alone: {error}")
     check_unchanged(plan, unit)
     return record
@@ -73,11 +82,16 @@ def check_unchanged(plan: Plan, unit: Unit) -> None:
             )
 
 
-def _write_unit(plan: Plan, unit: Unit, folder: Path, tokenizer: Tokenizer) -> Record:
+def _write_unit(
+    plan: Plan, unit: Unit, folder: Path, tokenizer: Tokenizer, drops: np.ndarray | None
+) -> Record:
     """Read, encode and write the unit's documents."""
-    train, val = (Side(folder, f"{side}_{unit.number:05d}") for side in SPLITS)
+    stems = [f"{side}_{unit.number:05d}" for side in SPLITS]
+    for stem in stems:
+        remove_temporaries(folder, stem)
+    train, val = (Side(folder, stem, plan.first_source) for stem in stems)
     record = Record(unit.number, {"train": train.shards, "val": val.shards})
-    first = True
+    first, position = True, 0
     with train, val:
         for batch in read(plan.files, unit.slices):
             record.bad += batch.bad
@@ -86,12 +100,20 @@ def _write_unit(plan: Plan, unit: Unit, folder: Path, tokenizer: Tokenizer) -> R
                 continue
             encoded = encode(tokenizer, batch, first)
             first = False
-            filled = encoded.text_bytes > 0
-            record.read += len(filled) if batch.begins else 0
-            record.empty += int(np.count_nonzero(~filled))
+            wanted = encoded.text_bytes > 0
+            # A piece that goes on has the place of the document that it goes on with.
+            places = np.arange(len(wanted)) + (position if batch.begins else position - 1)
+            if batch.begins:
+                position += len(wanted)
+                record.empty += int(np.count_nonzero(~wanted))
+            if drops is not None:
+                dropped = np.isin(places, drops)
+                record.duplicates += int(np.count_nonzero(dropped)) if batch.begins else 0
+                wanted &= ~dropped
             is_val = _is_val(plan, batch, encoded.hashes)
-            train.write(batch, encoded, filled & ~is_val)
-            val.write(batch, encoded, filled & is_val)
+            train.write(batch, encoded, wanted & ~is_val)
+            val.write(batch, encoded, wanted & is_val)
+    record.read += position
     return record
 
 

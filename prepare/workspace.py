@@ -4,8 +4,6 @@ They lie in `.prepare/` beside the shards. A unit whose record exists is finishe
 same command again resumes.
 """
 
-import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +13,15 @@ from typing import Any
 
 import filelock
 
-from prepare.plan import Plan
+from prepare.plan import Plan, Unit
+from prepare.storage import Folder
 from prepare.unit import Record
-from shards.atomic import remove_temporaries, write_json
 from shards.manifest import FILE_NAME, Manifest
 
+WORK = ".prepare"
+PLAN = f"{WORK}/plan.json"
+UNITS = f"{WORK}/units"
+LOG = "prepare.log"
 # A killed run's workers notice within moments and let go of the lock they inherited.
 LOCK_SECONDS = 5.0
 
@@ -28,18 +30,20 @@ LOCK_SECONDS = 5.0
 class Workspace:
     """The work area of the dataset in `folder`."""
 
-    folder: Path
-
-    @property
-    def path(self) -> Path:
-        """Where the lock, the plan and the records lie."""
-        return self.folder / ".prepare"
+    folder: Folder
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder; the lock dies with its process. Raises ValueError where it is held."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self.path / "lock")
+    def locked(self, task: str = "") -> Iterator[None]:
+        """Hold the folder, or one task's part of it; the lock dies with its process.
+
+        Raises ValueError where it is held. Object stores have no locks: there it is up to the user.
+        """
+        if self.folder.remote:
+            yield
+            return
+        path = Path(self.folder.path, WORK)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path / f"lock{task}")
         try:
             held = lock.acquire(timeout=LOCK_SECONDS)
         except filelock.Timeout:
@@ -48,80 +52,59 @@ class Workspace:
                 "wait for it to end, or give another --out"
             ) from None
         with held:
-            for folder in (self.folder, self.path, self.path / "units"):
-                remove_temporaries(folder)
             yield
 
     def refuse_strangers(self) -> None:
         """Raise ValueError where the folder holds something that is not a dataset of ours."""
-        ours = (self.path.exists(), (self.folder / FILE_NAME).exists())
-        if self.folder.exists() and not any(ours) and any(self.folder.iterdir()):
+        names = self.folder.names()
+        if names and WORK not in names and FILE_NAME not in names:
             raise ValueError(
-                f"expected a new or empty folder in {self.folder}, found other files there: "
-                "give another --out"
+                f"expected a new or empty folder in {self.folder}, found other files there "
+                f"({names[0]}, ...): give another --out"
             )
 
-    def is_complete(self) -> bool:
-        """Whether the manifest is there, which comes last."""
-        return (self.folder / FILE_NAME).exists()
+    def manifest(self) -> Manifest | None:
+        """The manifest of what is complete in the folder, or None."""
+        raw = self.folder.read_json(FILE_NAME)
+        return None if raw is None else Manifest.from_json(raw, Path(self.folder.path))
+
+    def stored_plan(self) -> dict[str, Any] | None:
+        """The record of the plan that was last begun here, or None."""
+        return self.folder.read_json(PLAN)
 
     def begin(self, plan: Plan) -> None:
-        """Record the plan, or check that it is the one that was begun here. Raises ValueError."""
-        path = self.path / "plan.json"
-        record = plan.record()
-        if path.exists():
-            self._compare(json.loads(path.read_bytes()), record)
-        elif self.is_complete():
-            self._compare_with_manifest(plan)
-        else:
-            (self.path / "units").mkdir(exist_ok=True)
-            write_json(path, record)
+        """Record the plan, so that every later run can be held to it."""
+        self.folder.write_json(PLAN, plan.record())
 
-    def _compare(self, begun: dict[str, Any], now: dict[str, Any]) -> None:
-        """Raise ValueError, naming what differs, unless the two plans are the same."""
-        if begun == now:
-            return
-        files = {file["name"]: file for file in now["files"]}
-        for file in begun["files"]:
-            if files.get(file["name"]) != file:
-                found = "changed" if file["name"] in files else "gone"
-                raise ValueError(
-                    f"expected the source {file['name']} as it was when {self.folder} was begun, "
-                    f"found it {found}: restore it, or give another --out"
-                )
-        raise ValueError(
-            f"expected the sources and options with which {self.folder} was begun "
-            f"({len(begun['files'])} files, split {begun['rule']}), found others "
-            f"({len(now['files'])} files, split {now['rule']}): repeat them, or give another --out"
-        )
+    def records(self, units: tuple[Unit, ...]) -> dict[int, Record]:
+        """The records of those of the units that are finished, by number."""
+        there = set(self.folder.names(UNITS))
+        names = {unit.number: _record_name(unit.number) for unit in units}
+        return {
+            number: Record.from_json(self.folder.read_json(f"{UNITS}/{name}"))
+            for number, name in names.items()
+            if name in there
+        }
 
-    def _compare_with_manifest(self, plan: Plan) -> None:
-        """The same for a finished dataset that came here without its plan."""
-        manifest = Manifest.load(self.folder)
-        begun = [(source.name, source.bytes) for source in manifest.sources]
-        now = [(file.name, file.size) for file in plan.files]
-        if (begun, manifest.rule) != (now, plan.rule.record()):
-            raise ValueError(
-                f"expected a new folder, found another dataset in {self.folder} ({len(begun)} "
-                f"sources, split {manifest.rule}): give another --out"
-            )
-
-    def records(self) -> dict[int, Record]:
-        """The records of finished units, by unit number."""
-        paths = sorted((self.path / "units").glob("*.json"))
-        records = [Record.from_json(json.loads(path.read_bytes())) for path in paths]
-        return {record.unit: record for record in records}
-
-    def save_record(self, record: Record) -> None:
-        """Say that a unit is finished. Its shards are on disk by now."""
-        write_json(self.path / "units" / f"{record.unit:05d}.json", record.to_json())
+    def finish_unit(self, record: Record, staged: Path) -> None:
+        """Publish a unit's shards and then, with its record, say that it is finished."""
+        for shards in record.shards.values():
+            for shard in shards:
+                self.folder.publish(staged / shard.index)
+                self.folder.publish(staged / shard.file)
+        self.folder.write_json(f"{UNITS}/{_record_name(record.unit)}", record.to_json())
 
     def close(self) -> None:
         """Remove the records once the manifest holds what they say; the plan stays for reruns."""
-        shutil.rmtree(self.path / "units")
+        for name in set(self.folder.names(WORK)) & {"units", "hashes", "drops"}:
+            self.folder.remove(f"{WORK}/{name}")
 
     def log(self, *lines: str) -> None:
         """Append to prepare.log, where times, warnings and figures of this run go."""
-        with open(self.folder / "prepare.log", "a", encoding="utf-8") as file:
-            stamp = datetime.now(UTC).isoformat(timespec="seconds")
-            file.writelines(f"{stamp} {part}\n" for line in lines for part in line.splitlines())
+        stamp = datetime.now(UTC).isoformat(timespec="seconds")
+        new = "".join(f"{stamp} {part}\n" for line in lines for part in line.splitlines())
+        self.folder.write(LOG, (self.folder.read(LOG) or b"") + new.encode())
+
+
+def _record_name(number: int) -> str:
+    return f"{number:05d}.json"

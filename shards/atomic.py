@@ -1,5 +1,6 @@
 """All-or-nothing files: write to a temporary name, fsync, rename (promise 6)."""
 
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -41,13 +42,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys: the same value, the same bytes."""
+    """Write `value` as JSON, all or nothing."""
     with atomic_file(path) as file:
-        file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        file.write(to_json(value))
     sync_folder(path.parent)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed writers left behind. Only for the one who holds the folder's lock."""
-    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+def to_json(value: Any) -> bytes:
+    """Indented JSON with sorted keys: the same value, the same bytes."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+def remove_temporaries(folder: Path, name: str) -> None:
+    """Remove what killed writers of files whose names begin with `name` left behind."""
+    for leftover in folder.glob(f".{glob.escape(name)}*{TEMPORARY_SUFFIX}"):
         leftover.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ that the dataset is complete (promise 6). Its fingerprint is the identity that c
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +107,49 @@ class Manifest:
         Raises FileNotFoundError where there is none, ValueError where it is of another format or
         version, was altered, names a file outside the folder, or lacks that generation.
         """
-        folder = Path(folder)
-        manifest = _parse(folder, _read(folder))
-        newest = manifest.generation
-        if generation is None or generation == newest:
-            return manifest
-        if not 0 <= generation < newest:
-            raise ValueError(
-                f"expected a generation from 0 to {newest} in {folder}, found {generation}: "
-                "this dataset is older than what asks for it; copy the newer one here"
-            )
-        return _prefix(manifest, generation)
+        manifest = cls.from_json(_read(Path(folder)), Path(folder))
+        return manifest if generation is None else manifest.prefix(generation)
 
-    @property
+    @classmethod
+    def from_json(cls, raw: Any, folder: Path) -> "Manifest":
+        """The manifest of its JSON. Raises ValueError as `load` does."""
+        path = folder / FILE_NAME
+        found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (None, None)
+        if found != (FORMAT, VERSION):
+            raise ValueError(
+                f"expected format {FORMAT} version {VERSION} in {path}, found {found[0]} version "
+                f"{found[1]}: use the version of this program that wrote it, or prepare again"
+            )
+        try:
+            manifest = _parse(raw, folder)
+            recorded = raw["fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"expected a whole manifest in {path}, found it without {error}: restore it"
+            ) from None
+        if recorded != manifest.fingerprint:
+            raise ValueError(
+                f"expected the fingerprint {manifest.fingerprint[:12]} in {path}, found "
+                f"{recorded[:12]}: the file was altered; restore it or prepare again"
+            )
+        _check_names(manifest)
+        return manifest
+
+    def prefix(self, generation: int) -> "Manifest":
+        """The dataset as it was at `generation`. Raises ValueError where it never was there."""
+        if not 0 <= generation <= self.generation:
+            raise ValueError(
+                f"expected a generation from 0 to {self.generation} in {self.folder}, found "
+                f"{generation}: this copy is older than what asks for it; bring the newer one here"
+            )
+        splits = {
+            name: Split(tuple(shard for shard in split.shards if shard.generation <= generation))
+            for name, split in self.splits.items()
+        }
+        sources = tuple(source for source in self.sources if source.generation <= generation)
+        return replace(self, splits=splits, sources=sources, generation=generation)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 of the tokenizer and of every shard up to this generation."""
         identity = {
@@ -135,35 +166,36 @@ class Manifest:
         """Where one of the dataset's files lies."""
         return self.folder / file
 
+    def to_json(self) -> dict[str, Any]:
+        """What `manifest.json` holds."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": "uint16",
+            "fingerprint": self.fingerprint,
+            "generation": self.generation,
+            "tokenizer": asdict(self.tokenizer),
+            "split_rule": self.rule,
+            "sources": [asdict(source) for source in self.sources],
+            "counts": self.counts,
+            "splits": {
+                name: {
+                    "tokens": split.tokens,
+                    "documents": split.documents,
+                    "text_bytes": split.text_bytes,
+                    "shards": [asdict(shard) for shard in split.shards],
+                }
+                for name, split in self.splits.items()
+            },
+        }
+
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, all or nothing."""
-        write_json(
-            folder / FILE_NAME,
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "dtype": "uint16",
-                "fingerprint": self.fingerprint,
-                "generation": self.generation,
-                "tokenizer": asdict(self.tokenizer),
-                "split_rule": self.rule,
-                "sources": [asdict(source) for source in self.sources],
-                "counts": self.counts,
-                "splits": {
-                    name: {
-                        "tokens": split.tokens,
-                        "documents": split.documents,
-                        "text_bytes": split.text_bytes,
-                        "shards": [asdict(shard) for shard in split.shards],
-                    }
-                    for name, split in self.splits.items()
-                },
-            },
-        )
+        write_json(folder / FILE_NAME, self.to_json())
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """The manifest's JSON, once its format and version are known to be ours."""
+def _read(folder: Path) -> Any:
+    """The manifest's JSON."""
     path = folder / FILE_NAME
     if not path.exists():
         raise FileNotFoundError(
@@ -172,61 +204,36 @@ def _read(folder: Path) -> dict[str, Any]:
             f"`python -m prepare SOURCE --out {folder}` (an unfinished one: the same command again)"
         )
     try:
-        raw = json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(
             f"expected JSON in {path}, found {error}: restore it or prepare again"
         ) from None
-    found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (None, None)
-    if found != (FORMAT, VERSION):
-        raise ValueError(
-            f"expected format {FORMAT} version {VERSION} in {path}, found {found[0]} version "
-            f"{found[1]}: use the version of this program that wrote it, or prepare again"
-        )
-    return raw
 
 
-def _parse(folder: Path, raw: dict[str, Any]) -> Manifest:
-    """The manifest of its JSON; the recorded fingerprint must be that of what it lists."""
-    path = folder / FILE_NAME
-    try:
-        manifest = Manifest(
-            tokenizer=TokenizerIdentity(**raw["tokenizer"]),
-            rule=raw["split_rule"],
-            sources=tuple(Source(**source) for source in raw["sources"]),
-            splits={
-                name: Split(tuple(Shard(**shard) for shard in raw["splits"][name]["shards"]))
-                for name in SPLITS
-            },
-            counts=raw["counts"],
-            generation=raw["generation"],
-            folder=folder,
-        )
-        recorded = raw["fingerprint"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"expected a whole manifest in {path}, found it without {error}: restore it"
-        ) from None
-    if recorded != manifest.fingerprint:
-        raise ValueError(
-            f"expected the fingerprint {manifest.fingerprint[:12]} in {path}, found "
-            f"{recorded[:12]}: the file was altered; restore it or prepare again"
-        )
+def _parse(raw: dict[str, Any], folder: Path) -> Manifest:
+    """The manifest that some JSON spells out."""
+    return Manifest(
+        tokenizer=TokenizerIdentity(**raw["tokenizer"]),
+        rule=raw["split_rule"],
+        sources=tuple(Source(**source) for source in raw["sources"]),
+        splits={
+            name: Split(tuple(Shard(**shard) for shard in raw["splits"][name]["shards"]))
+            for name in SPLITS
+        },
+        counts=raw["counts"],
+        generation=raw["generation"],
+        folder=folder,
+    )
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Raise ValueError where the manifest names a file outside its folder."""
     for split in manifest.splits.values():
         for shard in split.shards:
-            if any(Path(name).name != name for name in (shard.file, shard.index)):
-                raise ValueError(
-                    f"expected plain file names in {path}, found {shard.file!r}: a dataset's files "
-                    "lie in its own folder; don't use this one"
-                )
-    return manifest
-
-
-def _prefix(manifest: Manifest, generation: int) -> Manifest:
-    """The dataset as it was at `generation`."""
-    splits = {
-        name: Split(tuple(shard for shard in split.shards if shard.generation <= generation))
-        for name, split in manifest.splits.items()
-    }
-    sources = tuple(source for source in manifest.sources if source.generation <= generation)
-    return replace(manifest, splits=splits, sources=sources, generation=generation)
+            for name in (shard.file, shard.index):
+                if "/" in name or "\\" in name or name.startswith("."):
+                    raise ValueError(
+                        f"expected plain file names in {manifest.folder / FILE_NAME}, found "
+                        f"{name!r}: a dataset's files lie in its own folder; don't use this one"
+                    )

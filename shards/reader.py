@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import overload
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from shards.manifest import Manifest, Shard
-from shards.writer import DTYPE
+from shards.writer import DTYPE, INDEX_SCHEMA
 
 # Maps kept open by one reader; each costs a file mapping, and reopening costs some 50 us.
 MAX_OPEN = 256
@@ -60,6 +62,28 @@ def open_tokens(manifest: Manifest, shard: Shard) -> np.ndarray:
         )
     # A plain array over the same memory: indexing np.memmap costs three times as much.
     return np.asarray(view)
+
+
+def read_index(manifest: Manifest, shard: Shard) -> pa.Table:
+    """The index of one shard, as `shards.writer.INDEX_SCHEMA` says.
+
+    Raises FileNotFoundError for a missing file, ValueError for one that is no index.
+    """
+    path = manifest.path(shard.index)
+    remedy = "restore it, or prepare the dataset again"
+    if not path.exists():
+        raise FileNotFoundError(f"expected the index {path}, found no such file: {remedy}")
+    try:
+        with pq.ParquetFile(path) as file:
+            index = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"expected a whole index in {path}, found {error}: {remedy}") from None
+    if index.schema != INDEX_SCHEMA:
+        raise ValueError(
+            f"expected the columns {', '.join(INDEX_SCHEMA.names)} in {path}, found "
+            f"{', '.join(index.schema.names)}: {remedy}"
+        )
+    return index
 
 
 class EvalWindows(Sequence[np.ndarray]):

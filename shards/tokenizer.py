@@ -67,6 +67,12 @@ class Tokenizer:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self._reference.decode([int(i) for i in ids])
 
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, (n_vocab,) int64; none for `<|endoftext|>`."""
+        token = self._reference.decode_single_token_bytes
+        lengths = [0 if i == self.eot else len(token(i)) for i in range(self.n_vocab)]
+        return np.array(lengths, np.int64)
+
     def encode_batch(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of an Arrow string array without nulls, straight from its buffers.
 

@@ -1,0 +1,62 @@
+"""What a plan will take: tokens, time, disk and memory, judged from a sample of the text."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from prepare.documents import read
+from prepare.encode import encode
+from prepare.plan import Plan, Unit
+from prepare.text import PIECE_BYTES
+from prepare.workspace import Workspace
+from shards.tokenizer import Tokenizer
+
+SAMPLED_UNITS = 3
+# Bytes on disk for a byte of text: two a token, and few texts have less than two bytes a token.
+DISK_PER_BYTE = 1.1
+# What a worker takes by itself: interpreter, libraries, vocabulary, the encoder's cache.
+BASE_BYTES = 450 << 20
+
+
+def forecast(plan: Plan, tokenizer: Tokenizer, workers: int) -> str:
+    """What would be done, for people. Encodes the first batch of a few units."""
+    text = tokens = documents = 0
+    started = time.perf_counter()
+    step = max(1, len(plan.units) // SAMPLED_UNITS)
+    for unit in plan.units[::step][:SAMPLED_UNITS]:
+        for batch in islice(read(plan.files, unit.slices), 1):
+            encoded = encode(tokenizer, batch, first=False)
+            text += int(encoded.text_bytes.sum())
+            tokens += len(encoded.tokens)
+            documents += len(encoded.text_bytes)
+    seconds = time.perf_counter() - started
+    weight = sum(unit.weight for unit in plan.units)
+    per_byte = tokens / max(text, 1)
+    largest = max((unit.weight for unit in plan.units), default=0)
+    ratio = weight / max(text, 1)
+    stored = sum(file.size for file in plan.files)
+    return f"""\
+files      {len(plan.files):,}, {stored / 1e6:,.1f} MB, about {weight / 1e6:,.1f} MB of text
+split      {plan.rule.rule}, {plan.rule.val_fraction:g} for validation
+units      {len(plan.units):,}, the largest of about {largest / 1e6:,.1f} MB of text
+documents  about {documents * ratio:,.0f}
+tokens     about {weight * per_byte:,.0f}
+disk       about {weight * per_byte * 2 / 1e6:,.1f} MB
+time       about {seconds * ratio / workers:,.0f} s with {workers} workers
+memory     about {BASE_BYTES >> 20} MB a worker, and three times what one document or row group has
+           above {PIECE_BYTES >> 20} MB"""
+
+
+def check_room(units: Sequence[Unit], workspace: Workspace) -> None:
+    """Raise OSError where the disk clearly has no room for the units."""
+    if workspace.folder.remote:
+        return
+    needed = int(sum(unit.weight for unit in units) * DISK_PER_BYTE)
+    free = shutil.disk_usage(Path(workspace.folder.path)).free
+    if needed > free:
+        raise OSError(
+            f"expected about {needed / 1e9:.1f} GB free for {workspace.folder}, found "
+            f"{free / 1e9:.1f} GB: make room, or give an --out on another disk"
+        )

@@ -1,0 +1,154 @@
+"""A prepare from options to summary: agree on the plan, run its units, write the manifest."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tqdm import tqdm
+
+from prepare import finish
+from prepare.agree import agree
+from prepare.dedup import find_duplicates
+from prepare.engine import run_local
+from prepare.estimate import check_room, forecast
+from prepare.plan import Plan, Unit, make_plan
+from prepare.request import Request
+from prepare.storage import Folder
+from prepare.unit import Record
+from prepare.work import HashDocuments, WriteShards
+from prepare.workspace import Workspace
+from shards import tokenizer
+from shards.manifest import FILE_NAME
+
+if TYPE_CHECKING:
+    from prepare.__main__ import Options
+
+Result = TypeVar("Result")
+Engine = Callable[[Callable[[Unit], Result], Sequence[Unit]], Iterator[Result]]
+
+
+def run(options: "Options") -> None:
+    """Make, or go on making, the dataset `options.out`. Raises ValueError or OSError."""
+    request = Request(
+        sources=options.sources,
+        val_sources=options.val_source,
+        split=options.split,
+        val_fraction=options.val_fraction,
+        text_column=options.text_column,
+        dedup=options.dedup,
+        append=options.append,
+    )
+    task = _task(options)
+    workspace = Workspace(Folder(options.out))
+    workspace.refuse_strangers()
+    if options.plan:
+        base = workspace.manifest() if options.append else None
+        print(forecast(make_plan(request, base), tokenizer.load(), options.workers))
+        return
+    tokenizer.load()  # says now if there is no vocabulary; forked workers share it
+    started = time.perf_counter()
+    with workspace.locked(f"-{task[0]}-of-{task[1]}" if task else ""):
+        plan, done = agree(request, workspace)
+        if done:
+            workspace.close()
+            print(f"{options.out} is complete: nothing to do.")
+            return
+        if not options.finish:
+            _run_units(plan, workspace, options, task)
+        if not task:
+            _finish(plan, workspace, options.max_bad, started)
+
+
+def _task(options: "Options") -> tuple[int, int] | None:
+    """(i, n) of --task i/n, i counted from 1. Raises ValueError for what can't be."""
+    if options.workers < 1:
+        raise ValueError(f"expected --workers of at least 1, found {options.workers}")
+    several = options.task or options.finish or options.engine != "local"
+    if options.dedup and several:
+        raise ValueError(
+            "expected --dedup on one machine, found --task, --finish or --engine ray: which of two "
+            "duplicates comes first is known only where all hashes are; leave one of them out"
+        )
+    if options.task is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", options.task)
+    if found is None or int(found[1]) > int(found[2]) or options.finish:
+        raise ValueError(
+            f"expected --task i/n with i from 1 to n, and --finish in a run of its own, found "
+            f"--task {options.task}: --task 1/8 is the first of eight"
+        )
+    return int(found[1]), int(found[2])
+
+
+def _run_units(
+    plan: Plan, workspace: Workspace, options: "Options", task: tuple[int, int] | None
+) -> None:
+    """Run the units, or one task's, that are not finished yet, showing progress."""
+    units = plan.units[task[0] - 1 :: task[1]] if task else plan.units
+    finished = workspace.records(units)
+    waiting = [unit for unit in units if unit.number not in finished]
+    if finished:
+        print(f"Resuming: {len(finished)} of {len(units)} units are finished.")
+    check_room(waiting, workspace)
+    engine = _engine(plan, workspace, options)
+    if plan.dedup and waiting:
+        with tqdm(total=len(units), desc="hash", unit="unit") as bar:
+            for _ in engine(HashDocuments(plan, workspace), units):
+                bar.update()
+        find_duplicates(workspace, units)
+    _show(engine(WriteShards(plan, workspace), waiting), units, waiting)
+
+
+def _show(records: Iterator[Record], units: Sequence[Unit], waiting: Sequence[Unit]) -> None:
+    """Follow the units with a progress bar: text per second, tokens per second, time to go."""
+    weights = {unit.number: unit.weight for unit in units}
+    total, tokens = sum(weights.values()), 0
+    before = total - sum(unit.weight for unit in waiting)
+    with tqdm(
+        total=total, initial=before, desc="prepare", unit="B", unit_scale=True, mininterval=0.5
+    ) as bar:
+        for record in records:
+            tokens += record.tokens
+            seconds = bar.format_dict["elapsed"] or 1
+            bar.set_postfix_str(f"{tokens / seconds / 1e6:.1f}M tokens/s", refresh=False)
+            bar.update(weights[record.unit])
+
+
+def _engine(plan: Plan, workspace: Workspace, options: "Options") -> Engine[Any]:
+    """How units are run."""
+    if options.engine == "ray":
+        from prepare.cluster import run_ray
+
+        return lambda work, units: run_ray(work, units, options.address)
+    # A client of an object store that was used before a fork may hang after it.
+    remote = workspace.folder.remote or any(file.remote for file in plan.files)
+    method = "spawn" if remote else None
+    return lambda work, units: run_local(work, units, options.workers, method)
+
+
+def _finish(plan: Plan, workspace: Workspace, max_bad: int | None, started: float) -> None:
+    """Write quarantine.jsonl and, last of all, the manifest. Raises ValueError if it can't be."""
+    done = workspace.records(plan.units)
+    missing = [unit.number for unit in plan.units if unit.number not in done]
+    if missing:
+        raise ValueError(
+            f"expected {len(plan.units)} finished units in {workspace.folder}, found "
+            f"{len(missing)} missing (unit {missing[0]}, ...): run the tasks that have not ended"
+        )
+    records = [done[unit.number] for unit in plan.units]
+    base = workspace.manifest() if plan.generation else None
+    manifest = finish.build_manifest(plan, records, tokenizer.load(), base)
+    before = (workspace.folder.read(finish.QUARANTINE) or b"").splitlines()
+    entries = finish.quarantine(plan, records, [json.loads(line) for line in before])
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    workspace.folder.write(finish.QUARANTINE, "".join(lines).encode())
+    finish.check_bad(manifest, entries, max_bad)
+    finish.check_splits(manifest)
+    workspace.folder.write_json(FILE_NAME, manifest.to_json())
+    workspace.close()
+    text = finish.summary(manifest, records, time.perf_counter() - started)
+    workspace.log(*(warning for record in records for warning in record.warnings), text)
+    print(text)
+    print(f"The dataset is in {workspace.folder}: python -m shards info {workspace.folder}")

@@ -1,0 +1,101 @@
+"""The two things done to every unit: hashing its documents (for --dedup) and writing its shards.
+
+Each is a small picklable value that is called with a unit, on whatever machine the engine chose.
+"""
+
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from prepare.documents import read
+from prepare.plan import Plan, Unit
+from prepare.split import content_hashes
+from prepare.unit import Record, check_unchanged, run_unit
+from prepare.workspace import WORK, Workspace
+from shards import tokenizer
+from shards.tokenizer import string_buffers
+
+Result = TypeVar("Result")
+
+# Reads and writes over a network are tried so often, with growing pauses.
+ATTEMPTS = 4
+FIRST_PAUSE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class WriteShards:
+    """Turn a unit into shards and its record; nothing of it is left if it fails."""
+
+    plan: Plan
+    workspace: Workspace
+
+    def __call__(self, unit: Unit) -> Record:
+        """Write one unit. Raises ValueError for a changed source, OSError for failing I/O."""
+        return _retried(self._once, unit, self.plan, self.workspace)
+
+    def _once(self, unit: Unit) -> Record:
+        drops = load_drops(self.workspace, unit) if self.plan.dedup else None
+        with self.workspace.folder.staging() as staged:
+            record = run_unit(self.plan, unit, staged, tokenizer.load(), drops)
+            self.workspace.finish_unit(record, staged)
+        return record
+
+
+@dataclass(frozen=True)
+class HashDocuments:
+    """Note the content hash of each document of a unit, (n, 2) uint64, in the work area."""
+
+    plan: Plan
+    workspace: Workspace
+
+    def __call__(self, unit: Unit) -> int:
+        """Hash one unit; returns its number."""
+        return _retried(self._once, unit, self.plan, self.workspace)
+
+    def _once(self, unit: Unit) -> int:
+        parts = [np.empty((0, 2), np.uint64)]
+        for batch in read(self.plan.files, unit.slices):
+            if not batch.begins:
+                continue
+            hashes = content_hashes(batch.texts) if batch.hashes is None else batch.hashes
+            # An empty document is dropped anyway and is nobody's duplicate.
+            empty = np.diff(string_buffers(batch.texts)[0]) == 0
+            parts.append(np.where(empty[:, None], np.uint64(0), hashes))
+        check_unchanged(self.plan, unit)
+        save_array(self.workspace, f"hashes/{unit.number:05d}.npy", np.concatenate(parts))
+        return unit.number
+
+
+def save_array(workspace: Workspace, name: str, array: np.ndarray) -> None:
+    """Put an array into the work area, all or nothing."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    workspace.folder.write(f"{WORK}/{name}", buffer.getvalue())
+
+
+def load_drops(workspace: Workspace, unit: Unit) -> np.ndarray:
+    """Which documents of a unit are duplicates: their places among its documents, int64."""
+    content = workspace.folder.read(f"{WORK}/drops/{unit.number:05d}.npy")
+    assert content is not None
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def _retried(
+    once: Callable[[Unit], Result], unit: Unit, plan: Plan, workspace: Workspace
+) -> Result:
+    """Try again what a network may have broken; a local file system is believed at once."""
+    remote = workspace.folder.remote or any(plan.files[part.file].remote for part in unit.slices)
+    for attempt in range(ATTEMPTS):
+        try:
+            return once(unit)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            if not remote or attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
+    raise AssertionError("unreachable")

@@ -1,0 +1,70 @@
+"""Is a dataset what its manifest says? Every byte of it is read, at the speed of the disk."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from shards.manifest import Manifest, Shard
+from shards.reader import open_tokens, read_index
+
+
+def verify(manifest: Manifest) -> Iterator[tuple[Shard, list[str]]]:
+    """Each shard of the dataset, in order, with what is wrong with it and its index, a line each.
+
+    Hashing and NumPy leave the interpreter's lock, so threads read as many shards as there are
+    cores.
+    """
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from zip(shards, pool.map(lambda shard: faults(manifest, shard), shards), strict=True)
+
+
+def faults(manifest: Manifest, shard: Shard) -> list[str]:
+    """What is wrong with one shard and its index: hash, size, id range, documents."""
+    found: list[str] = []
+    for check in (_check_tokens, _check_index):
+        try:
+            found += check(manifest, shard)
+        except (ValueError, OSError) as error:
+            found.append(str(error))
+    return found
+
+
+def _check_tokens(manifest: Manifest, shard: Shard) -> Iterator[str]:
+    tokens = open_tokens(manifest, shard)
+    path = manifest.path(shard.file)
+    yield from _check_hash(path, shard.sha256)
+    highest = int(tokens.max(initial=0))
+    if highest >= manifest.tokenizer.n_vocab:
+        at = int(np.argmax(tokens))
+        yield (
+            f"expected ids below {manifest.tokenizer.n_vocab} in {path}, found {highest} at token "
+            f"{at}"
+        )
+
+
+def _check_index(manifest: Manifest, shard: Shard) -> Iterator[str]:
+    index = read_index(manifest, shard)
+    path = manifest.path(shard.index)
+    yield from _check_hash(path, shard.index_sha256)
+    documents = int(np.count_nonzero(~index["continued"].to_numpy()))
+    text_bytes = int(index["text_bytes"].to_numpy().sum())
+    if (documents, text_bytes) != (shard.documents, shard.text_bytes):
+        yield (
+            f"expected {shard.documents} documents of {shard.text_bytes} bytes in {path}, found "
+            f"{documents} of {text_bytes}"
+        )
+    edges = np.array([0, *index["offset"].to_numpy(), shard.tokens])
+    if (np.diff(edges) < 0).any():
+        yield f"expected rising offsets up to {shard.tokens} in {path}, found others"
+
+
+def _check_hash(path: Path, expected: str) -> Iterator[str]:
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        yield f"expected sha256 {expected[:12]} of {path}, found {found[:12]}"
