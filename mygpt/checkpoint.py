@@ -1,0 +1,186 @@
+"""Checkpoints: folders that hold all of a run at a step boundary, and appear whole or not at all.
+
+    RUN/checkpoints/step_00001000/    after 1,000 finished steps:
+        model.safetensors             every parameter once, under its plain name
+        optimizer.safetensors         the optimizer's tensors, flat
+        state.json                    step, position in the data, settings, fingerprint, ...
+
+Written to a temporary folder, fsynced, renamed: a folder named `step_N` is complete (promise 6).
+Nothing in it is code: safetensors and JSON (promise 8).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FORMAT, VERSION = "mygpt-checkpoint", 1
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` finished steps lies."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def steps(run: Path) -> list[int]:
+    """The steps of a run's complete checkpoints, in order."""
+    folders = (run / "checkpoints").glob("step_" + "[0-9]" * 8)
+    return sorted(int(folder.name.removeprefix("step_")) for folder in folders)
+
+
+def newest(run: Path) -> Path | None:
+    """The last complete checkpoint of a run, if it has one."""
+    return folder_of(run, steps(run)[-1]) if steps(run) else None
+
+
+def best(run: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss, the newer of equals; None without any."""
+    losses = {}
+    for step in steps(run):
+        losses[step] = read_state(folder_of(run, step))["val_loss"]
+    measured = [step for step in reversed(losses) if losses[step] is not None]
+    return folder_of(run, min(measured, key=losses.__getitem__)) if measured else None
+
+
+def newest_run(root: Path) -> Path:
+    """The run at or below `root` with the latest checkpoint; FileNotFoundError without any."""
+    found = [path.parent for path in root.glob("**/checkpoints/step_*/state.json")]
+    if not found:
+        raise FileNotFoundError(
+            f"no checkpoint of a run under {root}/: train one with `python train.py`, or name a run"
+        )
+    return max(found, key=lambda folder: (folder.stat().st_mtime_ns, folder.name)).parents[1]
+
+
+def save(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint of `step` finished steps and return its folder.
+
+    `state` is JSON and holds the `val_loss` measured at this step, or None; step, format and
+    version are added to it. Raises OSError where the disk is full or not writable; what was there
+    before is then unharmed.
+    """
+    final = folder_of(run, step)
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _save_tensors(temporary / "model.safetensors", parameters(model))
+        _save_tensors(temporary / "optimizer.safetensors", optimizer)
+        record = {"format": FORMAT, "version": VERSION, "step": step, **state}
+        (temporary / "state.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        os.rename(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(final.parent)
+    _sync(run)
+    return final
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove what killed writes left, and all checkpoints but the `keep` newest and the best."""
+    for leftover in (run / "checkpoints").glob(".step_*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    best_one = best(run)
+    for step in steps(run)[:-keep]:
+        folder = folder_of(run, step)
+        if folder != best_one:
+            # Renamed first: a folder half deleted must not look complete.
+            doomed = folder.with_name(f".{folder.name}.tmp")
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The `state.json` of a checkpoint. Raises ValueError if it is none, or of another version."""
+    path = folder / "state.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint: it has no state.json")
+    try:
+        state = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): use another checkpoint") from None
+    found = (state.get("format"), state.get("version"))
+    if found != (FORMAT, VERSION):
+        raise ValueError(
+            f"{path}: expected format {FORMAT} version {VERSION}, found {found[0]} {found[1]}: "
+            "read it with the version of myGPT that wrote it"
+        )
+    return state
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run's folder, made if need be; ValueError if another process trains there now."""
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another process is training in {run}: wait for it, or take another --log-dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Name → parameter, tied ones once. The model must not be wrapped by DDP or torch.compile."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Fill the model's parameters from a checkpoint; ValueError if names or shapes do not match."""
+    path, own = folder / "model.safetensors", parameters(model)
+    stored = load_file(path)
+    if different := sorted(stored.keys() ^ own.keys()):
+        raise ValueError(f"{path} does not fit the model: {different[0]} is only in one of them")
+    for name, tensor in stored.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"{path} does not fit the model: {name} has shape {tuple(tensor.shape)}, "
+                f"expected {tuple(own[name].shape)}"
+            )
+        own[name].copy_(tensor)
+
+
+def load_optimizer(folder: Path) -> dict[str, Tensor]:
+    """The optimizer's tensors of a checkpoint, on the CPU."""
+    return load_file(folder / "optimizer.safetensors")
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to disk; where folders can't be opened, renames need no help."""
+    if os.name == "nt" and path.is_dir():
+        return
+    # Windows can flush only what is open for writing.
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,53 @@
+"""The shape of a model: what a checkpoint must know to be built again. No torch here.
+
+The four GPT-2 sizes are `GPT2_SHAPES`; `GPTConfig()` is the smallest of them, with 124M parameters.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The 124M GPT-2. Frozen, and checked where it is made (`ValueError`, one line)."""
+
+    block_size: int = 1024  # tokens of context, as many as there are learned positions
+    vocab_size: int = 50257  # GPT-2's 50,000 merges, 256 bytes and <|endoftext|>
+    n_layers: int = 12
+    n_heads: int = 12
+    n_embed: int = 768  # width of the residual stream
+    n_hidden: int = 0  # width inside the MLP; 0 stands for 4 * n_embed and is replaced by it
+    dropout: float = 0.0
+    bias: bool = True  # in the linear layers and layer norms, as GPT-2 has it
+
+    def __post_init__(self) -> None:
+        if not self.n_hidden:
+            object.__setattr__(self, "n_hidden", 4 * self.n_embed)
+        for name in ("block_size", "vocab_size", "n_layers", "n_heads", "n_embed", "n_hidden"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.n_embed % self.n_heads:
+            raise ValueError(
+                f"n_embed must be a multiple of n_heads, got {self.n_embed} and {self.n_heads}: "
+                f"try n_embed {self.n_embed - self.n_embed % self.n_heads + self.n_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class GPTConfigSmall(GPTConfig):
+    """A small one: ~10M parameters outside the embeddings, ~30M with GPT-2's vocabulary."""
+
+    block_size: int = 256
+    n_layers: int = 6
+    n_heads: int = 6
+    n_embed: int = 384
+
+
+GPT2_SHAPES = {
+    "gpt2": GPTConfig(),
+    "gpt2-medium": GPTConfig(n_layers=24, n_heads=16, n_embed=1024),
+    "gpt2-large": GPTConfig(n_layers=36, n_heads=20, n_embed=1280),
+    "gpt2-xl": GPTConfig(n_layers=48, n_heads=25, n_embed=1600),
+}

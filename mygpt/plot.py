@@ -1,0 +1,97 @@
+"""The picture of a run: training and validation loss over its steps, drawn from `log.txt`.
+
+python -m mygpt.plot log/demo      writes log/demo/loss.png
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mygpt.log import History, read
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MISSING = "no picture: matplotlib is not installed, get it with pip install 'mygpt[plots]'"
+_TRAIN, _VAL, _BASELINE = "#4C78A8", "#E45756", "#7F7F7F"
+
+
+def draw(run: Path) -> Path:
+    """Draw `RUN/loss.png` and return its path. ImportError if matplotlib is not installed.
+
+    Raises FileNotFoundError without a log and ValueError for one without any loss.
+    """
+    # The object interface: pyplot would look for a display and hold state between calls.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    history = read(run)
+    if not history.train and not history.val:
+        raise ValueError(f"{run / 'log.txt'} holds no loss yet: nothing to draw")
+    figure = Figure(figsize=(8, 4.5), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps, losses = list(history.train), list(history.train.values())
+    axes.plot(steps, losses, color=_TRAIN, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, smoothed(losses), color=_TRAIN, label="training, smoothed")
+    if history.val:
+        last = list(history.val.values())[-1]
+        axes.plot(
+            *_columns(history), ".-", color=_VAL, label=f"validation subset, ends at {last:.2f}"
+        )
+    if history.unigram is not None:
+        label = f"unigram baseline, {history.unigram:.2f}"
+        axes.axhline(history.unigram, color=_BASELINE, linestyle="--", linewidth=1, label=label)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"{run}: loss", xlim=(0, None))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return _save(figure, run / "loss.png")
+
+
+def draw_or_explain(run: Path) -> str:
+    """Draw the picture if it can be drawn; its path, or a line on what is missing."""
+    try:
+        return str(draw(run))
+    except ImportError:
+        return MISSING
+
+
+def _columns(history: History) -> tuple[list[int], list[float]]:
+    return list(history.val), list(history.val.values())
+
+
+def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start: the first value is itself."""
+    result, average = [], 0.0
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        result.append(average / (1 - weight**count))
+    return result
+
+
+def _save(figure: "Figure", path: Path) -> Path:
+    # A viewer that watches the file never sees half a picture.
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)
+    return path
+
+
+def main() -> int:
+    """Draw the run named on the command line."""
+    parser = argparse.ArgumentParser(description="Draw the losses of a run into RUN/loss.png.")
+    parser.add_argument("run", type=Path, nargs="?", default=Path("log"))
+    asked = parser.parse_args()
+    try:
+        print(draw(asked.run))
+    except ImportError:
+        parser.exit(2, f"error: {MISSING}\n")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

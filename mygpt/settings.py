@@ -1,0 +1,266 @@
+"""The settings of a training run: its flags, its presets, and the arithmetic of its steps.
+
+Everything here is plain values: no torch, so that `train.py --help` answers at once.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from mygpt.config import GPT2_SHAPES, GPTConfig, GPTConfigSmall
+
+ROUNDS = 10  # validations in a run whose interval was left open
+# Where 0 says "not decided": a run that goes on has them already, `resolved` works them out.
+OPEN = (
+    *("max_steps", "time_budget", "stop_at", "warmup_steps", "val_interval"),
+    "checkpoint_interval",
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run as it is asked for; what is 0 is open, and filled in by the run or by `resolved`."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: Path | None = None  # folder of the dataset; not needed where data/ holds exactly one
+    log_dir: Path = Path("log")  # the run's folder; a run that lies there is continued
+    seed: int = 1337  # of the initial weights, the order of the data and dropout
+    max_steps: int = 19073  # optimizer steps, the horizon of the schedule; 0: fit --time-budget
+    time_budget: float = 0  # seconds of training, from which max_steps is measured
+    stop_at: int = 0  # stop after this step and leave the schedule as it is; 0: go to the end
+    total_batch_size: int = 2**19  # tokens of one step, of all ranks together
+    micro_batch: int = 16  # rows that a rank takes through the model at once
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices of the blocks
+    max_lr: float = 6e-4  # learning rate after the warm-up
+    min_lr: float = 6e-5  # learning rate at the end
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: stay at max_lr, fall in the last half
+    warmup_steps: int = 0  # steps of linear warm-up; 0: a twentieth of the run
+    weight_decay: float = 0.1  # on tensors of two and more dimensions
+    beta1: float = 0.9  # AdamW's decay of the mean of the gradient
+    beta2: float = 0.95  # AdamW's decay of the mean of its square
+    grad_clip: float = 1.0  # largest norm of the gradient
+    log_interval: int = 1  # steps from one line of the log to the next
+    val_interval: int = 0  # steps from one validation to the next; 0: a tenth of the run
+    val_tokens: int = 2**20  # size of the fixed part of the validation split used for them
+    checkpoint_interval: int = 0  # likewise for checkpoints; a better validation makes one too
+    keep: int = 2  # newest checkpoints to keep, beside the best by validation
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
+    compile: bool = True  # torch.compile; on CUDA only
+    deterministic: bool = False  # bitwise repeatable on CUDA as well, which costs speed
+
+    def __post_init__(self) -> None:
+        for name in ("total_batch_size", "micro_batch", "log_interval", "val_tokens", "keep"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in OPEN:
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, name, "0 or more", value)
+        for name in ("max_lr", "grad_clip"):
+            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        _require(0 <= self.min_lr <= self.max_lr, "min_lr", f"0 to {self.max_lr}", self.min_lr)
+        _require(0 <= self.seed < 2**63, "seed", "0 to 2**63 - 1", self.seed)
+        if not self.max_steps and not self.time_budget:
+            raise ValueError("a run needs an end: give --max-steps or --time-budget")
+        if self.max_steps and self.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"--warmup-steps must be at most max_steps = {self.max_steps}, "
+                f"got {self.warmup_steps}"
+            )
+
+    def resolved(self, max_steps: int) -> "TrainConfig":
+        """The same with `max_steps`, and with the intervals left open worked out of it."""
+        tenth = max(1, max_steps // ROUNDS)
+        return replace(
+            self,
+            max_steps=max_steps,
+            warmup_steps=self.warmup_steps or max(1, tenth // 2),
+            val_interval=self.val_interval or tenth,
+            checkpoint_interval=self.checkpoint_interval or tenth,
+        )
+
+
+def _require(condition: bool, name: str, wanted: str, found: object) -> None:
+    if not condition:
+        raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, got {found}")
+
+
+_GPT2 = TrainConfig(warmup_steps=715, val_interval=250, checkpoint_interval=1000)
+
+PRESETS: dict[str, tuple[str, TrainConfig]] = {
+    "tiny": (
+        "for a CPU and five minutes",
+        TrainConfig(
+            GPTConfig(block_size=128, n_layers=4, n_heads=4, n_embed=128),
+            max_steps=0,
+            time_budget=290,
+            total_batch_size=512,
+            micro_batch=4,
+            max_lr=3e-3,
+            min_lr=1.5e-4,
+            log_interval=10,
+            val_tokens=2**13,
+        ),
+    ),
+    "small": (
+        "GPTConfigSmall, ~30M parameters: one small GPU, or a patient CPU",
+        TrainConfig(
+            GPTConfigSmall(dropout=0.1),
+            max_steps=2000,
+            total_batch_size=2**14,
+            max_lr=1e-3,
+            min_lr=1e-4,
+            warmup_steps=100,
+            log_interval=10,
+            val_interval=100,
+            val_tokens=2**17,
+            checkpoint_interval=200,
+        ),
+    ),
+    "gpt2": ("124M parameters and 10B tokens; what runs without a preset", _GPT2),
+    "gpt2-medium": (
+        "350M parameters",
+        replace(_GPT2, model=GPT2_SHAPES["gpt2-medium"], micro_batch=8, max_lr=3e-4, min_lr=3e-5),
+    ),
+    "gpt2-large": (
+        "774M parameters",
+        replace(
+            _GPT2, model=GPT2_SHAPES["gpt2-large"], micro_batch=4, max_lr=2.5e-4, min_lr=2.5e-5
+        ),
+    ),
+    "gpt2-xl": (
+        "1.6B parameters",
+        replace(_GPT2, model=GPT2_SHAPES["gpt2-xl"], micro_batch=2, max_lr=2e-4, min_lr=2e-5),
+    ),
+}
+
+
+# What the parser fills in: the same fields, unchecked and with n_hidden still open. So n_hidden
+# follows --n-embed, and an impossible value is reported by us in one line, not inside the parser.
+class _ModelFlags(GPTConfig):
+    """The shape of the model."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Flags(TrainConfig):
+    model: _ModelFlags = field(default_factory=_ModelFlags)
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def parse(args: Sequence[str], description: str) -> TrainConfig:
+    """Read `[PRESET] --flag value ...`. Raises ValueError for values that cannot be.
+
+    Unknown flags and values of a wrong type leave through the parser's own message and exit code 2;
+    `--help` prints and exits.
+    """
+    preset, rest = _preset_name(args)
+    base = PRESETS[preset][1]
+    flags = tyro.cli(
+        _Flags,
+        args=rest,
+        default=_Flags(
+            **(shallow(base) | {"model": _ModelFlags(**(shallow(base.model) | {"n_hidden": 0}))})
+        ),
+        prog=f"train.py [{'|'.join(PRESETS)}]",
+        description=f"{description}\n\nPresets: {_presets()}.\n\nThe defaults below: {preset}.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    values = shallow(flags) | {"model": type(base.model)(**shallow(flags.model))}
+    return TrainConfig(**(values | _length(flags, base)))
+
+
+def _presets() -> str:
+    return "; ".join(f"{name}: {description}" for name, (description, _) in PRESETS.items())
+
+
+def _preset_name(args: Sequence[str]) -> tuple[str, Sequence[str]]:
+    if not args or args[0].startswith("-"):
+        return "gpt2", args
+    if args[0] in PRESETS:
+        return args[0], args[1:]
+    near = difflib.get_close_matches(args[0], PRESETS, n=1) or ["gpt2"]
+    raise ValueError(
+        f"unknown preset {args[0]!r}: did you mean {near[0]}? There are {', '.join(PRESETS)}"
+    )
+
+
+def _length(flags: _Flags, base: TrainConfig) -> dict[str, int]:
+    """What of the preset is put aside when a flag says anew how long the run is."""
+    steps_given = flags.max_steps != base.max_steps
+    budget_given = flags.time_budget != base.time_budget
+    if steps_given and budget_given and flags.max_steps and flags.time_budget:
+        raise ValueError("--max-steps and --time-budget both say how long: give one of them")
+    if not steps_given and not budget_given:
+        return {}
+    aside = {"max_steps" if budget_given else "time_budget": 0}
+    return aside if flags.warmup_steps != base.warmup_steps else aside | {"warmup_steps": 0}
+
+
+def shallow(config: GPTConfig | TrainConfig) -> dict[str, Any]:
+    """Field → value, the model of a `TrainConfig` as it is."""
+    return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def accumulation(config: TrainConfig, world_size: int) -> int:
+    """Micro-steps of one step: total_batch_size / (micro_batch * block_size * world_size).
+
+    Raises ValueError with the nearest values that fit if this is no whole number.
+    """
+    row_tokens = config.model.block_size * world_size
+    piece = config.micro_batch * row_tokens
+    micro_steps, rest = divmod(config.total_batch_size, piece)
+    if not rest:
+        return micro_steps
+    below = config.total_batch_size - rest
+    nearest = f"{below} or {below + piece}" if below else f"{piece}"
+    message = (
+        f"--total-batch-size must be a multiple of micro_batch * block_size * ranks = "
+        f"{config.micro_batch} * {config.model.block_size} * {world_size} = {piece}, got "
+        f"{config.total_batch_size}: nearest are {nearest}"
+    )
+    rows, rest = divmod(config.total_batch_size, row_tokens)
+    if not rest:
+        fits = next(m for m in range(config.micro_batch, 0, -1) if rows % m == 0)
+        message += f"; or keep it and give --micro-batch {fits}"
+    raise ValueError(message)
+
+
+def steps_that_fit(
+    seconds: float, step_seconds: float, round_seconds: float, val_interval: int
+) -> int:
+    """How many steps fit in `seconds`; at least 1.
+
+    `round_seconds` is a validation with its checkpoint, of which there are `ROUNDS`, or one every
+    `val_interval` steps if that is not 0. A twentieth of the time is left over for a machine
+    that slows down.
+    """
+    if not val_interval:
+        return max(1, int((0.95 * seconds - ROUNDS * round_seconds) / step_seconds))
+    return max(1, int(0.95 * seconds / (step_seconds + round_seconds / val_interval)))
+
+
+def only_dataset(folder: Path = Path("data")) -> Path:
+    """The dataset under `folder` if there is exactly one; else FileNotFoundError or ValueError."""
+    found = sorted(path.parent for path in folder.glob("*/manifest.json"))
+    if not found:
+        raise FileNotFoundError(
+            f"no dataset under {folder}/: make one with `python -m prepare SOURCE --out "
+            f"{folder}/NAME`, or name its folder with --data"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{len(found)} datasets under {folder}/: choose with --data one of "
+            + ", ".join(map(str, found))
+        )
+    return found[0]
