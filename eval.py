@@ -27,6 +27,7 @@ from shards.manifest import Manifest
 
 if TYPE_CHECKING:
     from mygpt.model import GPT
+    from shards.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,13 @@ class EvalConfig:
     json: bool = False  # print one JSON object on one line
 
     def check(self) -> None:
-        """Raise ValueError for values that can't be; what is sampled, `generate` checks."""
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 0:
+        """Raise ValueError for values that can't be, before anything slow begins."""
+        for name in ("num_samples", "max_new_tokens", "temperature", "top_k", "seed", "batch_size"):
+            if not getattr(self, name) >= 0:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} must be 0 or more, got {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p must be above 0 and at most 1, got {self.top_p}")
 
 
 @one_line_errors()
@@ -79,6 +82,8 @@ def evaluated(config: EvalConfig) -> dict[str, Any] | None:
     state = checkpoint.read_state(folder)
     trained = runs.from_json(state["config"])
     manifest = open_dataset(config.data or trained.data, state)
+    coder = open_tokenizer(manifest) if config.num_samples else None
+    prompts = read_prompts(config)
     with start(config.device) as ranks:
         model = GPT(trained.model).to(ranks.device).eval()
         checkpoint.load_model(folder, model)
@@ -100,7 +105,7 @@ def evaluated(config: EvalConfig) -> dict[str, Any] | None:
             "text_bytes": manifest.splits["val"].text_bytes,
             "unigram_loss": unigram_loss(token_counts(manifest, "train"), windows).mean,
             "uniform_loss": math.log(manifest.tokenizer.n_vocab),
-            "samples": samples(config, model, manifest) if config.num_samples else [],
+            "samples": samples(config, model, coder, prompts) if coder else [],
         }
 
 
@@ -133,9 +138,8 @@ def open_dataset(folder: Path | None, state: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def samples(config: EvalConfig, model: GPT, manifest: Manifest) -> list[dict[str, str]]:
-    """Texts that the model writes: `num_samples` for each prompt, in the prompts' order."""
-    from mygpt.generate import generate
+def open_tokenizer(manifest: Manifest) -> Tokenizer:
+    """The tokenizer of the dataset; ValueError if the one installed here is another."""
     from shards import tokenizer
 
     coder = tokenizer.load(manifest.tokenizer.name)
@@ -144,13 +148,27 @@ def samples(config: EvalConfig, model: GPT, manifest: Manifest) -> list[dict[str
             f"expected the tokenizer {manifest.tokenizer.hash[:12]}, that of the dataset, found "
             f"{coder.hash[:12]}: --num-samples 0 evaluates without sampling"
         )
+    return coder
+
+
+def read_prompts(config: EvalConfig) -> list[str]:
+    """The prompts that were asked for; if there are none the empty one, which begins a document."""
     prompts = list(config.prompt)
     if config.prompt_file is not None:
         prompts.append(config.prompt_file.read_text("utf-8"))
-    prompts = [prompt for prompt in prompts or [""] for _ in range(config.num_samples)]
-    # Every document of the training began with <|endoftext|>, and so does every prompt.
+    return prompts or [""]
+
+
+def samples(
+    config: EvalConfig, model: GPT, coder: Tokenizer, prompts: list[str]
+) -> list[dict[str, str]]:
+    """Texts that the model writes: `num_samples` for each prompt, in the prompts' order."""
+    from mygpt.generate import generate
+
+    prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
     written = generate(
         model,
+        # Every document of the training began with <|endoftext|>, and so does every prompt.
         [[coder.eot, *coder.encode(prompt)] for prompt in prompts],
         config.max_new_tokens,
         temperature=config.temperature,

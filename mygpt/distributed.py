@@ -6,6 +6,7 @@ python -m mygpt.distributed 4 [--device cuda]    can 4 ranks start here? exit co
 import argparse
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,11 +150,16 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.seen = False
+        self._since = 0.0
 
     def _raise_flag(self, number: int, frame: FrameType | None) -> None:
-        self.seen = True
-        # Whoever asks a second time does not want to wait for the step.
-        signal.signal(number, signal.SIG_DFL)
+        if not self.seen:
+            self.seen, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since > 1:
+            # Whoever asks again does not want to wait for the step. Not so at once: torchrun
+            # passes on a Ctrl-C that its ranks have had from the terminal already.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     @contextmanager
     def watch(self) -> Iterator["Interrupt"]:

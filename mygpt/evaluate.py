@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from mygpt.distributed import Ranks, compute_dtype
-from mygpt.model import GPT
-
-IGNORED = -1  # the model's mark of a target that is none: here, padding behind a short window
+from mygpt.model import GPT, IGNORED
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,16 @@ python -m mygpt.plot log/demo      writes log/demo/loss.png
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mygpt.log import History, read
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MISSING = "no picture: matplotlib is not installed, get it with pip install 'mygpt[plots]'"
@@ -31,23 +35,26 @@ def draw(run: Path) -> Path:
         raise ValueError(f"{run / 'log.txt'} holds no loss yet: nothing to draw")
     figure = Figure(figsize=(8, 4.5), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    steps, losses = list(history.train), list(history.train.values())
-    axes.plot(steps, losses, color=_TRAIN, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, smoothed(losses), color=_TRAIN, label="training, smoothed")
-    if history.val:
-        last = list(history.val.values())[-1]
-        axes.plot(
-            *_columns(history), ".-", color=_VAL, label=f"validation subset, ends at {last:.2f}"
-        )
-    if history.unigram is not None:
-        label = f"unigram baseline, {history.unigram:.2f}"
-        axes.axhline(history.unigram, color=_BASELINE, linestyle="--", linewidth=1, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"{run}: loss", xlim=(0, None))
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)", title=str(run))
+    _draw_losses(axes, history)
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return _save(figure, run / "loss.png")
+
+
+def _draw_losses(axes: "Axes", history: History) -> None:
+    steps, losses = list(history.train), list(history.train.values())
+    axes.plot(steps, losses, color=_TRAIN, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, smoothed(losses), color=_TRAIN, label="training, smoothed")
+    if history.val:
+        steps, losses = list(history.val), list(history.val.values())
+        label = f"validation subset, ends at {losses[-1]:.2f}"
+        axes.plot(steps, losses, ".-", color=_VAL, label=label)
+    if history.unigram is not None:
+        label = f"unigram baseline, {history.unigram:.2f}"
+        axes.axhline(history.unigram, color=_BASELINE, linestyle="--", linewidth=1, label=label)
 
 
 def draw_or_explain(run: Path) -> str:
@@ -58,17 +65,17 @@ def draw_or_explain(run: Path) -> str:
         return MISSING
 
 
-def _columns(history: History) -> tuple[list[int], list[float]]:
-    return list(history.val), list(history.val.values())
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """The mean of a twentieth of the values around each; near the start of as many as precede it.
 
-
-def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start: the first value is itself."""
-    result, average = [], 0.0
-    for count, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        result.append(average / (1 - weight**count))
-    return result
+    So it neither lags, as an average of what came before does, nor blurs the steep beginning.
+    """
+    count = len(values)
+    at = np.arange(count)
+    radius = np.minimum(max(1, count // 40), at)
+    low, high = at - radius, np.minimum(at + radius + 1, count)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[high] - sums[low]) / (high - low)
 
 
 def _save(figure: "Figure", path: Path) -> Path:

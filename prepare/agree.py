@@ -56,11 +56,11 @@ def _compare(workspace: Workspace, begun: dict[str, Any], now: dict[str, Any]) -
     """Raise ValueError, naming what differs, unless the two plans are the same."""
     if begun == now:
         return
-    files = {file["name"]: file for file in now["files"]}
-    same_names = [file["name"] for file in begun["files"]] == list(files)
+    files = {file["path"]: file for file in now["files"]}
+    same_paths = [file["path"] for file in begun["files"]] == list(files)
     for file in begun["files"]:
-        if files.get(file["name"]) != file and (same_names or file["name"] not in files):
-            found = "changed" if file["name"] in files else "gone, or not among those given"
+        if files.get(file["path"]) != file and (same_paths or file["path"] not in files):
+            found = "changed" if file["path"] in files else "gone, or not among those given"
             raise ValueError(
                 f"expected the source {file['name']} as it was when {workspace.folder} was begun, "
                 f"found it {found}: restore it, or give another --out"

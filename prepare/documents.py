@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import orjson
@@ -16,7 +17,15 @@ import pyarrow.parquet as pq
 
 from prepare.sources import InputFile
 from prepare.storage import filesystem
-from prepare.text import PIECE_BYTES, byte_stream, pieces, survey, utf8_error
+from prepare.text import (
+    PIECE_BYTES,
+    byte_stream,
+    damage,
+    one_line,
+    pieces,
+    survey,
+    utf8_error,
+)
 from shards.tokenizer import repair_surrogates
 
 # Text per batch: large enough for the encoder to run at full speed, small enough for memory.
@@ -107,11 +116,7 @@ def _read_text(file: InputFile, part: Slice) -> Iterator[Batch]:
     """One large or compressed text file, or a range of one: a single document, in pieces."""
     hashes = None
     if part.side is None:
-        try:
-            found = survey(file)
-        except OSError as error:
-            yield Batch(bad=[_damage(file, part.file, 0, error)])
-            return
+        found = survey(file)
         if found.error:
             yield Batch(bad=[Bad(part.file, 0, found.error)])
             return
@@ -170,7 +175,7 @@ def _read_jsonl(file: InputFile, part: Slice) -> Iterator[Batch]:
                 yield gathered.batch()
                 gathered = _Lines(part.file, file.column)
     except OSError as error:
-        gathered.bad.append(_damage(file, part.file, offset, error))
+        gathered.bad.append(Bad(part.file, offset, damage(file, error)))
     yield gathered.batch()
 
 
@@ -198,8 +203,8 @@ def _lines(file: InputFile, part: Slice) -> Iterator[tuple[int, bytes]]:
                 offset += len(line) + 1
 
 
-def _text_of(line: bytes, column: str) -> str:
-    """The text in a line of JSON. Raises ValueError, saying why there is none.
+def json_object(line: bytes) -> dict[str, Any]:
+    """The JSON object in a line. Raises ValueError, saying why there is none.
 
     orjson is fast and strict; what it refuses and JSON allows (lone surrogates, say) goes to the
     standard library's parser.
@@ -213,6 +218,12 @@ def _text_of(line: bytes, column: str) -> str:
             raise ValueError("JSON nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _text_of(line: bytes, column: str) -> str:
+    """The text in a line of JSON. Raises ValueError, saying why there is none."""
+    value = json_object(line)
     text = value.get(column)
     if not isinstance(text, str):
         found = "null" if text is None else f"a {type(text).__name__}"
@@ -225,9 +236,10 @@ def _read_parquet(file: InputFile, part: Slice) -> Iterator[Batch]:
     """The rows of some row groups, straight from Arrow's buffers."""
     system, path = filesystem(file.path)
     try:
-        table = pq.ParquetFile(system.open_input_file(path))
+        # Of one column nothing is left to read ahead; on a core of one's own, threads only cost.
+        table = pq.ParquetFile(system.open_input_file(path), pre_buffer=False)
     except (OSError, pa.ArrowInvalid) as error:
-        yield Batch(bad=[_damage(file, part.file, 0, error)])
+        yield Batch(bad=[Bad(part.file, 0, damage(file, error))])
         return
     with table:
         rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
@@ -242,8 +254,8 @@ def _read_row_group(
 ) -> Iterator[Batch]:
     """The rows of one row group, the first of which is row `first` of the file."""
     metadata = table.metadata.row_group(group)
-    text = metadata.column(table.schema_arrow.names.index(file.column))
-    at_once = max(1, BATCH_BYTES * metadata.num_rows // max(1, text.total_uncompressed_size))
+    size = column_bytes(metadata, file.column)
+    at_once = max(1, BATCH_BYTES * metadata.num_rows // max(1, size))
     row = first
     try:
         for batch in table.iter_batches(
@@ -253,7 +265,13 @@ def _read_row_group(
             row += len(batch)
     except (OSError, pa.ArrowInvalid) as error:
         lost = first + metadata.num_rows - row
-        yield Batch(bad=[_damage(file, source, row, error, lost)])
+        yield Batch(bad=[Bad(source, row, damage(file, error), lost)])
+
+
+def column_bytes(group: pq.RowGroupMetaData, column: str) -> int:
+    """Bytes of a column in a row group before compression. The metadata lists leaves."""
+    leaves = (group.column(number) for number in range(group.num_columns))
+    return sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema == column)
 
 
 def _parquet_batch(values: pa.Array, source: int, first: int) -> Batch:
@@ -292,27 +310,6 @@ def _batch(values: pa.Array, sources: np.ndarray, rows: np.ndarray) -> Batch:
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _damage(
-    file: InputFile, source: int, position: int, error: Exception, documents: int = 1
-) -> Bad:
-    """A damaged stretch of a file; the error itself where the file can't even be read as bytes.
-
-    A broken disk or connection is no property of the data: it must end or retry the unit.
-    """
-    try:
-        with byte_stream(file, raw=True) as stream:
-            while stream.read(READ_BYTES):
-                pass
-    except OSError as failure:
-        raise failure from error
-    return Bad(source, position, f"unreadable from here on: {one_line(error)}", documents)
-
-
-def one_line(error: Exception) -> str:
-    """An error's message, its white space folded."""
-    return " ".join(str(error).split())
 
 
 READERS: dict[str, Callable[[InputFile, Slice], Iterator[Batch]]] = {

@@ -29,7 +29,7 @@ def forecast(plan: Plan, tokenizer: Tokenizer, workers: int) -> str:
         for batch in islice(read(plan.files, unit.slices), 1):
             encoded = encode(tokenizer, batch, first=False)
             text += int(encoded.text_bytes.sum())
-            tokens += len(encoded.tokens)
+            tokens += int(encoded.lengths.sum())
             documents += len(encoded.text_bytes)
     seconds = time.perf_counter() - started
     weight = sum(unit.weight for unit in plan.units)

@@ -17,7 +17,7 @@ from prepare.plan import Plan, Unit, make_plan
 from prepare.request import Request
 from prepare.storage import Folder
 from prepare.unit import Record
-from prepare.work import HashDocuments, WriteShards
+from prepare.work import HashDocuments, WriteShards, publish_meanwhile
 from prepare.workspace import Workspace
 from shards import tokenizer
 from shards.manifest import FILE_NAME
@@ -65,6 +65,8 @@ def _task(options: "Options") -> tuple[int, int] | None:
     """(i, n) of --task i/n, i counted from 1. Raises ValueError for what can't be."""
     if options.workers < 1:
         raise ValueError(f"expected --workers of at least 1, found {options.workers}")
+    if options.max_bad is not None and options.max_bad < 0:
+        raise ValueError(f"expected --max-bad of at least 0, found {options.max_bad}")
     several = options.task or options.finish or options.engine != "local"
     if options.dedup and several:
         raise ValueError(
@@ -98,7 +100,12 @@ def _run_units(
             for _ in engine(HashDocuments(plan, workspace), units):
                 bar.update()
         find_duplicates(workspace, units)
-    _show(engine(WriteShards(plan, workspace), waiting), units, waiting)
+    workspace.remove_staged(waiting)
+    # Other machines publish what they write, and an upload needs the worker's core as well.
+    by_workers = options.engine != "local" or workspace.folder.remote
+    tokenizer.load().encode("")  # so that forked workers share all that it takes
+    written = engine(WriteShards(plan, workspace, by_workers), waiting)
+    _show(publish_meanwhile(written, workspace), units, waiting)
 
 
 def _show(records: Iterator[Record], units: Sequence[Unit], waiting: Sequence[Unit]) -> None:

@@ -1,6 +1,5 @@
 """Where a unit's documents go: one shard a side, opened by its first document."""
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +10,8 @@ import pyarrow as pa
 from prepare.documents import Batch
 from prepare.encode import Encoded
 from shards.manifest import Shard
-from shards.writer import INDEX_SCHEMA, ShardWriter, open_shard
+from shards.tokenizer import string_buffers
+from shards.writer import DTYPE, INDEX_SCHEMA, ShardWriter, open_shard
 
 # A stream of unknown length (a compressed file) goes on in a further shard after so many tokens.
 MAX_SHARD_TOKENS = 1 << 27
@@ -21,7 +21,7 @@ class Side:
     """The shards of one side of one unit, `STEM.npy`, and `STEM_001.npy` ... where it is long.
 
     A context manager: what is open appears on leaving it, unless by an exception. `shards` lists
-    what is finished.
+    what is finished. `folder` is a staging area: whoever publishes the files makes them durable.
     """
 
     def __init__(self, folder: Path, stem: str, first_source: int) -> None:
@@ -46,7 +46,8 @@ class Side:
         if not mask.any():
             return
         writer = self._current()
-        lengths = np.diff(encoded.offsets)[mask]
+        lengths = encoded.lengths[mask]
+        offsets, content = string_buffers(encoded.tokens.filter(pa.array(mask)))
         columns = (
             writer.tokens + np.cumsum(lengths) - lengths,
             batch.sources[mask] + self._first_source,
@@ -56,8 +57,7 @@ class Side:
         )
         arrays = [pa.array(*pair) for pair in zip(columns, INDEX_SCHEMA.types, strict=True)]
         writer.note(pa.record_batch(arrays, schema=INDEX_SCHEMA))
-        for start, end in _runs(mask):
-            writer.write(encoded.tokens[encoded.offsets[start] : encoded.offsets[end]])
+        writer.write(content[offsets[0] : offsets[-1]].view(DTYPE))
 
     def _current(self) -> ShardWriter:
         """The shard that the next documents go to: a further one once it is full."""
@@ -65,11 +65,6 @@ class Side:
             self._open.close()
             suffix = f"_{len(self.shards):03d}" if self.shards else ""
             path = self._folder / f"{self._stem}{suffix}.npy"
-            self._writer = self._open.enter_context(open_shard(path, self.shards))
+            shard = open_shard(path, self.shards, durable=False)
+            self._writer = self._open.enter_context(shard)
         return self._writer
-
-
-def _runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(start, end) of each stretch of True in a boolean array."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
-    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)

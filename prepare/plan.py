@@ -6,6 +6,7 @@ tokens on a large one. Units share no state, so they run anywhere and in any ord
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prepare.documents import Bad, Slice
+from prepare.documents import Bad, Slice, column_bytes, json_object
 from prepare.request import Request, rule_of, rule_of_append
 from prepare.sources import InputFile, find_files
 from prepare.split import GIVEN, POSITION, SplitRule
@@ -64,9 +65,10 @@ def make_plan(request: Request, base: Manifest | None = None) -> Plan:
 
     Raises ValueError or OSError for bad input.
     """
-    files = find_files(request.sources)
-    files += find_files(request.val_sources, val=True)
-    files = [with_column(file, request.text_column) for file in files]
+    held_out = find_files(request.val_sources, val=True)
+    known = {file.identity for file in held_out}
+    files = [file for file in find_files(request.sources) if file.identity not in known]
+    files = [with_column(file, request.text_column) for file in [*files, *held_out]]
     rule = rule_of_append(request, files, base) if base else rule_of(request, files)
     target = min(max(sum(map(_weight, files)) // UNITS_AIMED_AT, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
     bad: list[Bad] = []
@@ -132,10 +134,8 @@ def _row_groups(source: int, file: InputFile) -> Iterator[tuple[Slice, int]]:
     except (OSError, pa.ArrowInvalid):
         yield Slice(source), _weight(file)
         return
-    names = metadata.schema.to_arrow_schema().names
     for group in range(metadata.num_row_groups):
-        text = metadata.row_group(group).column(names.index(file.column))
-        yield Slice(source, group, group + 1), text.total_uncompressed_size
+        yield Slice(source, group, group + 1), column_bytes(metadata.row_group(group), file.column)
 
 
 def _text_ranges(
@@ -156,7 +156,12 @@ def _units(slices: Sequence[tuple[Slice, int]], target: int, number: int) -> Ite
     weight = 0
     taken: list[Slice] = []
     for part, part_weight in slices:
-        taken.append(part)
+        # Neighbouring row groups are one slice: a file is opened once for them.
+        joined = replace(taken[-1], end=part.end) if taken else part
+        if taken and joined == replace(part, start=joined.start) and taken[-1].end == part.start:
+            taken[-1] = joined
+        else:
+            taken.append(part)
         weight += part_weight
         if weight >= target:
             yield Unit(number, tuple(taken), weight)
@@ -167,19 +172,20 @@ def _units(slices: Sequence[tuple[Slice, int]], target: int, number: int) -> Ite
 
 def with_column(file: InputFile, wanted: str | None) -> InputFile:
     """The file with the name of its text column. Raises ValueError where it has no such column."""
-    names = _columns(file)
+    wanted_names = (wanted,) if wanted else TEXT_COLUMNS
+    names = _columns(file, wanted_names)
     if names is None:
-        return replace(file, column=wanted or TEXT_COLUMNS[0])
-    for name in [wanted] if wanted else TEXT_COLUMNS:
+        return replace(file, column=wanted_names[0])
+    for name in wanted_names:
         if name in names:
             return replace(file, column=name)
     raise ValueError(
-        f"expected a text column {wanted or ' or '.join(TEXT_COLUMNS)} in {file.name}, found "
+        f"expected a text column {' or '.join(wanted_names)} in {file.name}, found "
         f"{', '.join(names) or 'no column'}: name it by --text-column"
     )
 
 
-def _columns(file: InputFile) -> list[str] | None:
+def _columns(file: InputFile, wanted: Sequence[str]) -> list[str] | None:
     """Names of the columns that may hold text; None where the file has none or can't tell."""
     if file.kind == "parquet":
         try:
@@ -188,7 +194,7 @@ def _columns(file: InputFile) -> list[str] | None:
             return None
         return [field.name for field in schema if _may_hold_text(field.type)]
     if file.kind == "jsonl":
-        return _first_fields(file)
+        return _first_fields(file, wanted)
     return None
 
 
@@ -199,21 +205,23 @@ def _may_hold_text(kind: pa.DataType) -> bool:
     return any(getattr(pa.types, f"is_{test}")(kind) for test in tests)
 
 
-def _first_fields(file: InputFile) -> list[str] | None:
-    """The fields of the first JSON object near the head of a jsonl file, None without one."""
+def _first_fields(file: InputFile, wanted: Sequence[str]) -> list[str] | None:
+    """The fields of JSON objects near the head of a jsonl file, up to one that has a wanted one.
+
+    None where there is no object.
+    """
     try:
         with byte_stream(file) as stream:
             head = stream.read(READ_BYTES)
     except OSError:
         return None
-    for line in head.splitlines():
-        try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            continue
-        if isinstance(value, dict):
-            return list(value)
-    return None
+    names: dict[str, None] = {}
+    for line in head.split(b"\n"):
+        with suppress(ValueError):
+            names |= dict.fromkeys(json_object(line))
+        if any(name in names for name in wanted):
+            break
+    return list(names) or None
 
 
 def _parquet(file: InputFile) -> pq.ParquetFile:

@@ -6,9 +6,10 @@ text of the running Python's standard library, which every Python install carrie
 """
 
 import fnmatch
+import os
 import posixpath
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,14 @@ class InputFile:
         """Whether it is read over a network."""
         return is_remote(self.path)
 
+    @property
+    def identity(self) -> Hashable:
+        """The same for every name of one file, so that a link does not make it two."""
+        if self.remote:
+            return self.path
+        stat = os.stat(self.path)
+        return stat.st_dev, stat.st_ino
+
     def status(self) -> tuple[int, int] | None:
         """Its size and mtime now, or None where it is gone."""
         system, path = filesystem(self.path)
@@ -64,16 +73,16 @@ def find_files(sources: Iterable[str], val: bool = False) -> list[InputFile]:
     Raises FileNotFoundError for a source that names nothing and ValueError for a file of a type
     that is not supported.
     """
-    found: dict[str, InputFile] = {}
+    found: dict[Hashable, InputFile] = {}
     for source in sources:
-        files = list(_standard_library() if source == STDLIB else _expand(source, val))
+        files = list(_standard_library(val) if source == STDLIB else _expand(source, val))
         if not files:
             raise FileNotFoundError(
                 f"expected input in {source}, found no file of a supported type: give a file, "
                 f"folder or glob of {_supported()}, or `{STDLIB}`"
             )
         for file in sorted(files, key=lambda file: file.name):
-            found.setdefault(file.path, file)
+            found.setdefault(file.identity, file)
     return list(found.values())
 
 
@@ -142,7 +151,7 @@ def _supported() -> str:
     return f"{', '.join(KINDS)} (plain or {', '.join(COMPRESSIONS)})"
 
 
-def _standard_library() -> Iterator[InputFile]:
+def _standard_library(val: bool) -> Iterator[InputFile]:
     """The .py files of the running interpreter's library, without its test suites."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in root.rglob("*.py"):
@@ -150,4 +159,5 @@ def _standard_library() -> Iterator[InputFile]:
         if not STDLIB_LEFT_OUT & set(inside.parts):
             stat = path.stat()
             name = f"{STDLIB}/{inside.as_posix()}"
-            yield InputFile(name, path.as_posix(), stat.st_size, stat.st_mtime_ns, "text")
+            size, mtime = stat.st_size, stat.st_mtime_ns
+            yield InputFile(name, path.as_posix(), size, mtime, "text", val=val)

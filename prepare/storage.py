@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from pyarrow import fs
 
-from shards.atomic import atomic_file, sync_folder, to_json
+from shards.atomic import atomic_file, move_durably, sync_folder, to_json
 
 
 def is_remote(path: str) -> bool:
@@ -59,18 +56,10 @@ class Folder:
     def __str__(self) -> str:
         return self.path
 
-    @contextmanager
-    def staging(self) -> Iterator[Path]:
-        """Where files are written to before `publish`: this folder itself if it is local."""
-        if not self.remote:
-            yield Path(self.path)
-            return
-        with tempfile.TemporaryDirectory(prefix="prepare-") as local:
-            yield Path(local)
-
     def publish(self, file: Path) -> None:
-        """Make a file from the staging area part of the folder."""
+        """Make a file of this machine part of the folder, durably; a local one is moved."""
         if not self.remote:
+            move_durably(file, Path(self.path, file.name))
             return
         target = self._at(file.name)
         with open(file, "rb") as local, self._system.open_output_stream(target) as out:

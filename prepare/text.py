@@ -17,7 +17,12 @@ READ_BYTES = 4 << 20
 # A text document above this size is handed on in pieces of about this size.
 PIECE_BYTES = 32 << 20
 # The rule of shards.tokenizer.SAFE_CUT, on bytes: the tokens of the pieces are those of the whole.
-SAFE_CUT = re.compile(rb"(?<=[!-~])(?=[ \t\n\r\f\v])")
+# Before a cut stands a printing ASCII character, or the end of another that is no white space.
+SAFE_CUT = re.compile(
+    rb"(?<=[!-~\x80-\xbf])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe1\xa0\x8e)"
+    rb"(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?=[ \t\n\r\f\v])"
+)
+SEEN_BEFORE = 3  # bytes before a cut that the rule looks at
 
 
 @dataclass(frozen=True)
@@ -49,18 +54,37 @@ def survey(file: InputFile) -> Survey:
     hasher, size = xxhash.xxh3_128(), 0
     decoder = codecs.getincrementaldecoder("utf-8")()
     error = None
-    with byte_stream(file) as stream:
-        while block := stream.read(READ_BYTES):
-            hasher.update(block)
-            size += len(block)
-            try:
+    try:
+        with byte_stream(file) as stream:
+            while block := stream.read(READ_BYTES):
+                hasher.update(block)
+                size += len(block)
                 decoder.decode(block)
-            except UnicodeDecodeError as failure:
-                error = f"invalid UTF-8 shortly before byte {size}: {failure.reason}"
-                break
-    if error is None and decoder.getstate()[0]:
-        error = f"invalid UTF-8 at byte {size}: it ends within a character"
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as failure:
+        error = f"invalid UTF-8 shortly before byte {size}: {failure.reason}"
+    except OSError as failure:
+        error = damage(file, failure)
     return Survey(digest_array(hasher.digest()), size, error)
+
+
+def damage(file: InputFile, error: Exception) -> str:
+    """The reason to give for a damaged file; raises where it can't even be read as bytes.
+
+    A broken disk or connection is no property of the data: it must end or retry the unit.
+    """
+    try:
+        with byte_stream(file, raw=True) as stream:
+            while stream.read(READ_BYTES):
+                pass
+    except OSError as failure:
+        raise failure from error
+    return f"unreadable from here on: {one_line(error)}"
+
+
+def one_line(error: Exception) -> str:
+    """An error's message, its white space folded."""
+    return " ".join(str(error).split())
 
 
 def utf8_error(content: bytes) -> str | None:
@@ -102,15 +126,15 @@ def last_cut(content: bytes) -> int:
 
 def next_cut(file: InputFile, offset: int) -> int:
     """The first place from `offset` on where a plain text may be cut, or its end."""
-    before = b""
-    with byte_stream(file, offset) as stream:
+    content, begin = b"", max(offset - SEEN_BEFORE, 0)
+    with byte_stream(file, begin) as stream:
         while block := stream.read(READ_BYTES):
-            found = SAFE_CUT.search(before + block)
-            if found:
-                return offset - len(before) + found.start()
-            offset += len(block)
-            before = block[-1:]
-    return offset
+            seen = content[-SEEN_BEFORE:]
+            begin += len(content) - len(seen)
+            content = seen + block
+            if found := SAFE_CUT.search(content, max(offset - begin, len(seen))):
+                return begin + found.start()
+    return begin + len(content)
 
 
 def next_line(file: InputFile, offset: int) -> int:

@@ -11,7 +11,6 @@ from prepare.encode import AuditError, encode
 from prepare.output import Side
 from prepare.plan import Plan, Unit
 from prepare.split import GIVEN
-from shards.atomic import remove_temporaries
 from shards.manifest import SPLITS, Shard
 from shards.tokenizer import Tokenizer
 
@@ -86,10 +85,7 @@ def _write_unit(
     plan: Plan, unit: Unit, folder: Path, tokenizer: Tokenizer, drops: np.ndarray | None
 ) -> Record:
     """Read, encode and write the unit's documents."""
-    stems = [f"{side}_{unit.number:05d}" for side in SPLITS]
-    for stem in stems:
-        remove_temporaries(folder, stem)
-    train, val = (Side(folder, stem, plan.first_source) for stem in stems)
+    train, val = (Side(folder, f"{side}_{unit.number:05d}", plan.first_source) for side in SPLITS)
     record = Record(unit.number, {"train": train.shards, "val": val.shards})
     first, position = True, 0
     with train, val:

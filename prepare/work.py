@@ -5,8 +5,11 @@ Each is a small picklable value that is called with a unit, on whatever machine 
 
 import io
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -24,25 +27,62 @@ Result = TypeVar("Result")
 # Reads and writes over a network are tried so often, with growing pauses.
 ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 1.0
+# Units whose files are brought to the disk at once; a file system does several nearly as one.
+PUBLISHERS = 8
+
+
+@dataclass(frozen=True)
+class Written:
+    """A unit's record, and where its shards are staged; None where they are published already."""
+
+    record: Record
+    staged: Path | None
 
 
 @dataclass(frozen=True)
 class WriteShards:
-    """Turn a unit into shards and its record; nothing of it is left if it fails."""
+    """Turn a unit into shards and its record; nothing of it is left if it fails.
+
+    Where `publish` is False, that is left to `publish_meanwhile`.
+    """
 
     plan: Plan
     workspace: Workspace
+    publish: bool
 
-    def __call__(self, unit: Unit) -> Record:
+    def __call__(self, unit: Unit) -> Written:
         """Write one unit. Raises ValueError for a changed source, OSError for failing I/O."""
         return _retried(self._once, unit, self.plan, self.workspace)
 
-    def _once(self, unit: Unit) -> Record:
+    def _once(self, unit: Unit) -> Written:
         drops = load_drops(self.workspace, unit) if self.plan.dedup else None
-        with self.workspace.folder.staging() as staged:
+        with self.workspace.staging(unit) as staged:
             record = run_unit(self.plan, unit, staged, tokenizer.load(), drops)
+            if not self.publish:
+                return Written(record, staged)
             self.workspace.finish_unit(record, staged)
-        return record
+        return Written(record, None)
+
+
+def publish_meanwhile(written: Iterator[Written], workspace: Workspace) -> Iterator[Record]:
+    """Publish what has been written while more is being written; yields the records.
+
+    Waiting for the disk takes a fifth of the time and no core, so the workers don't.
+    """
+    with ThreadPoolExecutor(PUBLISHERS) as pool:
+        under_way: deque[Future[Record]] = deque()
+        for unit in written:
+            under_way.append(pool.submit(_publish, unit, workspace))
+            while under_way and (under_way[0].done() or len(under_way) > 2 * PUBLISHERS):
+                yield under_way.popleft().result()
+        for future in under_way:
+            yield future.result()
+
+
+def _publish(unit: Written, workspace: Workspace) -> Record:
+    if unit.staged:
+        workspace.finish_unit(unit.record, unit.staged)
+    return unit.record
 
 
 @dataclass(frozen=True)

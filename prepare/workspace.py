@@ -4,7 +4,9 @@ They lie in `.prepare/` beside the shards. A unit whose record exists is finishe
 same command again resumes.
 """
 
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,11 +18,13 @@ import filelock
 from prepare.plan import Plan, Unit
 from prepare.storage import Folder
 from prepare.unit import Record
+from shards.atomic import remove_temporaries, sync_folder
 from shards.manifest import FILE_NAME, Manifest
 
 WORK = ".prepare"
 PLAN = f"{WORK}/plan.json"
 UNITS = f"{WORK}/units"
+STAGING = f"{WORK}/staging"
 LOG = "prepare.log"
 # A killed run's workers notice within moments and let go of the lock they inherited.
 LOCK_SECONDS = 5.0
@@ -86,18 +90,44 @@ class Workspace:
             if name in there
         }
 
+    @contextmanager
+    def staging(self, unit: Unit) -> Iterator[Path]:
+        """A folder for a unit's shards until `finish_unit`; removed on an error."""
+        above = None if self.folder.remote else Path(self.folder.path, STAGING)
+        if above:
+            above.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f"{unit.number:05d}-", dir=above))
+        try:
+            yield staged
+        except BaseException:
+            shutil.rmtree(staged)
+            raise
+
+    def remove_staged(self, units: Sequence[Unit]) -> None:
+        """Remove what killed runs left in the staging areas of some units."""
+        numbers = {f"{unit.number:05d}" for unit in units}
+        for name in self.folder.names(STAGING):
+            if name.partition("-")[0] in numbers:
+                self.folder.remove(f"{STAGING}/{name}")
+
     def finish_unit(self, record: Record, staged: Path) -> None:
-        """Publish a unit's shards and then, with its record, say that it is finished."""
+        """Publish a unit's staged shards and then, with its record, say that it is finished."""
         for shards in record.shards.values():
             for shard in shards:
                 self.folder.publish(staged / shard.index)
                 self.folder.publish(staged / shard.file)
+        if not self.folder.remote:
+            sync_folder(Path(self.folder.path))  # a record on disk must not outlive its shards
         self.folder.write_json(f"{UNITS}/{_record_name(record.unit)}", record.to_json())
+        shutil.rmtree(staged)
 
     def close(self) -> None:
         """Remove the records once the manifest holds what they say; the plan stays for reruns."""
-        for name in set(self.folder.names(WORK)) & {"units", "hashes", "drops"}:
+        for name in set(self.folder.names(WORK)) & {"units", "hashes", "drops", "staging"}:
             self.folder.remove(f"{WORK}/{name}")
+        if not self.folder.remote:  # what killed runs left half-written; units remove their own
+            for path in (Path(self.folder.path), Path(self.folder.path, WORK)):
+                remove_temporaries(path, "")
 
     def log(self, *lines: str) -> None:
         """Append to prepare.log, where times, warnings and figures of this run go."""

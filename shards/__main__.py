@@ -100,7 +100,7 @@ class Verify:
                 shards, wrong = shards + 1, wrong + bool(faults)
                 bar.update(shard.tokens)
         if wrong:
-            print(f"{wrong} of {shards} shards are wrong: restore them, or prepare again")
+            print(f"{wrong} of {shards} shards are wrong; restore them, or prepare again")
             return EXIT_WRONG
         print(f"all {shards} shards are what the manifest says: {manifest.fingerprint}")
         return 0
@@ -121,7 +121,8 @@ class Import:
         """Copy the tokens and find the documents in them."""
         from shards.foreign import import_files
 
-        with progress(None, "import") as bar:
+        size = sum(path.stat().st_size for path in self.files if path.is_file())
+        with progress(size // 2, "import") as bar:  # two bytes a token
             manifest = import_files(self.files, self.out, self.format, bar.update)
         print(
             f"{manifest.counts['written']:,} documents, "
@@ -163,7 +164,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
 }
 
 
-def progress(tokens: int | None, name: str) -> "tqdm[None]":
+def progress(tokens: int, name: str) -> "tqdm[None]":
     """A progress bar that counts tokens."""
     return tqdm(total=tokens, unit=" tokens", unit_scale=True, desc=name, leave=False)
 

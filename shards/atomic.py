@@ -1,33 +1,43 @@
 """All-or-nothing files: write to a temporary name, fsync, rename (promise 6)."""
 
 import glob
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import orjson
+
 TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
     """Open a binary file that appears under `path` whole, on leaving the block, or not at all.
 
     The temporary name carries the process id, so two writers never share one; a rename replaces
-    what was there. Raises OSError as the file system does; the temporary is then removed.
+    what was there. Raises OSError as the file system does; the temporary is then removed. Unless
+    `durable`, the content is left for somebody else to bring to the disk.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "w+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def move_durably(file: Path, target: Path) -> None:
+    """Bring a file's content to the disk, then rename it: what lies under `target` is whole."""
+    with open(file, "rb") as content:
+        os.fsync(content.fileno())
+    os.replace(file, target)
 
 
 def sync_folder(folder: Path) -> None:
@@ -50,7 +60,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def to_json(value: Any) -> bytes:
     """Indented JSON with sorted keys: the same value, the same bytes."""
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    return orjson.dumps(
+        value, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
+    )
 
 
 def remove_temporaries(folder: Path, name: str) -> None:

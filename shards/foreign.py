@@ -185,8 +185,8 @@ def _documents(
     `marks`, (n + 1,), are the text bytes before each and in all. What stands before the first
     belongs to the document of the shard before where the stream `continues`.
     """
-    size = part.end - part.start
-    if part.last and 1 < size == begins[-1:].sum() + 1:
+    last_token = part.end - part.start - 1
+    if part.last and begins.size and begins[-1] == last_token > 0:
         # nanoGPT ends documents with <|endoftext|>: nothing begins at the very last token.
         begins, marks = begins[:-1], np.delete(marks, -2)
     headless = not begins.size or bool(begins[0])

@@ -61,7 +61,7 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         self._ends = np.cumsum(windows)
         self._slack = np.maximum(tokens - 1 - windows * block_size, 0)
         self.windows_per_epoch = int(self._ends[-1])
-        self.unused_tokens = int(self._slack.sum())
+        self.unused_tokens = int((tokens - np.where(windows, windows * block_size + 1, 0)).sum())
         if not self.windows_per_epoch:
             raise ValueError(
                 f"expected a {split} shard with more than {block_size} tokens in {folder}, found "

@@ -7,11 +7,13 @@ that the dataset is complete (promise 6). Its fingerprint is the identity that c
 """
 
 import hashlib
-import json
+import re
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from shards.atomic import write_json
 
@@ -19,6 +21,7 @@ FORMAT = "mygpt-shards"
 VERSION = 1
 FILE_NAME = "manifest.json"
 SPLITS = ("train", "val")
+PLAIN_NAME = re.compile(r"\w[^/\\:]*")
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Manifest:
         if recorded != manifest.fingerprint:
             raise ValueError(
                 f"expected the fingerprint {manifest.fingerprint[:12]} in {path}, found "
-                f"{recorded[:12]}: the file was altered; restore it or prepare again"
+                f"{str(recorded)[:12]}: the file was altered; restore it or prepare again"
             )
         _check_names(manifest)
         return manifest
@@ -160,7 +163,7 @@ class Manifest:
                 for name, split in self.splits.items()
             },
         }
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
     def path(self, file: str) -> Path:
         """Where one of the dataset's files lies."""
@@ -204,7 +207,7 @@ def _read(folder: Path) -> Any:
             f"`python -m prepare SOURCE --out {folder}` (an unfinished one: the same command again)"
         )
     try:
-        return json.loads(path.read_text("utf-8"))
+        return orjson.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(
             f"expected JSON in {path}, found {error}: restore it or prepare again"
@@ -232,7 +235,7 @@ def _check_names(manifest: Manifest) -> None:
     for split in manifest.splits.values():
         for shard in split.shards:
             for name in (shard.file, shard.index):
-                if "/" in name or "\\" in name or name.startswith("."):
+                if not (isinstance(name, str) and PLAIN_NAME.fullmatch(name)):
                     raise ValueError(
                         f"expected plain file names in {manifest.folder / FILE_NAME}, found "
                         f"{name!r}: a dataset's files lie in its own folder; don't use this one"

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from tokenize import TokenError
 from typing import overload
 
 import numpy as np
@@ -52,13 +53,14 @@ def open_tokens(manifest: Manifest, shard: Shard) -> np.ndarray:
     if not path.exists():
         raise FileNotFoundError(f"expected the shard {path}, found no such file: {remedy}")
     try:
-        view = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+        view = np.lib.format.open_memmap(path, mode="r")  # never unpickles
+    except (ValueError, SyntaxError, TokenError) as error:  # the header is a Python literal
         raise ValueError(f"expected a whole .npy file in {path}, found {error}: {remedy}") from None
-    if view.dtype != DTYPE or view.shape != (shard.tokens,):
+    rest = path.stat().st_size - view.offset - view.nbytes
+    if view.dtype != DTYPE or view.shape != (shard.tokens,) or rest:
         raise ValueError(
             f"expected {shard.tokens} tokens of {DTYPE} in {path}, found {view.shape} of "
-            f"{view.dtype}: {remedy}"
+            f"{view.dtype} and {rest} bytes more: {remedy}"
         )
     # A plain array over the same memory: indexing np.memmap costs three times as much.
     return np.asarray(view)

@@ -31,9 +31,9 @@ from shards.atomic import write_json
 END_OF_TEXT = "<|endoftext|>"
 # tiktoken builds a Python list of ints, so it is fed pieces of about this many characters.
 PIECE = 1 << 20
-# Tokens don't change when text is cut right before an ASCII white-space character that follows an
-# ASCII character that is none: in GPT-2's pattern no pre-token runs from the one into the other.
-SAFE_CUT = re.compile(r"(?<=[!-~])(?=[ \t\n\r\f\v])")
+# Tokens don't change when text is cut right before an ASCII white-space character that follows a
+# character that is none: in GPT-2's pattern no pre-token runs from the one into the other.
+SAFE_CUT = re.compile(r"(?<=\S)(?=[ \t\n\r\f\v])")
 # One character in both contexts in which its class (letter or number, white space, other) shows
 # in the tokens: before "'s", which is one token after a letter and two after a symbol.
 PROBE = "{0}'s {0}"
@@ -58,6 +58,7 @@ class Tokenizer:
     _reference: tiktoken.Encoding = field(repr=False)
     _fast: Any = field(repr=False, default=None)
     _differing: str = field(repr=False, default="")
+    _openings: dict[int, np.ndarray] = field(repr=False, default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; `<|endoftext|>` is ordinary text, lone surrogates are repaired."""
@@ -104,13 +105,26 @@ class Tokenizer:
 
     def _rows_that_differ(self, texts: pa.Array) -> np.ndarray:
         """Indices of the texts on which gigatoken can't be trusted."""
-        if not self._differing:
+        if not self._may_differ(texts):
             return np.empty(0, np.int64)
         rows = np.flatnonzero(~pc.string_is_ascii(texts).to_numpy(zero_copy_only=False))
         if not rows.size:
             return rows
         found = pc.match_substring_regex(texts.take(pa.array(rows)), self._differing)
         return rows[found.to_numpy(zero_copy_only=False)]
+
+    def _may_differ(self, texts: pa.Array) -> bool:
+        """Whether the texts hold the first two bytes of a character that gigatoken takes otherwise.
+
+        Many times as fast as the regular expression, and nearly always the answer is no.
+        """
+        offsets, content = string_buffers(texts)
+        content = content[offsets[0] : offsets[-1]]
+        for first, seconds in self._openings.items():
+            here = content[:-1] == first
+            if here.any() and seconds[content[1:][here]].any():
+                return True
+        return False
 
 
 @lru_cache(maxsize=1)
@@ -127,6 +141,7 @@ def load(name: str = "gpt2") -> Tokenizer:
     ranks = sorted(reference._mergeable_ranks.items(), key=lambda item: item[1])
     vocabulary = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
     fast = _gigatoken(vocabulary)
+    differing = differing_code_points(reference, fast) if fast else []
     return Tokenizer(
         name=name,
         n_vocab=reference.n_vocab,
@@ -134,7 +149,8 @@ def load(name: str = "gpt2") -> Tokenizer:
         hash=hashlib.sha256(vocabulary).hexdigest(),
         _reference=reference,
         _fast=fast,
-        _differing=_character_class(differing_code_points(reference, fast)) if fast else "",
+        _differing=_character_class(differing),
+        _openings=_openings(differing),
     )
 
 
@@ -246,8 +262,8 @@ def _encode_arrow(fast: Any, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def string_buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets, bytes) of an Arrow string array as NumPy views: int64 (n + 1,) and uint8."""
-    wide = pa.types.is_large_string(texts.type)
+    """(offsets, bytes) of Arrow text or binary as NumPy views: int64, (n + 1,), and uint8."""
+    wide = pa.types.is_large_string(texts.type) or pa.types.is_large_binary(texts.type)
     _, offsets, data = texts.buffers()
     view = np.frombuffer(offsets, np.int64 if wide else np.int32)
     view = view[texts.offset : texts.offset + len(texts) + 1]
@@ -310,3 +326,13 @@ def _character_class(ranges: list[tuple[int, int]]) -> str:
     """An RE2 character class of the ranges, empty where there are none."""
     inside = "".join(rf"\x{{{first:x}}}-\x{{{last:x}}}" for first, last in ranges)
     return f"[{inside}]" if inside else ""
+
+
+def _openings(ranges: list[tuple[int, int]]) -> dict[int, np.ndarray]:
+    """For each byte that a character of the ranges begins with: the second bytes, (256,) bool."""
+    found: dict[int, np.ndarray] = {}
+    for first, last in ranges:
+        for code in range(first, last + 1):
+            opening = chr(code).encode()
+            found.setdefault(opening[0], np.zeros(256, np.bool_))[opening[1]] = True
+    return found

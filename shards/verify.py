@@ -58,9 +58,9 @@ def _check_index(manifest: Manifest, shard: Shard) -> Iterator[str]:
             f"expected {shard.documents} documents of {shard.text_bytes} bytes in {path}, found "
             f"{documents} of {text_bytes}"
         )
-    edges = np.array([0, *index["offset"].to_numpy(), shard.tokens])
-    if (np.diff(edges) < 0).any():
-        yield f"expected rising offsets up to {shard.tokens} in {path}, found others"
+    offsets = index["offset"].to_numpy()
+    if offsets[:1].tolist() != [0] or (np.diff(offsets, append=shard.tokens) < 1).any():
+        yield f"expected rising offsets from 0 to below {shard.tokens} in {path}, found others"
 
 
 def _check_hash(path: Path, expected: str) -> Iterator[str]:

@@ -22,8 +22,9 @@ INDEX_SCHEMA = pa.schema(
         ("offset", pa.int64()),  # of the document's first token, its <|endoftext|>, in the shard
         ("source", pa.int32()),  # index into the manifest's sources
         ("row", pa.int64()),  # the document's place in its source: row, line or byte, from 0
-        ("text_bytes", pa.int64()),  # its UTF-8 size in this shard
-        ("continued", pa.bool_()),  # it began in an earlier shard, so no <|endoftext|> stands here
+        ("text_bytes", pa.int64()),  # its UTF-8 size
+        # It goes on with the row before, maybe of the shard before: no <|endoftext|> stands here.
+        ("continued", pa.bool_()),
     ]
 )
 
@@ -66,19 +67,19 @@ class ShardWriter:
 
 
 @contextmanager
-def open_shard(path: Path, result: list[Shard]) -> Iterator[ShardWriter]:
+def open_shard(path: Path, result: list[Shard], durable: bool = True) -> Iterator[ShardWriter]:
     """Write the shard `path` and its index; both appear on leaving the block, or neither is whole.
 
     Appends the finished shard's description to `result`; the index file is renamed first, so a
-    shard that exists has its index.
+    shard that exists has its index. `durable` is that of `atomic_file`.
     """
     index_path = path.with_name(path.stem + INDEX_SUFFIX)
-    with atomic_file(path) as file:
+    with atomic_file(path, durable) as file:
         file.write(_header(0))
         writer = ShardWriter(file)
         yield writer
         index = writer.finish()
-        with atomic_file(index_path) as index_file:
+        with atomic_file(index_path, durable) as index_file:
             pq.write_table(index, index_file, compression="zstd")
             index_hash = _sha256(index_file)
         result.append(

@@ -1,0 +1,156 @@
+"""Checkpoints are whole or absent, hold every tensor once under its plain name, and run no code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mygpt import checkpoint
+
+
+class Tied(nn.Module):
+    """Two layers that share a weight, as wte and lm_head do."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.wte = nn.Embedding(7, 3)
+        self.lm_head = nn.Linear(3, 7, bias=False)
+        self.lm_head.weight = self.wte.weight
+        self.norm = nn.LayerNorm(3)
+
+
+def save(run: Path, step: int, val_loss: float | None = None, seed: int = 0) -> Path:
+    state = {"val_loss": val_loss, "loader": {"position": 5}}
+    return checkpoint.save(run, step, Tied(seed), {"m": torch.full((2, 2), step)}, state)
+
+
+def test_everything_comes_back_bitwise(tmp_path: Path) -> None:
+    model = Tied(seed=1)
+    folder = checkpoint.save(tmp_path, 10, model, {"m": torch.randn(3)}, {"val_loss": None})
+    assert folder == tmp_path / "checkpoints" / "step_00000010" == checkpoint.newest(tmp_path)
+    other = Tied(seed=2)
+    checkpoint.load_model(folder, other)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
+    assert other.lm_head.weight is other.wte.weight
+    assert set(checkpoint.load_optimizer(folder)) == {"m"}
+    state = checkpoint.read_state(folder)
+    assert (state["format"], state["version"], state["step"]) == ("mygpt-checkpoint", 1, 10)
+
+
+def test_names_are_plain_and_tied_weights_stored_once(tmp_path: Path) -> None:
+    model = Tied()
+    model.compile(backend="eager")  # in place: a wrapper would prefix every name
+    folder = checkpoint.save(tmp_path, 1, model, {}, {"val_loss": None})
+    header = (folder / "model.safetensors").read_bytes()
+    names = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
+    assert set(names) - {"__metadata__"} == {"wte.weight", "norm.weight", "norm.bias"}
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"only in one of them"):
+        checkpoint.load_model(folder, nn.Linear(3, 7))
+    other = Tied()
+    other.norm = nn.LayerNorm(4)
+    with pytest.raises(ValueError, match=r"norm.bias has shape \(3,\), expected \(4,\)"):
+        checkpoint.load_model(folder, other)
+
+
+def test_nothing_is_pickled(tmp_path: Path) -> None:
+    files = sorted(path.name for path in save(tmp_path, 1).iterdir())
+    assert files == ["model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mygpt import checkpoint
+from tests.mygpt.test_checkpoint import save
+
+run = Path(sys.argv[1])
+for name, calls in [("_save_tensors", 0), ("_save_tensors", 1), ("_sync", 0), ("_sync", 3)]:
+    if (child := os.fork()) == 0:
+        original, left = getattr(checkpoint, name), calls
+        def killer(*args):
+            global left
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return original(*args)
+        setattr(checkpoint, name, killer)
+        save(run, 20)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert checkpoint.steps(run) == [10], name
+    assert list((run / "checkpoints").glob(".step_*.tmp"))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked writers")
+def test_a_killed_write_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    before = save(tmp_path, 10)
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True)
+    checkpoint.load_model(before, Tied())
+    checkpoint.prune(tmp_path, keep=1)
+    assert list((tmp_path / "checkpoints").iterdir()) == [before]
+    assert checkpoint.steps(tmp_path) == [10]
+    assert save(tmp_path, 20) == checkpoint.newest(tmp_path)
+
+
+def test_a_failing_disk_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = save(tmp_path, 10)
+
+    def full(*_: object) -> None:
+        raise checkpoint.SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot write .*model.safetensors: No space left"):
+        save(tmp_path, 20)
+    assert list((tmp_path / "checkpoints").iterdir()) == [before]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    """Ancestors overwrote the best checkpoint when validation got worse."""
+    for step, loss in [(1, 5.0), (2, 3.0), (3, None), (4, 4.0), (5, 3.5), (6, None)]:
+        save(tmp_path, step, loss)
+        checkpoint.prune(tmp_path, keep=2)
+    assert checkpoint.steps(tmp_path) == [2, 5, 6]
+    assert checkpoint.best(tmp_path) == checkpoint.folder_of(tmp_path, 2)
+    save(tmp_path, 7, 3.0)
+    assert checkpoint.best(tmp_path) == checkpoint.folder_of(tmp_path, 7)
+
+
+def test_without_checkpoints(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.best(tmp_path) is None
+    checkpoint.prune(tmp_path, keep=1)
+    with pytest.raises(FileNotFoundError, match=r"python train\.py"):
+        checkpoint.newest_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no state\.json"):
+        checkpoint.read_state(tmp_path)
+
+
+def test_the_newest_run_is_that_of_the_newest_checkpoint(tmp_path: Path) -> None:
+    for at, (name, step) in enumerate([("a", 1), ("deep/b", 9), ("a", 2)]):
+        os.utime(save(tmp_path / name, step), (at, at))
+    assert checkpoint.newest_run(tmp_path) == tmp_path / "a"
+    assert checkpoint.newest_run(tmp_path / "deep") == tmp_path / "deep" / "b"
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    state = checkpoint.read_state(folder)
+    (folder / "state.json").write_text(json.dumps(state | {"version": 2}))
+    with pytest.raises(ValueError, match="expected format mygpt-checkpoint version 1, found"):
+        checkpoint.read_state(folder)
+    (folder / "state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"state\.json is damaged"):
+        checkpoint.read_state(folder)

@@ -1,0 +1,170 @@
+import pytest
+import torch
+
+from mygpt.config import GPTConfig
+from mygpt.generate import generate, sample, stream
+from mygpt.model import GPT
+
+VOCAB, BLOCK = 61, 12
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    torch.manual_seed(1)
+    shape = {"block_size": BLOCK, "vocab_size": VOCAB, "n_layers": 2, "n_heads": 2, "n_embed": 16}
+    model = GPT(GPTConfig(**shape, dropout=0.2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def uncached(model: GPT, prompt: list[int], n: int) -> list[int]:
+    """Greedy decoding as one would write it first: the whole context anew for every token."""
+    model.eval()
+    context, text = list(prompt), []
+    for _ in range(n):
+        if len(context) > BLOCK:
+            context = context[-(BLOCK // 2) :]
+        with torch.no_grad():
+            token = int(model(torch.tensor([context]))[0][0, -1].argmax())
+        context.append(token)
+        text.append(token)
+    model.train()
+    return text
+
+
+PROMPTS = [[5], [7, 8, 9, 10, 11], [1, 2], list(range(12)), list(range(20, 50))]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_greedy_equals_the_uncached_model(model, prompt, n):
+    """Within the block, up to its end, and sliding several times beyond it."""
+    assert generate(model, [prompt], n, temperature=0) == [uncached(model, prompt, n)]
+
+
+def test_prompts_of_different_lengths_do_not_disturb_each_other(model):
+    together = generate(model, PROMPTS, 40, temperature=0)
+    assert together == [uncached(model, prompt, 40) for prompt in PROMPTS]
+
+
+def test_draws_of_a_prompt_do_not_depend_on_the_others(model):
+    options = {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "seed": 3}
+    together = generate(model, [[5], [5], [9, 9, 9]], 30, **options)
+    assert together[0] != together[1]
+    assert generate(model, [[5]], 30, **options) == together[:1]
+    assert generate(model, [[5], [8, 7, 6, 5], [9, 9, 9]], 30, **options)[2] == together[2]
+
+
+def test_a_seed_repeats_itself_and_another_does_not(model):
+    first, second, other = (generate(model, [[5]], 30, seed=seed) for seed in (4, 4, 5))
+    assert first == second != other
+
+
+def test_touches_neither_the_generators_nor_the_mode(model):
+    model.train()
+    state = torch.get_rng_state()
+    generate(model, [[5]], 3)
+    assert model.training and torch.equal(state, torch.get_rng_state())
+    abandoned = stream(model, [[5]], 3)
+    next(abandoned)
+    abandoned.close()
+    assert model.training
+
+
+def test_prompts_are_left_as_they_were(model):
+    prompt = list(range(30))
+    generate(model, [prompt], 5)
+    assert prompt == list(range(30))
+
+
+def test_stops_before_the_stop_token(model):
+    free = generate(model, [[5], [6]], 40, seed=2)
+    stop = free[0][9]
+    cut = generate(model, [[5], [6]], 40, seed=2, stop=stop)
+    for text, whole in zip(cut, free, strict=True):
+        assert text == whole[: whole.index(stop) if stop in whole else None]
+
+
+def test_a_stream_ends_when_all_texts_have(model):
+    [text] = generate(model, [[5]], 40, seed=2)
+    tokens = list(stream(model, [[5]], 40, seed=2, stop=text[3]))
+    end = text.index(text[3])
+    assert tokens == [[token] for token in text[:end]] + [[None]]
+
+
+def test_nothing_asked_for_is_nothing(model):
+    assert generate(model, [[5], [6]], 0) == [[], []]
+    assert generate(model, [], 4) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1], []], {}, "prompt 1 has no tokens"),
+        ([[1, 61]], {}, "expected tokens from 0 to 60, found 1 to 61"),
+        ([[-1]], {}, "expected tokens from 0 to 60, found -1 to -1"),
+        ([[1]], {"temperature": -0.1}, "temperature must be 0 or more, got -0.1"),
+        ([[1]], {"top_k": 0}, "top_k must be at least 1, got 0"),
+        ([[1]], {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ([[1]], {"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
+    ],
+)
+def test_impossible_requests_are_refused(model, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, 3, **options)
+
+
+# --- one draw
+
+
+def frequencies(logits: torch.Tensor, **options) -> torch.Tensor:
+    """How often each token is drawn when `uniform` takes all values evenly."""
+    n = 10_000
+    drawn = sample(logits.expand(n, -1), (torch.arange(n) + 0.5) / n, **options)
+    return torch.bincount(drawn, minlength=len(logits)) / n
+
+
+LOGITS = torch.tensor([1.0, -2.0, 3.0, 0.5, 2.0, -1.0])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_softmax(temperature):
+    expected = (LOGITS / temperature).softmax(0)
+    found = frequencies(LOGITS, temperature=temperature)
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)
+
+
+def test_top_k_keeps_the_k_likeliest():
+    kept = torch.tensor([0.0, 0, 1, 0, 1, 0]) > 0
+    expected = LOGITS.masked_fill(~kept, -torch.inf).softmax(0)
+    torch.testing.assert_close(frequencies(LOGITS, top_k=2), expected, rtol=0, atol=3e-4)
+    everything = LOGITS.softmax(0)
+    torch.testing.assert_close(frequencies(LOGITS, top_k=99), everything, rtol=0, atol=3e-4)
+
+
+@pytest.mark.parametrize(("top_p", "count"), [(0.1, 1), (0.62, 1), (0.64, 2), (0.88, 3), (1.0, 6)])
+def test_top_p_keeps_the_fewest_that_reach_it(top_p, count):
+    """The probabilities are 0.621, 0.228, 0.084, 0.051, 0.011 and 0.004, in order of size."""
+    order = LOGITS.argsort(descending=True)
+    expected = torch.full_like(LOGITS, -torch.inf)
+    expected[order[:count]] = LOGITS[order[:count]]
+    found = frequencies(LOGITS, top_p=top_p)
+    torch.testing.assert_close(found, expected.softmax(0), rtol=0, atol=3e-4)
+
+
+def test_top_p_is_taken_among_the_top_k():
+    found = frequencies(LOGITS, top_k=3, top_p=0.9)
+    assert found.gt(0).tolist() == [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}])
+@pytest.mark.parametrize("uniform", [1e-12, 1.0])
+def test_the_ends_of_the_range_draw_possible_tokens(options, uniform):
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
+    assert int(sample(logits, torch.tensor([uniform]), **options)) in (1, 2)
+
+
+def test_the_likeliest_token_at_temperature_zero():
+    assert sample(LOGITS[None], torch.tensor([0.5]), temperature=0.0).tolist() == [2]

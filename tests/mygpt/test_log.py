@@ -1,0 +1,88 @@
+"""What is written can be read back, and a replayed step counts once."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mygpt import log
+from mygpt.log import Meter, RunLog, read, step_line, val_line
+
+RATES = "ms 250.0  tok/s 2048  mfu n/a  eta 0:00:02"
+
+
+def line(step: int, loss: float) -> str:
+    return step_line(step, 400, loss, 3e-3, 0.7, RATES)
+
+
+def write(run: Path, lines: list[str]) -> None:
+    run_log = RunLog(run)
+    for text in lines:
+        run_log.write(text)
+
+
+def test_a_step_line_says_all() -> None:
+    assert line(120, 4.125) == (
+        "step 120/400  loss 4.125000  lr 3.000e-03  norm 0.7000  ms 250.0  tok/s 2048  mfu n/a  "
+        "eta 0:00:02"
+    )
+
+
+def test_rates_are_means_since_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.5, 100.0, 101.5, 200.0, 200.25, 300.0, 300.25])
+    monkeypatch.setattr(log.time, "perf_counter", lambda: next(clock))
+    known, unknown = Meter(tokens=512, ideal_seconds=0.25), Meter(tokens=512, ideal_seconds=None)
+    for _ in range(2):
+        with known:
+            pass
+    assert known.rates(10) == "ms 1000.0  tok/s 512  mfu 25.0%  eta 0:00:10"
+    with known:
+        pass
+    assert known.rates(10**6) == "ms 250.0  tok/s 2048  mfu 100.0%  eta 2days,21:26:40"
+    with unknown:
+        pass
+    assert unknown.rates(10) == RATES
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(0, 1e3)), unique_by=lambda x: x[0]))
+def test_steps_and_validations_are_read_back(
+    tmp_path_factory: pytest.TempPathFactory, losses: list[tuple[int, float]]
+) -> None:
+    run = tmp_path_factory.mktemp("run")
+    write(run, [line(*item) for item in losses] + [val_line(step, 9, x, 64) for step, x in losses])
+    history = read(run)
+    assert list(history.train) == list(history.val) == [step for step, _ in losses]
+    assert history.train == history.val == pytest.approx(dict(losses), abs=1e-6)
+
+
+def test_replayed_steps_are_dropped(tmp_path: Path) -> None:
+    first = [line(step, 1.0) for step in range(1, 9)] + [val_line(5, 400, 1.0, 64)]
+    first.append(val_line(8, 400, 1.0, 64))
+    again = ["resume 4/400", *[line(step, 2.0) for step in range(5, 8)], val_line(5, 400, 2.0, 64)]
+    write(tmp_path, first + again)
+    history = read(tmp_path)
+    assert history.train == {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 2.0, 6: 2.0, 7: 2.0}
+    assert history.val == {5: 2.0}
+
+
+def test_the_log_is_appended_to_and_a_torn_line_is_not_glued(tmp_path: Path) -> None:
+    write(tmp_path, ["baseline unigram 4.8 uniform 10.8", line(1, 3.0), "für Menschen: 世界"])
+    with open(tmp_path / "log.txt", "a", encoding="utf-8") as file:
+        file.write(line(2, 2.5)[:30])  # killed in the middle of a line
+    write(tmp_path, [line(3, 2.0)])
+    history = read(tmp_path)
+    assert history.train == {1: 3.0, 3: 2.0}
+    assert history.unigram == 4.8
+    assert "für Menschen: 世界" in (tmp_path / "log.txt").read_text("utf-8").splitlines()
+
+
+def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunLog(tmp_path / "run", enabled=False).write("hello")
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_no_log_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"log\.txt is not there"):
+        read(tmp_path)

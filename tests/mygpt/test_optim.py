@@ -1,0 +1,204 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from mygpt.config import GPTConfig
+from mygpt.model import GPT
+from mygpt.optim import (
+    Muon,
+    configure_optimizers,
+    learning_rate,
+    load_state_tensors,
+    orthogonal,
+    state_tensors,
+)
+
+SHAPE = {"block_size": 8, "vocab_size": 65, "n_layers": 2, "n_heads": 2, "n_embed": 16}
+RATES = {"max_lr": 6e-4, "min_lr": 6e-5, "warmup_steps": 10, "max_steps": 110}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def train(model: GPT, optimizers: list[torch.optim.Optimizer], steps: int) -> None:
+    generator = torch.Generator().manual_seed(steps)
+    for _ in range(steps):
+        idx = torch.randint(0, 65, (2, 8), generator=generator)
+        model(idx, idx.roll(-1, 1))[1].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+# --- the learning rate
+
+
+def test_cosine():
+    lr = [learning_rate(step, **RATES) for step in range(200)]
+    assert lr[0] == pytest.approx(6e-5) and lr[9] == pytest.approx(6e-4)  # warm-up never is at 0
+    assert lr[10] == 6e-4
+    assert lr[60] == pytest.approx((6e-4 + 6e-5) / 2)
+    assert lr[35] == pytest.approx(6e-5 + 0.5 * (1 + math.cos(math.pi / 4)) * 5.4e-4)
+    assert lr[:10] == sorted(lr[:10]) and lr[10:] == sorted(lr[10:], reverse=True)
+    assert set(lr[110:]) == {6e-5}
+
+
+def test_the_ancestors_missing_star():
+    """`min_lr + coeff (max_lr - min_lr)` calls a float; the decay must multiply."""
+    assert learning_rate(60, **RATES) == pytest.approx(6e-5 + 0.5 * (6e-4 - 6e-5))
+
+
+def test_warmup_stable_decay():
+    lr = [learning_rate(step, **RATES, schedule="wsd", decay_fraction=0.5) for step in range(120)]
+    assert lr[9:56] == [pytest.approx(6e-4)] * 47  # 55 = 110 - half of 110
+    assert lr[82] == pytest.approx(6e-5 + 28 / 55 * 5.4e-4)
+    assert lr[55] > lr[56] > lr[109] > lr[110] == lr[119] == 6e-5
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_no_warmup_and_nothing_but_warmup(schedule):
+    none = RATES | {"warmup_steps": 0}
+    assert learning_rate(0, **none, schedule=schedule) == 6e-4
+    only = RATES | {"warmup_steps": 110}
+    assert learning_rate(109, **only, schedule=schedule) == 6e-4
+    assert learning_rate(110, **only, schedule=schedule) == 6e-5
+
+
+# --- which tensor goes where
+
+
+def test_adamw_decays_what_has_two_dimensions():
+    model = GPT(GPTConfig(**SHAPE))
+    [adamw] = configure_optimizers(model, weight_decay=0.2)
+    decayed, rest = adamw.param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.2, 0.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert all(p.dim() >= 2 for p in decayed["params"])
+    assert {names[p].split(".")[-1] for p in rest["params"]} == {"weight", "bias"}
+    assert all(
+        ".ln_" in names[p] or "ln_f" in names[p] or "bias" in names[p] for p in rest["params"]
+    )
+    assert sorted(names[p] for group in (decayed, rest) for p in group["params"]) == sorted(
+        names.values()
+    )
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest_without_decay():
+    model = GPT(GPTConfig(**SHAPE))
+    muon, adamw = configure_optimizers(model, optimizer="muon", weight_decay=0.2, muon_lr_scale=3)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    muons = [names[p] for group in muon.param_groups for p in group["params"]]
+    assert muons == [name for name, p in model.named_parameters() if "h." in name and p.dim() == 2]
+    adamws = [names[p] for group in adamw.param_groups for p in group["params"]]
+    assert sorted(muons + adamws) == sorted(names.values())
+    assert [g["weight_decay"] for g in muon.param_groups + adamw.param_groups] == [0.2, 0.0]
+    assert [g["lr_scale"] for g in muon.param_groups + adamw.param_groups] == [3, 1.0]
+
+
+def test_decay_and_nothing_else_shrinks_a_weight_without_gradient():
+    model = GPT(GPTConfig(**SHAPE))
+    before = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in configure_optimizers(model, optimizer="muon", max_lr=0.5, weight_decay=0.1):
+        optimizer.step()
+    for (name, now), was in zip(model.named_parameters(), before.parameters(), strict=True):
+        is_matrix = name.startswith("h.") and now.dim() == 2
+        torch.testing.assert_close(now, was * (0.95 if is_matrix else 1.0))
+
+
+# --- Muon
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 64)])
+def test_muon_in_bf16_is_torchs(shape):
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    options = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
+    muon = Muon([ours], **options, dtype=torch.bfloat16)
+    oracle = torch.optim.Muon([theirs], **options, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        muon.step()
+        oracle.step()
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 128)])
+def test_orthogonal_keeps_the_directions_and_evens_out_their_sizes(shape):
+    matrix = torch.randn(shape, dtype=torch.float64)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    sizes = u.T @ orthogonal(matrix) @ v.T  # diagonal: the singular vectors stay
+    torch.testing.assert_close(sizes, torch.diag(sizes.diagonal()), atol=1e-9, rtol=0.0)
+    even = sizes.diagonal()[s > 0.1 * s.max()]
+    assert even.min() > 0.6 and even.max() < 1.3
+
+
+def test_muon_moves_by_the_rms_of_adamw():
+    parameter = torch.nn.Parameter(torch.zeros(64, 256))
+    parameter.grad = torch.randn(64, 256)
+    Muon([parameter], lr=1.0, weight_decay=0.0).step()
+    assert parameter.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.15)
+
+
+# --- the state, by name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_comes_back_bit_for_bit(optimizer):
+    model = GPT(GPTConfig(**SHAPE))
+    optimizers = configure_optimizers(model, optimizer=optimizer)
+    train(model, optimizers, 3)
+    saved = {name: tensor.clone() for name, tensor in state_tensors(optimizers, model).items()}
+
+    other = copy.deepcopy(model)
+    others = configure_optimizers(other, optimizer=optimizer)
+    load_state_tensors(others, other, saved)
+    restored = state_tensors(others, other)
+    assert restored.keys() == saved.keys()
+    assert all(torch.equal(restored[name], saved[name]) for name in saved)
+
+    train(model, optimizers, 4)
+    train(other, others, 4)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(saved["wte.weight.exp_avg"], restored["wte.weight.exp_avg"])  # a copy
+
+
+def test_state_is_named_after_the_parameters():
+    model = GPT(GPTConfig(**SHAPE))
+    optimizers = configure_optimizers(model, optimizer="muon")
+    assert state_tensors(optimizers, model) == {}
+    train(model, optimizers, 1)
+    names = state_tensors(optimizers, model).keys()
+    matrices = [name for name, p in model.named_parameters() if "h." in name and p.dim() == 2]
+    others = [name for name, _ in model.named_parameters() if name not in matrices]
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    assert names == {f"{name}.momentum_buffer" for name in matrices} | {
+        f"{name}.{key}" for name in others for key in keys
+    }
+
+
+@pytest.mark.parametrize("fault", ["missing", "left over", "shape"])
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(fault):
+    model = GPT(GPTConfig(**SHAPE))
+    optimizers = configure_optimizers(model)
+    train(model, optimizers, 1)
+    tensors = dict(state_tensors(optimizers, model))
+    name = "h.1.ln_2.bias.exp_avg"
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "left over":
+        name = "h.2.ln_2.bias.exp_avg"
+        tensors[name] = torch.zeros(16)
+    else:
+        tensors[name] = torch.zeros(17)
+    fresh = configure_optimizers(model)
+    with pytest.raises(ValueError, match=name):
+        load_state_tensors(fresh, model, tensors)
+    assert state_tensors(fresh, model) == {}

@@ -1,0 +1,151 @@
+"""Flags, presets, and the arithmetic of accumulation and time."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mygpt import runs, settings
+from mygpt.config import GPTConfig
+from mygpt.settings import PRESETS, TrainConfig
+
+
+def parse(*args: str) -> TrainConfig:
+    return settings.parse(args, "Train.")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_parses_to_itself_and_survives_json(name: str) -> None:
+    config = parse(name)
+    assert config == PRESETS[name][1]
+    written = json.loads(json.dumps(runs.to_json(config)))
+    assert runs.to_json(runs.from_json(written)) == runs.to_json(config)
+    assert settings.accumulation(config, world_size=1) >= 1
+
+
+def test_without_a_preset_it_is_gpt2() -> None:
+    assert parse() == PRESETS["gpt2"][1]
+    assert parse("--seed", "5") == replace(PRESETS["gpt2"][1], seed=5)
+
+
+def test_a_misspelt_preset_is_refused_with_its_neighbour() -> None:
+    with pytest.raises(ValueError, match=r"'smal': did you mean small\?"):
+        parse("smal")
+
+
+def test_flags_are_flat_and_reach_the_model() -> None:
+    config = parse("small", "--n-layers", "2", "--dropout", "0.3", "--no-bias", "--max_steps", "7")
+    assert (config.model.n_layers, config.model.dropout, config.model.bias) == (2, 0.3, False)
+    assert config.max_steps == 7
+
+
+def test_n_hidden_follows_n_embed_unless_given() -> None:
+    assert parse("--n-embed", "384").model.n_hidden == 4 * 384
+    assert parse("--n-embed", "384", "--n-hidden", "3072").model.n_hidden == 3072
+
+
+def test_the_length_of_a_run_is_given_once() -> None:
+    assert parse("tiny").max_steps == 0
+    steps = parse("tiny", "--max-steps", "30")
+    assert (steps.max_steps, steps.time_budget) == (30, 0)
+    budget = parse("gpt2", "--time-budget", "60")
+    assert (budget.max_steps, budget.time_budget, budget.warmup_steps) == (0, 60, 0)
+    with pytest.raises(ValueError, match="give one of them"):
+        parse("gpt2", "--time-budget", "60", "--max-steps", "5")
+
+
+def test_a_short_run_has_a_warmup_that_fits() -> None:
+    assert parse("gpt2", "--max-steps", "40").resolved(40).warmup_steps == 2
+    assert parse("gpt2", "--max-steps", "40", "--warmup-steps", "9").warmup_steps == 9
+
+
+def test_unknown_flags_are_refused_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse("tiny", "--max-stepz", "3")
+    assert exit_.value.code == 2
+    assert "--max-steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--n-embed 100", "n_embed must be a multiple of n_heads"),
+        ("--micro-batch 0", "--micro-batch must be at least 1, got 0"),
+        ("--max-steps -3", "--max-steps must be 0 or more, got -3"),
+        ("--max-steps 0", "give --max-steps or --time-budget"),
+        ("--max-steps 5 --warmup-steps 6", "--warmup-steps must be at most max_steps = 5, got 6"),
+        ("--min-lr 1", "--min-lr must be 0 to 0.0006, got 1.0"),
+        ("--beta2 1", r"--beta2 must be in \[0, 1\), got 1.0"),
+        ("--grad-clip 0", "--grad-clip must be above 0"),
+        ("--seed -1", "--seed must be 0 to"),
+    ],
+)
+def test_impossible_values_are_refused_in_one_line(flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        parse(*flags.split())
+    assert "\n" not in str(error.value)
+
+
+def test_flags_are_read_without_torch() -> None:
+    code = "import sys, mygpt.runs, mygpt.log; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- arithmetic
+
+
+def test_the_124M_run_has_2_to_the_19_tokens_a_step() -> None:
+    """The ancestor had 524277 in place of 2**19, which no batch divides."""
+    config = PRESETS["gpt2"][1]
+    assert config.total_batch_size == 2**19 == 524288
+    assert settings.accumulation(config, world_size=4) == 2**19 // (16 * 1024 * 4)
+    with pytest.raises(ValueError, match="got 524277: nearest are 507904 or 524288"):
+        settings.accumulation(replace(config, total_batch_size=524277), world_size=1)
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 9), st.integers(1, 10**5))
+def test_accumulation_is_exact_or_names_values_that_are(
+    micro_batch: int, block_size: int, world_size: int, total: int
+) -> None:
+    model = GPTConfig(block_size=block_size)
+    config = TrainConfig(model, micro_batch=micro_batch, total_batch_size=total)
+    piece = micro_batch * block_size * world_size
+    try:
+        assert settings.accumulation(config, world_size) * piece == total
+    except ValueError as error:
+        assert total % piece
+        nearest = str(error).split("nearest are ")[1].split(";")[0]
+        for value in map(int, nearest.split(" or ")):
+            settings.accumulation(replace(config, total_batch_size=value), world_size)
+            assert abs(value - total) < piece
+        if "--micro-batch " in str(error):
+            fits = replace(config, micro_batch=int(str(error).split("--micro-batch ")[1]))
+            settings.accumulation(fits, world_size)
+
+
+@given(st.floats(1, 1e5), st.floats(1e-3, 10), st.floats(0, 10), st.integers(0, 500))
+def test_steps_that_fit_fit(seconds: float, step: float, round_: float, interval: int) -> None:
+    def cost(steps: int) -> float:
+        return steps * step + round_ * (steps / interval if interval else settings.ROUNDS)
+
+    steps = settings.steps_that_fit(seconds, step, round_, interval)
+    assert steps == 1 or cost(steps) <= 0.95 * seconds * (1 + 1e-9) + (0 if interval else round_)
+    assert steps >= 1
+    assert cost(steps + 1) > 0.949 * seconds
+
+
+def test_the_dataset_is_never_guessed(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="python -m prepare"):
+        settings.only_dataset(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+        if name == "one":
+            assert settings.only_dataset(tmp_path) == tmp_path / "one"
+    with pytest.raises(ValueError, match=r"2 datasets .*: choose with --data one of .*one, .*two"):
+        settings.only_dataset(tmp_path)

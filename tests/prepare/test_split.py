@@ -1,0 +1,205 @@
+"""No leak (promise 3): a document's side is a function of its content and of nothing else."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prepare.split import HASH, SplitRule, content_hashes
+from tests.prepare.support import (
+    COMPRESSORS,
+    contents,
+    held,
+    is_val,
+    make,
+    run,
+    shrink,
+    text_of,
+    texts,
+    write_jsonl,
+)
+
+documents = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20), max_size=30)
+fractions = st.floats(0.001, 0.999)
+
+
+def sides(values: list[str], fraction: float, kind: pa.DataType | None = None) -> list[bool]:
+    array = pa.array(values, kind or pa.large_string())
+    return SplitRule(HASH, fraction).is_val(content_hashes(array)).tolist()
+
+
+# Appends and other machines rely on this rule for ever.
+def test_the_rule_is_pinned() -> None:
+    pinned = [f"document {number}" for number in range(40)]
+    assert np.flatnonzero(sides(pinned, 0.1)).tolist() == [8, 24, 28, 38]
+    assert content_hashes(pa.array(["", "a"], pa.string())).tolist() == [
+        [0x99AA06D3014798D8, 0x6001C324468D497F],
+        [0xA96FAF705AF16834, 0xE6C632B61E964E1F],
+    ]
+
+
+@given(documents, fractions)
+def test_a_side_depends_on_nothing_but_the_content(values: list[str], fraction: float) -> None:
+    found = sides(values, fraction)
+    assert found == [is_val(value.encode(), fraction) for value in values]
+    assert found == [sides([value], fraction)[0] for value in values]
+    assert found[::-1] == sides(values[::-1], fraction, pa.string())
+    around = pa.array(["x", *values, "y"]).slice(1, len(values))
+    assert content_hashes(around).tolist() == content_hashes(pa.array(values, pa.string())).tolist()
+
+
+@given(documents, fractions, fractions)
+def test_a_larger_fraction_only_adds_validation_text(
+    values: list[str], one: float, other: float
+) -> None:
+    small, large = sides(values, min(one, other)), sides(values, max(one, other))
+    assert all(in_large for in_small, in_large in zip(small, large, strict=True) if in_small)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.9])
+def test_the_fraction_is_realised(fraction: float) -> None:
+    count = 20_000
+    realised = sum(sides([f"document {number}" for number in range(count)], fraction)) / count
+    assert abs(realised - fraction) < 4 * math.sqrt(fraction * (1 - fraction) / count)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0, math.nan, math.inf])
+def test_a_fraction_that_cannot_be(fraction: float) -> None:
+    with pytest.raises(ValueError, match="--val-fraction between 0 and 1"):
+        SplitRule(HASH, fraction)
+
+
+def val_texts(out: Path) -> set[tuple[int, ...]]:
+    return {document.tokens for document in held(out)["val"]}
+
+
+def test_the_format_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = texts(80)
+    write_jsonl(tmp_path / "a.jsonl", values)
+    pq.write_table(pa.table({"text": values[::-1]}), tmp_path / "b.parquet")
+    for number, value in enumerate(values):
+        for suffix in ("", ".gz"):
+            path = tmp_path / f"c{suffix}" / f"{number}.txt{suffix}"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(COMPRESSORS[suffix](value.encode()))
+    sources = ("a.jsonl", "b.parquet", "c", "c.gz")
+    found = [val_texts(make(tmp_path / f"out-{name}", tmp_path / name)) for name in sources]
+    shrink(monkeypatch, PIECE_BYTES=50, READ_BYTES=20, BATCH_BYTES=100, MIN_UNIT_BYTES=60)
+    found += [val_texts(make(tmp_path / f"small-{name}", tmp_path / name)) for name in sources]
+    assert 0 < len(found[0]) < 80
+    assert all(other == found[0] for other in found)
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_adding_files_moves_nothing(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("adding")
+    word = st.text("ab \n", min_size=1, max_size=4)
+    old, new = data.draw(st.lists(word)), data.draw(st.lists(word))
+    old = [text_of("train"), text_of("val"), *old]
+    write_jsonl(folder / "corpus/m.jsonl", old)
+    before = held(make(folder / "before", folder / "corpus"))
+    where = data.draw(st.sampled_from(["a", "z"]))  # before or after the file that was there
+    write_jsonl(folder / f"corpus/{where}.jsonl", new)
+    after = held(make(folder / "after", folder / "corpus"))
+    for side, other in (("train", "val"), ("val", "train")):
+        tokens = [document.tokens for document in after[side]]
+        kept = [d for d in after[side] if d.source == "corpus/m.jsonl"]
+        assert kept == before[side]
+        # Duplicates lie on the same side, within a file and across files.
+        assert not {d.tokens for d in after[other]} & set(tokens)
+    assert sum(map(len, after.values())) == len(old) + len(new)
+
+
+class TestValidationTextOfOnesOwn:
+    def test_all_of_it_and_nothing_else(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "train.jsonl", texts(100, 1))
+        write_jsonl(tmp_path / "val.jsonl", texts(30, 2))
+        (tmp_path / "val.md").write_text("one more")
+        out = make(
+            tmp_path / "out", tmp_path / "train.jsonl",
+            "--val-source", tmp_path / "val.jsonl", tmp_path / "val.md",
+        )  # fmt: skip
+        found = held(out)
+        assert [document.source for document in found["train"]] == ["train.jsonl"] * 100
+        assert [document.source for document in found["val"]] == ["val.jsonl"] * 30 + ["val.md"]
+        manifest = json.loads((out / "manifest.json").read_bytes())
+        assert manifest["split_rule"]["rule"] == "given"
+
+    def test_a_file_that_is_also_a_source_is_validation_text_alone(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "corpus/a.jsonl", texts(100, 1))
+        write_jsonl(tmp_path / "corpus/b.jsonl", texts(30, 2))
+        out = make(
+            tmp_path / "out", tmp_path / "corpus", "--val-source", tmp_path / "corpus/b.jsonl"
+        )
+        found = held(out)
+        assert {document.source for document in found["train"]} == {"corpus/a.jsonl"}
+        assert {document.source for document in found["val"]} == {"b.jsonl"}
+
+    def test_large_texts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        shrink(monkeypatch, PIECE_BYTES=200, READ_BYTES=90, MIN_UNIT_BYTES=300)
+        (tmp_path / "train.txt").write_text("".join(texts(60, 1)))
+        (tmp_path / "val.txt").write_text("".join(texts(60, 2)))
+        out = make(tmp_path / "out", tmp_path / "train.txt", "--val-source", tmp_path / "val.txt")
+        found = held(out)
+        assert [document.source for document in found["train"]] == ["train.txt"]
+        assert [document.source for document in found["val"]] == ["val.txt"]
+
+
+class TestFewDocuments:
+    """A corpus without text on both sides is refused, and each remedy works."""
+
+    def refused(self, tmp_path: Path, *arguments: object) -> None:
+        error = run(*arguments, "--out", tmp_path / "refused").error
+        for remedy in ("--split position", "--val-fraction", "--val-source"):
+            assert remedy in error
+        assert not (tmp_path / "refused/manifest.json").exists()
+
+    @pytest.mark.parametrize("side", ["train", "val"])
+    def test_all_on_one_side(self, side: str, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "corpus.jsonl", [text_of(side)] * 5)
+        self.refused(tmp_path, tmp_path / "corpus.jsonl")
+
+    def test_remedy_fraction(self, tmp_path: Path) -> None:
+        write_jsonl(
+            tmp_path / "corpus.jsonl",
+            [text_of("train"), text_of("train", 0.5), text_of("val", 0.5)],
+        )
+        make(tmp_path / "out", tmp_path / "corpus.jsonl", "--val-fraction", 0.5)
+
+    def test_remedy_position(self, tmp_path: Path) -> None:
+        (tmp_path / "corpus").mkdir()
+        (tmp_path / "corpus/a.txt").write_text("a line\n" * 50)
+        self.refused(tmp_path, tmp_path / "corpus")
+        make(tmp_path / "out", tmp_path / "corpus", "--split", "position")
+
+    def test_remedy_source(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("train")
+        (tmp_path / "b.txt").write_text("val")
+        make(tmp_path / "out", tmp_path / "a.txt", "--val-source", tmp_path / "b.txt")
+
+    def test_one_line_of_text(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("no line end in it")
+        self.refused(tmp_path, tmp_path / "a.txt")
+
+    @pytest.mark.parametrize("content", ["", '{"text": ""}\n', "\n\n"])
+    def test_nothing_at_all(self, content: str, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text(content)
+        error = run(tmp_path / "a.jsonl", "--out", tmp_path / "out").error
+        assert "expected text in the sources, found none" in error
+
+
+def test_the_same_split_by_hash_when_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    for side in ("train", "val"):
+        (tmp_path / f"corpus/{side}.txt").write_text(text_of(side))
+    one = contents(make(tmp_path / "one", tmp_path / "corpus"))
+    assert one == contents(make(tmp_path / "two", tmp_path / "corpus", "--split", "hash"))

@@ -1,0 +1,147 @@
+"""The output folder: whose it is, who is at work in it, and what lies there already."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.prepare.support import contents, held, make, run, shrink, texts, write_jsonl
+
+HOLDER = """
+import sys
+from prepare import workspace
+from prepare.storage import Folder
+with workspace.Workspace(Folder(sys.argv[1])).locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    write_jsonl(tmp_path / "corpus.jsonl", texts(100))
+    return tmp_path / "corpus.jsonl"
+
+
+def test_a_folder_with_other_files_is_left_alone(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    error = run(corpus, "--out", out).error
+    assert f"expected a new or empty folder in {out}, found other files there" in error
+    assert "give another --out" in error
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_an_empty_folder_is_taken(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out", corpus)
+
+
+def test_a_file_is_no_folder(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert str(tmp_path / "out") in run(corpus, "--out", tmp_path / "out").error
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_manifest_that_is_not_ours(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/manifest.json").write_text('{"name": "a web page"}')
+    assert "expected format mygpt-shards" in run(corpus, "--out", tmp_path / "out").error
+    assert (tmp_path / "out/manifest.json").read_text() == '{"name": "a web page"}'
+
+
+OTHERS = {
+    "other sources": ["other.jsonl"],
+    "one source more": ["corpus.jsonl", "other.jsonl"],
+    "another fraction": ["corpus.jsonl", "--val-fraction", "0.2"],
+    "another split": ["corpus.jsonl", "--val-source", "other.jsonl"],
+}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("case", OTHERS)
+def test_another_dataset_is_left_alone(
+    case: str, copied: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = make(tmp_path / "out", corpus)
+    write_jsonl(tmp_path / "other.jsonl", texts(100, 5))
+    if copied:  # it came here without its work area
+        shutil.rmtree(out / ".prepare")
+    before = contents(out)
+    assert "give another --out" in run(*OTHERS[case], "--out", out).error
+    assert contents(out) == before
+
+
+def test_a_copied_dataset_is_complete(corpus: Path, tmp_path: Path) -> None:
+    out = make(tmp_path / "out", corpus)
+    shutil.rmtree(out / ".prepare")
+    before = contents(out)
+    assert "nothing to do" in run(corpus, "--out", out).out
+    assert contents(out) == before
+
+
+def test_the_same_file_is_named_among_files_of_one_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("a", "b"):
+        write_jsonl(tmp_path / folder / "part.jsonl", texts(50, ord(folder)))
+    write_jsonl(tmp_path / "c.jsonl", texts(50))
+    sources = [tmp_path / "a/part.jsonl", tmp_path / "b/part.jsonl", tmp_path / "c.jsonl"]
+    out = make(tmp_path / "out", *sources)
+    os.utime(tmp_path / "c.jsonl", ns=(0, 0))
+    assert "the source c.jsonl as it was" in run(*sources, "--out", out).error
+
+
+class TestTwoAtOnce:
+    def test_the_second_is_refused_until_the_first_dies(
+        self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shrink(monkeypatch, LOCK_SECONDS=0)
+        out = tmp_path / "out"
+        with subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(out)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.getcwd()},
+        ) as holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            error = run(corpus, "--out", out).error
+            assert f"expected to be alone in {out}, found another prepare at work there" in error
+            holder.send_signal(signal.SIGKILL)
+        held(make(out, corpus))
+
+    def test_a_short_wait_outlasts_one_that_is_ending(self, corpus: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        with subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                HOLDER.replace("sys.stdin.read()", "import time; time.sleep(1)"),
+                str(out),
+            ],
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.getcwd()},
+        ) as holder:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            held(make(out, corpus))
+
+
+def test_nothing_but_the_dataset_is_left(corpus: Path, tmp_path: Path) -> None:
+    out = make(tmp_path / "out", corpus)
+    for name in (".manifest.json.123.tmp", ".train_00000.npy.99.tmp", ".prepare/.plan.json.5.tmp"):
+        (out / name).write_text("what a killed run left half-written")
+    run(corpus, "--out", out)
+    assert not [path for path in out.rglob("*") if path.suffix == ".tmp"]
+    assert (
+        json.loads((out / ".prepare/plan.json").read_bytes())["files"][0]["name"] == "corpus.jsonl"
+    )
+    assert not (out / ".prepare/units").exists()

@@ -1,0 +1,382 @@
+"""Every window once, one cursor (promises 4 and 5), on shards whose ids say where they lie."""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards import loader as loader_module
+from shards.loader import TokenLoader
+from tests.shards.support import arange_dataset, grown, write_dataset
+
+# Lengths of train shards; ids count on over them, so a token's id is its place in the split.
+RAGGED = {
+    "one": (101,),
+    "equal": (65, 65, 65),
+    "ragged": (3, 64, 1, 250, 17, 33, 16, 2, 129),
+    "one_large": (9, 2000, 8, 7),
+    "many": tuple(range(2, 60)),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plan_little() -> Iterator[None]:
+    """64 ranks in one process, each planning thousands of rows ahead, would only take time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader_module, "PLANNED_ROWS", 64)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {name: tmp_path_factory.mktemp(name) for name in RAGGED}
+    for name, lengths in RAGGED.items():
+        arange_dataset(made[name], lengths)
+    return made
+
+
+def rows(loader: TokenLoader, batches: int) -> np.ndarray:
+    """The windows of the next batches, (batches * B, T + 1)."""
+    taken = list(islice(loader, batches))
+    for x, y in taken:
+        assert x.dtype == y.dtype == torch.int64
+        assert x.shape == y.shape == (loader.batch_size, loader.block_size)
+    return np.concatenate([torch.cat([x, y[:, -1:]], 1).numpy() for x, y in taken])
+
+
+def stream(folder: Path, windows: int, block_size: int, seed: int = 0) -> np.ndarray:
+    """The first windows of the one-rank stream, (windows, T + 1)."""
+    return rows(TokenLoader(folder, "train", windows, block_size, seed=seed), 1)
+
+
+def ranks(folder: Path, batch: int, block: int, world: int, seed: int = 0) -> list[TokenLoader]:
+    return [TokenLoader(folder, "train", batch, block, rank, world, seed) for rank in range(world)]
+
+
+def together(loaders: list[TokenLoader], batches: int) -> np.ndarray:
+    """What all ranks hand out, batch by batch and rank by rank: the global stream."""
+    taken = [rows(loader, batches) for loader in loaders]  # each (batches * B, T + 1)
+    batch, width = loaders[0].batch_size, loaders[0].block_size + 1
+    by_rank = np.stack([part.reshape(batches, batch, width) for part in taken], 1)
+    return by_rank.reshape(-1, width)
+
+
+def check_epoch(windows: np.ndarray, lengths: tuple[int, ...], block: int) -> list[int]:
+    """That these windows are one epoch: every window once. Returns each shard's phase."""
+    assert (np.diff(windows, axis=1) == 1).all(), "a window runs on, inside one shard"
+    ends = np.cumsum(lengths)
+    expected, phases = set[int](), []
+    starts = windows[:, 0]
+    for first, end in zip(ends - lengths, ends, strict=True):
+        count = max(end - first - 1, 0) // block
+        inside = starts[(starts >= first) & (starts < end)]
+        assert len(inside) == count
+        if count:
+            phases.append(int(inside.min() - first))
+            assert 0 <= phases[-1] <= end - first - 1 - count * block, "within the slack"
+            expected |= set(range(inside.min(), inside.min() + count * block))
+    # Targets are ids, ids are places: coverage is one equality of sets, and of sizes.
+    targets = windows[:, 1:].ravel() - 1
+    assert set(targets.tolist()) == expected
+    assert targets.size == len(expected)
+    return phases
+
+
+@settings(max_examples=50)
+@given(
+    name=st.sampled_from(sorted(RAGGED)),
+    batch=st.integers(1, 7),
+    block=st.integers(1, 24),
+    world=st.integers(1, 64),
+    seed=st.integers(0, 2**40),
+)
+def test_every_window_once_an_epoch_across_ranks(
+    folders: dict[str, Path], name: str, batch: int, block: int, world: int, seed: int
+) -> None:
+    loaders = ranks(folders[name], batch, block, world, seed)
+    epoch = loaders[0].windows_per_epoch
+    assert epoch == sum(max(length - 1, 0) // block for length in RAGGED[name])
+    windows = together(loaders, -(-2 * epoch // (batch * world)))
+    # Batches straddle the epoch's edge where it is no multiple of the global batch.
+    check_epoch(windows[:epoch], RAGGED[name], block)
+    check_epoch(windows[epoch : 2 * epoch], RAGGED[name], block)
+
+
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    block=st.integers(1, 12),
+    seed=st.integers(0, 9),
+)
+def test_every_window_once_for_any_shards(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], block: int, seed: int
+) -> None:
+    if max(lengths) <= block:
+        lengths.append(block + 1)
+    folder = tmp_path_factory.mktemp("any")
+    arange_dataset(folder, lengths)
+    epoch = TokenLoader(folder, "train", 1, block).windows_per_epoch
+    check_epoch(stream(folder, epoch, block, seed), tuple(lengths), block)
+
+
+@settings(max_examples=40)
+@given(
+    name=st.sampled_from(sorted(RAGGED)),
+    batch=st.integers(1, 5),
+    world=st.integers(1, 16),
+    batches=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_ranks_together_are_the_one_rank_stream(
+    folders: dict[str, Path], name: str, batch: int, world: int, batches: int, seed: int
+) -> None:
+    alone = TokenLoader(folders[name], "train", batch * world, 8, seed=seed)
+    many = ranks(folders[name], batch, 8, world, seed)
+    assert np.array_equal(together(many, batches), rows(alone, batches))
+
+
+def test_micro_batches_do_not_change_what_a_step_sees(folders: dict[str, Path]) -> None:
+    whole = stream(folders["ragged"], 96, 8)
+    for batch in (1, 2, 3, 8, 32):
+        accumulated = TokenLoader(folders["ragged"], "train", batch, 8)
+        assert np.array_equal(rows(accumulated, 96 // batch), whole)
+
+
+@pytest.mark.parametrize("planned", [1, 5, 4096])
+@pytest.mark.parametrize("name", ["ragged", "equal"])
+def test_restored_at_every_step_it_goes_on_the_same(
+    folders: dict[str, Path], name: str, planned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Places are planned ahead: a state is of the batch handed out, wherever the plan stands.
+    monkeypatch.setattr(loader_module, "PLANNED_ROWS", planned)
+    folder, batch = folders[name], 3
+
+    def new() -> TokenLoader:
+        return TokenLoader(folder, "train", batch, 8, seed=5)
+
+    running = new()
+    steps = 2 * -(-running.windows_per_epoch // batch) + 2  # beyond two epochs' edges
+    uninterrupted = rows(new(), steps + 4).reshape(-1, batch, 9)
+    for step in range(steps):
+        state = json.loads(json.dumps(running.state_dict()))
+        assert state["position"] == step * batch
+        resumed = new()
+        resumed.load_state_dict(state)
+        resumed.load_state_dict(resumed.state_dict())  # twice in a row
+        assert resumed.state_dict() == state
+        following = uninterrupted[step : step + 3].reshape(-1, 9)
+        assert np.array_equal(rows(resumed, 3), following)
+        resumed.load_state_dict(state)  # and back from further on
+        assert np.array_equal(rows(resumed, 3), following)
+        assert np.array_equal(rows(running, 1), uninterrupted[step])
+
+
+def test_a_state_at_the_very_edge_of_an_epoch(folders: dict[str, Path]) -> None:
+    folder, lengths = folders["equal"], RAGGED["equal"]
+    loader = TokenLoader(folder, "train", 4, 8)
+    assert loader.windows_per_epoch == 24
+    check_epoch(rows(loader, 6), lengths, 8)
+    assert loader.epoch == 1
+    state = loader.state_dict()
+    second = rows(loader, 6)
+    check_epoch(second, lengths, 8)
+    resumed = TokenLoader(folder, "train", 4, 8)
+    resumed.load_state_dict(state)
+    assert np.array_equal(rows(resumed, 6), second)
+
+
+@settings(max_examples=30)
+@given(
+    world=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    resumed_world=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    batches=st.integers(0, 12),
+)
+def test_a_run_resumes_on_another_number_of_ranks(
+    folders: dict[str, Path], world: int, resumed_world: int, batches: int
+) -> None:
+    folder, in_all = folders["many"], 12
+    before = ranks(folder, in_all // world, 8, world)
+    together(before, batches) if batches else None
+    states = [loader.state_dict() for loader in before]
+    assert all(state == states[0] for state in states), "one cursor for all ranks"
+    after = ranks(folder, in_all // resumed_world, 8, resumed_world)
+    for loader in after:
+        loader.load_state_dict(states[0])
+    expected = stream(folder, (batches + 4) * in_all, 8)[batches * in_all :]
+    assert np.array_equal(together(after, 4), expected)
+
+
+def test_a_far_position_is_reached_at_once(folders: dict[str, Path]) -> None:
+    loader = TokenLoader(folders["ragged"], "train", 2, 8)
+    state = loader.state_dict() | {"position": 10**15}
+    loader.load_state_dict(state)
+    x, _ = next(loader)
+    assert loader.state_dict()["position"] == 10**15 + 2
+    epoch, place = divmod(10**15, loader.windows_per_epoch)
+    assert 0 <= place < loader.windows_per_epoch and epoch > 10**12 and x.shape == (2, 8)
+
+
+def epochs(folder: Path, block: int, count: int, seed: int = 0) -> Iterator[np.ndarray]:
+    loader = TokenLoader(folder, "train", 1, block, seed=seed)
+    for _ in range(count):
+        yield rows(loader, loader.windows_per_epoch)
+
+
+def test_boundaries_move_between_epochs_within_the_slack(folders: dict[str, Path]) -> None:
+    block, lengths = 8, RAGGED["ragged"]
+    phases = np.array(
+        [check_epoch(e, lengths, block) for e in epochs(folders["ragged"], block, 40)]
+    )
+    with_windows = [length for length in lengths if length > block]
+    slack = [(length - 1) % block for length in with_windows]
+    for own, room in zip(phases.T, slack, strict=True):
+        assert own.min() == 0 and own.max() == room, "all of the slack is used, none beyond it"
+
+
+def test_each_epoch_and_seed_has_its_own_order(folders: dict[str, Path]) -> None:
+    orders = {tuple(e[:, 0] // 8) for seed in range(3) for e in epochs(folders["one"], 8, 4, seed)}
+    assert len(orders) == 12
+
+
+@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("block", [1, 4, 16])
+def test_unused_tokens_are_those_in_no_window(
+    folders: dict[str, Path], name: str, block: int
+) -> None:
+    loader = TokenLoader(folders[name], "train", 1, block)
+    served = set(rows(loader, loader.windows_per_epoch).ravel().tolist())
+    assert loader.unused_tokens == sum(RAGGED[name]) - len(served)
+
+
+def test_ids_beyond_int16_arrive_whole(tmp_path: Path) -> None:
+    ids = np.arange(65_500, 65_536)
+    write_dataset(tmp_path, {"train": [ids], "val": [ids]})
+    devices = ["cpu"]
+    devices += ["cuda"] if torch.cuda.is_available() else []
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    for device in devices:
+        x, y = next(TokenLoader(tmp_path, "val", 1, 35, device=device))
+        assert x.device.type == device and x.dtype == y.dtype == torch.int64
+        assert x[0].tolist() == ids[:-1].tolist()
+        assert y[0].tolist() == ids[1:].tolist()
+
+
+class _Elsewhere(str):
+    """The CPU, taken for a device that ids have to be sent to."""
+
+    type = "elsewhere"
+
+
+def test_ids_are_widened_where_they_arrive(tmp_path: Path) -> None:
+    ids = np.arange(32_750, 32_786)
+    write_dataset(tmp_path, {"train": [ids], "val": [ids]})
+    loader = TokenLoader(tmp_path, "val", 1, 35)
+    vars(loader)["device"] = _Elsewhere("cpu")
+    x, y = next(loader)
+    assert x.dtype == y.dtype == torch.int64
+    assert (x[0].tolist(), y[0].tolist()) == (ids[:-1].tolist(), ids[1:].tolist())
+
+
+def test_val_is_served_too_and_apart(tmp_path: Path) -> None:
+    arange_dataset(tmp_path, train=(50, 50), val=(40,))
+    loader = TokenLoader(tmp_path, "val", 1, 13)
+    assert sorted(rows(loader, 3)[:, 0].tolist()) == [100, 113, 126]
+
+
+def test_batches_are_not_each_others_memory(folders: dict[str, Path]) -> None:
+    loader = TokenLoader(folders["one"], "train", 2, 8)
+    x, _ = next(loader)
+    kept = x.clone()
+    next(loader)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"fingerprint": "0" * 64}, "fingerprint"),
+        ({"generation": 1}, "generation"),
+        ({"seed": 1}, "seed"),
+        ({"block_size": 16}, "block_size"),
+        ({"split": "val"}, "split"),
+        ({"order": 0}, "order"),
+        ({"version": 2}, "version"),
+    ],
+)
+def test_a_state_of_another_stream_is_refused(
+    folders: dict[str, Path], change: dict[str, object], named: str
+) -> None:
+    loader = TokenLoader(folders["one"], "train", 2, 8)
+    next(loader)
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match=f"with {named} .*, found {next(iter(change.values()))}"):
+        loader.load_state_dict(state | change)
+    with pytest.raises(ValueError, match=f"with {named} .*, found None"):
+        loader.load_state_dict({key: value for key, value in state.items() if key != named})
+    assert loader.state_dict() == state, "a refused state changes nothing"
+
+
+def test_a_state_of_an_altered_dataset_is_refused(tmp_path: Path) -> None:
+    arange_dataset(tmp_path / "a", train=(50,))
+    arange_dataset(tmp_path / "b", train=(51,))
+    state = TokenLoader(tmp_path / "a", "train", 2, 8).state_dict()
+    with pytest.raises(ValueError, match="fingerprint"):
+        TokenLoader(tmp_path / "b", "train", 2, 8).load_state_dict(state)
+
+
+def test_a_dataset_shorter_than_a_block_is_refused(tmp_path: Path) -> None:
+    arange_dataset(tmp_path, train=(9, 5), val=(9,))
+    assert TokenLoader(tmp_path, "train", 1, 8).windows_per_epoch == 1
+    with pytest.raises(ValueError, match=r"more than 9 tokens .* found at most 9: .*--block-size"):
+        TokenLoader(tmp_path, "train", 1, 9)
+    with pytest.raises(ValueError, match=r"a val shard .*--val-source"):
+        TokenLoader(tmp_path, "val", 1, 9)
+
+
+def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    write_dataset(tmp_path, {"train": [np.arange(50)]})
+    for split in ("val", "test"):
+        with pytest.raises(ValueError, match=f"split '{split}'.*found none"):
+            TokenLoader(tmp_path, split, 1, 8)
+    with pytest.raises(FileNotFoundError, match="python -m prepare"):
+        TokenLoader(tmp_path / "nowhere", "train", 1, 8)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rank": 2, "world_size": 2},
+        {"rank": -1},
+        {"world_size": 0},
+        {"batch_size": 0},
+        {"block_size": 0},
+        {"seed": -1},
+    ],
+)
+def test_sizes_and_ranks_that_can_not_be(folders: dict[str, Path], wrong: dict[str, int]) -> None:
+    sizes = {"batch_size": 1, "block_size": 8} | wrong
+    with pytest.raises(ValueError, match="expected batch_size"):
+        TokenLoader(folders["one"], "train", **sizes)
+
+
+def test_the_stream_never_changes_under_its_version(folders: dict[str, Path]) -> None:
+    # Checkpoints point into it. Another stream needs another ORDER_VERSION.
+    firsts = stream(folders["ragged"], 12, 16, seed=1337)[:, 0].tolist()
+    assert firsts == [386, 418, 294, 42, 198, 335, 402, 214, 150, 102, 246, 434]
+
+
+def test_an_older_generation_is_its_own_dataset(tmp_path: Path) -> None:
+    manifest = grown(arange_dataset(tmp_path, train=(50, 50)), (0, 1))
+    assert TokenLoader(tmp_path, "train", 1, 7).windows_per_epoch == 14
+    first = TokenLoader(tmp_path, "train", 1, 7, generation=0)
+    assert first.windows_per_epoch == 7
+    assert set(rows(first, 7).ravel().tolist()) <= set(range(50))
+    assert first.state_dict()["fingerprint"] != manifest.fingerprint
+    with pytest.raises(ValueError, match="generation"):
+        TokenLoader(tmp_path, "train", 1, 7, generation=2)

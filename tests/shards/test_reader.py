@@ -1,0 +1,210 @@
+"""Evaluation covers each target once (promise 9), and a shard that is not right is refused."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards import reader
+from shards.manifest import Manifest
+from shards.reader import EvalWindows, ShardReader, open_tokens, read_index, token_counts
+from shards.writer import INDEX_SCHEMA
+from tests.shards.support import PLACES, arange_dataset, write_dataset
+
+
+@settings(max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8),
+    block=st.integers(1, 60),
+)
+def test_every_target_once(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], block: int
+) -> None:
+    manifest = arange_dataset(tmp_path_factory.mktemp("val"), train=(2,), val=lengths)
+    windows = EvalWindows(manifest, "val", block)
+    targets = [int(token) for window in windows for token in window[1:]]
+    # Each id is its token's place: all but the first of each shard, in order.
+    ends = 2 + np.cumsum(lengths)
+    firsts = {2, *ends[:-1].tolist()}
+    assert targets == [place for place in range(2, ends[-1]) if place not in firsts]
+    assert windows.n_targets == len(targets)
+    for window in windows:
+        assert window.dtype == np.uint16
+        assert 2 <= len(window) <= block + 1
+        assert (np.diff(window.astype(int)) == 1).all(), "its context is what stands before it"
+
+
+def test_windows_by_index_and_slice(tmp_path: Path) -> None:
+    windows = EvalWindows(arange_dataset(tmp_path, train=(2,), val=(10, 8)), "val", 4)
+    firsts = [2, 6, 10, 12, 16]
+    assert len(windows) == 5
+    assert [int(window[0]) for window in windows] == firsts
+    assert [int(window[0]) for window in windows[1:4:2]] == firsts[1:4:2]
+    assert [int(windows[i][0]) for i in range(5)] == firsts
+    for index in (5, -6):
+        with pytest.raises(IndexError):
+            windows[index]
+
+
+@given(
+    lengths=st.lists(st.integers(2, 400), min_size=1, max_size=5),
+    block=st.integers(1, 40),
+    n_tokens=st.integers(1, 5000),
+)
+@settings(max_examples=30)
+def test_the_fixed_subset_is_spread_evenly(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], block: int, n_tokens: int
+) -> None:
+    windows = EvalWindows(
+        arange_dataset(tmp_path_factory.mktemp("val"), (2,), lengths), "val", block
+    )
+    chosen = windows.spread(n_tokens)
+    assert chosen == sorted(set(chosen)) and chosen[0] == 0 and chosen[-1] < len(windows)
+    gaps = np.diff([*chosen, len(windows)])
+    assert gaps.max() - gaps.min() <= 1, "evenly spaced, to the end"
+    # About as many targets as asked for, never more, but at least one window.
+    assert len(chosen) == 1 or len(chosen) * block <= n_tokens
+    assert len(chosen) == len(windows) or (len(chosen) + 1) * block > n_tokens
+    assert windows.spread(n_tokens) == chosen
+
+
+def test_counts_are_numpys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "COUNTED_AT_ONCE", 7)
+    random = np.random.default_rng(0)
+    shards = [random.integers(0, 65536, n) for n in (1, 7, 20, 5000)]
+    manifest = write_dataset(tmp_path, {"train": shards, "val": [[1, 65535, 1]]})
+    counts = token_counts(manifest, "train")
+    assert counts.dtype == np.int64 and counts.shape == (PLACES.n_vocab,)
+    assert np.array_equal(counts, np.bincount(np.concatenate(shards), minlength=1 << 16))
+    assert token_counts(manifest, "val")[[0, 1, 65535]].tolist() == [0, 2, 1]
+
+
+def test_at_most_so_many_maps_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "MAX_OPEN", 3)
+    opened: list[str] = []
+    original = reader.open_tokens
+    monkeypatch.setattr(
+        reader, "open_tokens", lambda m, s: (opened.append(s.file), original(m, s))[1]
+    )
+    shards = ShardReader(arange_dataset(tmp_path, range(2, 12)), "train")
+    for index in [*range(10), 9, 8, 7, 0]:
+        assert len(shards.tokens(index)) == index + 2
+        assert len(shards._open) <= 3
+    assert len(opened) == 11, "what is open is not opened again"
+
+
+def test_tokens_are_a_view_that_can_not_be_written(tmp_path: Path) -> None:
+    view = ShardReader(arange_dataset(tmp_path, (5,)), "train").tokens(0)
+    with pytest.raises(ValueError, match="read-only"):
+        view[0] = 1
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    return arange_dataset(tmp_path, (100,))
+
+
+def refused(manifest: Manifest, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        open_tokens(manifest, manifest.splits["train"].shards[0])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "train_00000.npy" in message and "restore it, or prepare" in message
+
+
+def test_a_missing_shard(manifest: Manifest) -> None:
+    manifest.path("train_00000.npy").unlink()
+    refused(manifest, FileNotFoundError, "found no such file")
+
+
+@pytest.mark.parametrize("size", [0, 5, 60, 127, 128, 200, 327])
+def test_a_short_shard_at_any_length(manifest: Manifest, size: int) -> None:
+    path = manifest.path("train_00000.npy")
+    assert path.stat().st_size == 128 + 200
+    path.write_bytes(path.read_bytes()[:size])
+    refused(manifest, ValueError, "expected a whole .npy file|expected 100 tokens")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        np.arange(99, dtype=np.uint16),
+        np.arange(101, dtype=np.uint16),
+        np.arange(100, dtype=np.int16),
+        np.arange(100, dtype=">u2"),
+        np.arange(100, dtype=np.uint32),
+        np.arange(100, dtype=np.uint16).reshape(10, 10),
+        np.array([{"code": "runs"}] * 100, dtype=object),
+    ],
+    ids=lambda array: f"{array.dtype.str}{array.shape}",
+)
+def test_a_shard_with_another_header(manifest: Manifest, other: np.ndarray) -> None:
+    np.save(manifest.path("train_00000.npy"), other)
+    refused(manifest, ValueError, "expected 100 tokens|expected a whole .npy file")
+
+
+def test_damage_to_a_header_is_found_whatever_it_is(manifest: Manifest) -> None:
+    shard = manifest.splits["train"].shards[0]
+    path = manifest.path(shard.file)
+    good = path.read_bytes()
+    random = np.random.default_rng(0)
+    outcomes = {"refused": 0, "harmless": 0}
+    for _ in range(1000):
+        damaged = bytearray(good)
+        for place in random.integers(0, 128, random.integers(1, 5)):
+            damaged[place] = random.choice(bytearray(b"()'{},:019<u2 \n\"[#\\\x00\xff"))
+        path.write_bytes(damaged)
+        try:
+            assert open_tokens(manifest, shard).tolist() == list(range(100))
+            outcomes["harmless"] += 1  # in the padding, say
+        except ValueError as error:
+            assert "restore it, or prepare" in str(error)
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > outcomes["harmless"] > 0
+
+
+def test_a_shard_with_tokens_too_many(manifest: Manifest) -> None:
+    with open(manifest.path("train_00000.npy"), "ab") as file:
+        file.write(b"\0\0")
+    refused(manifest, ValueError, "expected 100 tokens")
+
+
+def test_a_split_without_shards(tmp_path: Path) -> None:
+    manifest = write_dataset(tmp_path, {"train": [[1, 2]]})
+    for split in ("val", "validation"):
+        with pytest.raises(ValueError, match=f"split '{split}'"):
+            EvalWindows(manifest, split, 4)
+
+
+def test_an_index_is_read_or_refused(manifest: Manifest) -> None:
+    shard = manifest.splits["train"].shards[0]
+    index = read_index(manifest, shard)
+    assert index.schema == INDEX_SCHEMA
+    assert index.to_pylist() == [
+        {"offset": 0, "source": 0, "row": 0, "text_bytes": 0, "continued": False}
+    ]
+    path = manifest.path(shard.index)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"expected a whole index in .*train_00000\.docs"):
+        read_index(manifest, shard)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"offset": [1]}), path)
+    with pytest.raises(ValueError, match=r"expected the columns offset, source, .* found offset"):
+        read_index(manifest, shard)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="found no such file"):
+        read_index(manifest, shard)
+
+
+def test_a_dataset_can_be_moved(manifest: Manifest, tmp_path: Path) -> None:
+    moved = tmp_path / "b=1" / "elsewhere"
+    shutil.copytree(manifest.folder, moved, ignore=shutil.ignore_patterns("b=*"))
+    again = Manifest.load(moved)
+    assert again.fingerprint == manifest.fingerprint
+    assert ShardReader(again, "train").tokens(0).tolist() == list(range(100))
+    assert read_index(again, again.splits["train"].shards[0]).num_rows == 1
