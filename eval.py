@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ class EvalConfig:
 @one_line_errors()
 def main(args: list[str] | None = None) -> int:
     """Read the flags, evaluate, sample, print. Returns the exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
     config = tyro.cli(EvalConfig, args=args, prog="eval.py", description=__doc__)
     config.check()
     report = evaluated(config)

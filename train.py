@@ -48,6 +48,9 @@ FEW_TOKENS = 2**28  # beyond, counting them for the baseline would hold up the s
 @one_line_errors()
 def main(args: list[str] | None = None) -> int:
     """Read the flags, find the dataset and the run's folder, train. Returns the exit code."""
+    # Threads that wait for one another should sleep, not spin (read once, when torch is imported):
+    # on a machine that does other work as well, steps are several times slower otherwise.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     asked = settings.parse(sys.argv[1:] if args is None else args, str(__doc__))
     config, manifest = open_run(asked)
     return train(config, manifest)
@@ -94,6 +97,8 @@ def train(config: TrainConfig, manifest: Manifest) -> int:
     ):
         settings.accumulation(config, ranks.world_size)  # refused before anything slow begins
         log = RunLog(run, enabled=ranks.is_main)
+        if not config.max_steps:
+            log.write(f"measuring how many steps fit into {config.time_budget:g} seconds")
         config = config.resolved(config.max_steps or measured_steps(config, manifest, ranks))
         of, last = config.max_steps, min(config.max_steps, config.stop_at or config.max_steps)
         if ranks.is_main:
@@ -117,8 +122,10 @@ def train(config: TrainConfig, manifest: Manifest) -> int:
             with meter:
                 loss, norm, lr = train_step(job, step)
             step += 1  # from here on: finished steps
-            if step % config.log_interval == 0 or step == last:
-                log.write(step_line(step, of, loss, lr, norm, meter.rates(last - step)))
+            shown = step % config.log_interval == 0 or step == last
+            log.write(step_line(step, of, loss, lr, norm, meter.rates(last - step)), shown=shown)
+            if shown:
+                meter.reset()
 
             interrupted = ranks.sums([interrupt.seen])[0] > 0
             val_loss = None

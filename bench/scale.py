@@ -86,9 +86,7 @@ def simulate(shards: int) -> Manifest:
 def _shard(side: str, number: int, tokens: int) -> Shard:
     name = f"{side}_{number:05d}"
     hashes = f"{number:064x}"
-    return Shard(
-        f"{name}.npy", f"{name}.docs.parquet", tokens, 100_000, 4 * tokens, hashes, hashes
-    )
+    return Shard(f"{name}.npy", f"{name}.docs.parquet", tokens, 100_000, 4 * tokens, hashes, hashes)
 
 
 def timed(call: object) -> float:

@@ -40,18 +40,19 @@ class RunLog:
                 if file.read(1) != b"\n":
                     file.write(b"\n")
 
-    def write(self, *lines: str) -> None:
-        """Append lines, each at once and whole."""
+    def write(self, *lines: str, shown: bool = True) -> None:
+        """Append lines, each at once and whole, and show them on the terminal."""
         if not self.enabled:
             return
         for line in lines:
-            print(line, flush=True)
+            if shown:
+                print(line, flush=True)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
 
 class Meter:
-    """The speed of training: `with meter:` around each step, `rates` for the steps since the last.
+    """The speed of training: `with meter:` around each step, `rates` over those since `reset`.
 
     `tokens` are those of one step; `ideal_seconds` is what a step would take at the hardware's
     peak, None where that is not known.
@@ -59,6 +60,10 @@ class Meter:
 
     def __init__(self, tokens: int, ideal_seconds: float | None) -> None:
         self.tokens, self.ideal_seconds = tokens, ideal_seconds
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new average."""
         self._started, self._seconds, self._steps = 0.0, 0.0, 0
 
     def __enter__(self) -> None:
@@ -69,9 +74,8 @@ class Meter:
         self._steps += 1
 
     def rates(self, steps_left: int) -> str:
-        """The end of a step's line, averaged over the steps timed since the last call."""
+        """The end of a step's line: means over the steps timed, and the time the others need."""
         seconds = self._seconds / self._steps
-        self._seconds, self._steps = 0.0, 0
         mfu = "n/a" if self.ideal_seconds is None else f"{self.ideal_seconds / seconds:.1%}"
         eta = str(timedelta(seconds=round(steps_left * seconds))).replace(" ", "")
         return f"ms {seconds * 1e3:.1f}  tok/s {self.tokens / seconds:.0f}  mfu {mfu}  eta {eta}"

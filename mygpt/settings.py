@@ -44,7 +44,7 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW's decay of the mean of the gradient
     beta2: float = 0.95  # AdamW's decay of the mean of its square
     grad_clip: float = 1.0  # largest norm of the gradient
-    log_interval: int = 1  # steps from one line of the log to the next
+    log_interval: int = 1  # steps from one line on the terminal to the next; log.txt has each
     val_interval: int = 0  # steps from one validation to the next; 0: a tenth of the run
     val_tokens: int = 2**20  # size of the fixed part of the validation split used for them
     checkpoint_interval: int = 0  # likewise for checkpoints; a better validation makes one too
@@ -100,11 +100,11 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             GPTConfig(block_size=128, n_layers=4, n_heads=4, n_embed=128),
             max_steps=0,
             time_budget=290,
-            total_batch_size=512,
-            micro_batch=4,
+            total_batch_size=1024,
+            micro_batch=8,
             optimizer="muon",
-            max_lr=4e-3,
-            min_lr=2e-4,
+            max_lr=8e-3,
+            min_lr=4e-4,
             schedule="wsd",
             log_interval=10,
             val_tokens=2**13,

@@ -102,9 +102,10 @@ class HashDocuments:
             if not batch.begins:
                 continue
             hashes = content_hashes(batch.texts) if batch.hashes is None else batch.hashes
-            # An empty document is dropped anyway and is nobody's duplicate.
-            empty = np.diff(string_buffers(batch.texts)[0]) == 0
-            parts.append(np.where(empty[:, None], np.uint64(0), hashes))
+            # Nobody's duplicate: an empty document, dropped anyway, and a part of the one text.
+            alone = np.diff(string_buffers(batch.texts)[0]) == 0
+            alone |= batch.side is not None
+            parts.append(np.where(alone[:, None], np.uint64(0), hashes))
         check_unchanged(self.plan, unit)
         save_array(self.workspace, f"hashes/{unit.number:05d}.npy", np.concatenate(parts))
         return unit.number

@@ -1,8 +1,8 @@
 """Shards as windows: opening them, and the exact cover of a split that evaluation uses."""
 
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from tokenize import TokenError
 from typing import overload
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.manifest import Manifest, Shard
-from shards.writer import DTYPE, INDEX_SCHEMA
+from shards.writer import DTYPE, INDEX_SCHEMA, npy_header
 
 # Maps kept open by one reader; each costs a file mapping, and reopening costs some 50 us.
 MAX_OPEN = 256
@@ -52,16 +52,17 @@ def open_tokens(manifest: Manifest, shard: Shard) -> np.ndarray:
     remedy = "restore it, or prepare the dataset again"
     if not path.exists():
         raise FileNotFoundError(f"expected the shard {path}, found no such file: {remedy}")
-    try:
-        view = np.lib.format.open_memmap(path, mode="r")  # never unpickles
-    except (ValueError, SyntaxError, TokenError) as error:  # the header is a Python literal
-        raise ValueError(f"expected a whole .npy file in {path}, found {error}: {remedy}") from None
-    rest = path.stat().st_size - view.offset - view.nbytes
-    if view.dtype != DTYPE or view.shape != (shard.tokens,) or rest:
-        raise ValueError(
-            f"expected {shard.tokens} tokens of {DTYPE} in {path}, found {view.shape} of "
-            f"{view.dtype} and {rest} bytes more: {remedy}"
-        )
+    # Compared, not parsed: NumPy parses headers as Python, which fails in threads of Python 3.11.
+    header = npy_header(shard.tokens)
+    size = len(header) + shard.tokens * DTYPE.itemsize
+    with open(path, "rb") as file:
+        found = (os.fstat(file.fileno()).st_size, file.read(len(header)) == header)
+        if found != (size, True):
+            raise ValueError(
+                f"expected {shard.tokens} tokens of {DTYPE} in {path}, a .npy file of {size} "
+                f"bytes, found {found[0]}{'' if found[1] else ' with another header'}: {remedy}"
+            )
+        view = np.memmap(file, DTYPE, "r", len(header), (shard.tokens,))
     # A plain array over the same memory: indexing np.memmap costs three times as much.
     return np.asarray(view)
 

@@ -62,7 +62,7 @@ class ShardWriter:
     def finish(self) -> pa.Table:
         """Put the now known length into the header; returns the index."""
         self._file.seek(0)
-        self._file.write(_header(self.tokens))
+        self._file.write(npy_header(self.tokens))
         return pa.Table.from_batches(self._index, schema=INDEX_SCHEMA)
 
 
@@ -75,7 +75,7 @@ def open_shard(path: Path, result: list[Shard], durable: bool = True) -> Iterato
     """
     index_path = path.with_name(path.stem + INDEX_SUFFIX)
     with atomic_file(path, durable) as file:
-        file.write(_header(0))
+        file.write(npy_header(0))
         writer = ShardWriter(file)
         yield writer
         index = writer.finish()
@@ -95,7 +95,7 @@ def open_shard(path: Path, result: list[Shard], durable: bool = True) -> Iterato
         )
 
 
-def _header(tokens: int) -> bytes:
+def npy_header(tokens: int) -> bytes:
     """The .npy header of `(tokens,)` uint16; NumPy pads it so that any length takes as much."""
     buffer = io.BytesIO()
     description = {"descr": DTYPE.str, "fortran_order": False, "shape": (tokens,)}

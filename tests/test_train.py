@@ -26,7 +26,7 @@ from tests.dataset import VOCABULARY, write_dataset
 ROOT = Path(train.__file__).parent
 MODEL = f"--vocab-size {VOCABULARY} --block-size 16 --n-layers 2 --n-heads 2 --n-embed 32"
 BATCH = "--total-batch-size 128 --micro-batch 4 --device cpu"
-WHEN = "--max-steps 20 --val-interval 5 --checkpoint-interval 10 --log-interval 1"
+WHEN = "--max-steps 20 --val-interval 5 --checkpoint-interval 10 --log-interval 4"
 OPTIMIZER = "--optimizer adamw --schedule cosine --max-lr 3e-3 --min-lr 1.5e-4"
 FLAGS = f"{MODEL} {BATCH} {WHEN} {OPTIMIZER} --dropout 0.2".split()
 

@@ -29,14 +29,16 @@ def test_a_step_line_says_all() -> None:
     )
 
 
-def test_rates_are_means_since_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_means_since_the_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.5, 100.0, 101.5, 200.0, 200.25, 300.0, 300.25])
     monkeypatch.setattr(log.time, "perf_counter", lambda: next(clock))
     known, unknown = Meter(tokens=512, ideal_seconds=0.25), Meter(tokens=512, ideal_seconds=None)
     for _ in range(2):
         with known:
             pass
-    assert known.rates(10) == "ms 1000.0  tok/s 512  mfu 25.0%  eta 0:00:10"
+    for _ in range(2):
+        assert known.rates(10) == "ms 1000.0  tok/s 512  mfu 25.0%  eta 0:00:10"
+    known.reset()
     with known:
         pass
     assert known.rates(10**6) == "ms 250.0  tok/s 2048  mfu 100.0%  eta 2days,21:26:40"
@@ -75,6 +77,14 @@ def test_the_log_is_appended_to_and_a_torn_line_is_not_glued(tmp_path: Path) -> 
     assert history.train == {1: 3.0, 3: 2.0}
     assert history.unigram == 4.8
     assert "für Menschen: 世界" in (tmp_path / "log.txt").read_text("utf-8").splitlines()
+
+
+def test_a_line_may_be_for_the_file_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunLog(tmp_path).write(line(1, 3.0), shown=False)
+    assert read(tmp_path).train == {1: 3.0}
+    assert capsys.readouterr().out == ""
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,7 @@ def test_llmc_round_trip_with_documents_across_files(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == file.read_bytes()
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     tokens=st.lists(st.sampled_from([50256, 50256, 11, 220, 198, 447]), min_size=1, max_size=60),
     size=st.integers(1, 9),

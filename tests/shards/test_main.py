@@ -267,7 +267,7 @@ def flip(path: Path, at: int) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a token": (lambda f: flip(f / "train_00001.npy", -1), "expected sha256"),
     "the header": (lambda f: flip(f / "train_00001.npy", 9), "train_00001.npy"),
-    "padding": (lambda f: flip(f / "train_00001.npy", 126), "train_00001.npy"),
+    "padding": (lambda f: flip(f / "train_00001.npy", 126), "with another header"),
     "the end": (lambda f: _cut(f / "train_00001.npy"), "train_00001.npy"),
     "gone": (lambda f: (f / "train_00001.npy").unlink(), "no such file"),
     "a folder": (lambda f: _folder(f / "train_00001.npy"), "train_00001.npy"),

@@ -1,6 +1,7 @@
 """Evaluation covers each target once (promise 9), and a shard that is not right is refused."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_a_short_shard_at_any_length(manifest: Manifest, size: int) -> None:
     path = manifest.path("train_00000.npy")
     assert path.stat().st_size == 128 + 200
     path.write_bytes(path.read_bytes()[:size])
-    refused(manifest, ValueError, "expected a whole .npy file|expected 100 tokens")
+    refused(manifest, ValueError, "expected 100 tokens")
 
 
 @pytest.mark.parametrize(
@@ -143,27 +144,26 @@ def test_a_short_shard_at_any_length(manifest: Manifest, size: int) -> None:
 )
 def test_a_shard_with_another_header(manifest: Manifest, other: np.ndarray) -> None:
     np.save(manifest.path("train_00000.npy"), other)
-    refused(manifest, ValueError, "expected 100 tokens|expected a whole .npy file")
+    refused(manifest, ValueError, "expected 100 tokens")
 
 
-def test_damage_to_a_header_is_found_whatever_it_is(manifest: Manifest) -> None:
-    shard = manifest.splits["train"].shards[0]
-    path = manifest.path(shard.file)
+def test_damage_to_any_byte_of_the_header(manifest: Manifest) -> None:
+    path = manifest.path("train_00000.npy")
     good = path.read_bytes()
-    random = np.random.default_rng(0)
-    outcomes = {"refused": 0, "harmless": 0}
-    for _ in range(1000):
-        damaged = bytearray(good)
-        for place in random.integers(0, 128, random.integers(1, 5)):
-            damaged[place] = random.choice(bytearray(b"()'{},:019<u2 \n\"[#\\\x00\xff"))
-        path.write_bytes(damaged)
-        try:
-            assert open_tokens(manifest, shard).tolist() == list(range(100))
-            outcomes["harmless"] += 1  # in the padding, say
-        except ValueError as error:
-            assert "restore it, or prepare" in str(error)
-            outcomes["refused"] += 1
-    assert outcomes["refused"] > outcomes["harmless"] > 0
+    for place in range(128):
+        for bit in (0, 5):
+            damaged = bytearray(good)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            refused(manifest, ValueError, "with another header")
+
+
+def test_shards_are_opened_by_many_threads_at_once(tmp_path: Path) -> None:
+    manifest = arange_dataset(tmp_path, [20] * 40)
+    shards = manifest.splits["train"].shards * 20
+    with ThreadPoolExecutor(8) as pool:
+        opened = list(pool.map(lambda shard: open_tokens(manifest, shard), shards))
+    assert [int(tokens[0]) for tokens in opened] == list(range(0, 800, 20)) * 20
 
 
 def test_a_shard_with_tokens_too_many(manifest: Manifest) -> None:

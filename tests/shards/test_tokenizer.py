@@ -64,6 +64,8 @@ def code_points() -> list[str]:
 
 def differing() -> set[str]:
     """The characters that go to tiktoken."""
+    if gpt2._fast is None:
+        return set()
     ranges = tokenizer.differing_code_points(gpt2._reference, gpt2._fast)
     return {chr(code) for first, last in ranges for code in range(first, last + 1)}
 
@@ -108,10 +110,12 @@ def test_only_gpt2_is_known() -> None:
 # Equality with tiktoken.
 
 
-def test_every_code_point_among_letters_spaces_digits_and_alone() -> None:
+@pytest.mark.parametrize("planes", [(0, 1), (1, 4), (4, 11), (11, 17)])
+def test_every_code_point_among_letters_spaces_digits_and_alone(planes: tuple[int, int]) -> None:
     context = "{0}\na{0}b {0} 1{0}2 {0}'s\n"
-    apart = differing() if gpt2._fast else set()
-    together = [character for character in code_points() if character not in apart]
+    here = [c for c in code_points() if planes[0] <= ord(c) >> 16 < planes[1]]
+    apart = differing() & set(here)
+    together = [character for character in here if character not in apart]
     # Hundreds to a text, so that tiktoken's share takes seconds.
     texts = [
         "".join(map(context.format, together[i : i + 512])) for i in range(0, len(together), 512)
@@ -120,10 +124,11 @@ def test_every_code_point_among_letters_spaces_digits_and_alone() -> None:
     assert batch(texts) == [law(text) for text in texts]
     alone = [context.format(character) for character in sorted(apart)]
     assert batch(alone) == [law(text) for text in alone]
+    assert [gpt2.encode(text) for text in alone] == batch(alone), "one at a time, too"
 
 
 def test_code_points_all_alone() -> None:
-    apart = differing() if gpt2._fast else set()
+    apart = differing()
     # A text of one character, for every assigned one outside the large ideographic blocks.
     chosen = [
         character
@@ -256,6 +261,15 @@ def test_pieces_of_everything_next_to_everything() -> None:
             text = "".join(first + second + third + "x" for second in ascii_)
             pieces = list(cut(text, 1))
             assert [token for piece in pieces for token in law(piece)] == law(text)
+
+
+def test_pieces_after_every_space_and_control_of_unicode() -> None:
+    odd = [c for c in code_points() if unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf")]
+    odd += random.Random(0).sample(code_points(), 3000)
+    for character in odd:
+        text = f"a{character} b{character}\n{character}\t {character}"
+        pieces = list(cut(text, 1))
+        assert [token for piece in pieces for token in law(piece)] == law(text), hex(ord(character))
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "a b\n", "字 ", "\xa0a", "\t\tx"])

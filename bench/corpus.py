@@ -1,0 +1,129 @@
+"""Real mixed text from files that lie on any machine, as parquet, jsonl and txt.
+
+Source code, documentation and data files of the interpreter, the installed packages and the system,
+each a document, each content once, in an order that mixes them. Written once and kept.
+"""
+
+import hashlib
+import os
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SUFFIXES = {
+    ".c", ".css", ".csv", ".h", ".hpp", ".htm", ".html", ".js", ".json", ".md", ".pl", ".po",
+    ".pod", ".py", ".pyi", ".rst", ".tex", ".txt", ".xml",
+}  # fmt: skip
+LARGEST_DOCUMENT = 200_000
+ROW_GROUP = 400  # documents: about 4 MB
+SAMPLED_ONE_IN = 8
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The corpus in `folder`; `sample` is every eighth of its documents, for what is slow.
+
+    Sizes are UTF-8 bytes of text, without the line ends that the text file puts between documents.
+    """
+
+    folder: Path
+    documents: int
+    text_bytes: int
+    sample_bytes: int
+
+    @property
+    def parquet(self) -> Path:
+        """All documents in a column `text`, in row groups of about 4 MB, zstd."""
+        return self.folder / "corpus.parquet"
+
+    @property
+    def jsonl(self) -> Path:
+        """A line of JSON for each document."""
+        return self.folder / "corpus.jsonl"
+
+    @property
+    def txt(self) -> Path:
+        """All documents after each other, as one text."""
+        return self.folder / "corpus.txt"
+
+    @property
+    def sample(self) -> Path:
+        """As `parquet`, an eighth of the documents."""
+        return self.folder / "sample.parquet"
+
+
+def build(megabytes: float) -> Corpus:
+    """The corpus of so many million bytes of text, or of as many as this machine has."""
+    folder = cache_folder() / f"corpus-{megabytes:g}MB"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            _write(Path(temporary, "new"), int(megabytes * 1e6))
+            shutil.move(Path(temporary, "new"), folder)
+    return Corpus(folder, **orjson.loads((folder / "corpus.json").read_bytes()))
+
+
+def cache_folder() -> Path:
+    """Where the benches keep what they need again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mygpt" / "bench"
+
+
+def _write(folder: Path, wanted: int) -> None:
+    """Write every form of the corpus."""
+    documents, total = [], 0
+    for path in _mixed():
+        text = _text(path)
+        if text and total < wanted:
+            documents.append(text)
+            total += len(text.encode())
+    sample = documents[::SAMPLED_ONE_IN]
+    sizes = {
+        "documents": len(documents),
+        "text_bytes": total,
+        "sample_bytes": sum(len(text.encode()) for text in sample),
+    }
+    folder.mkdir()
+    corpus = Corpus(folder, **sizes)
+    for path, texts, rows in (
+        (corpus.parquet, documents, ROW_GROUP),
+        (corpus.sample, sample, ROW_GROUP // SAMPLED_ONE_IN),
+    ):
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=rows, compression="zstd")
+    with open(corpus.jsonl, "wb") as lines, open(corpus.txt, "wb") as text_file:
+        for number, text in enumerate(documents):
+            lines.write(orjson.dumps({"id": number, "text": text}) + b"\n")
+            text_file.write(text.encode() + b"\n")
+    (folder / "corpus.json").write_bytes(orjson.dumps(sizes))
+
+
+def _mixed() -> Iterator[Path]:
+    """A file of each content, in the order of the contents' hashes."""
+    by_hash: dict[bytes, Path] = {}
+    for root in _roots():
+        for path in sorted(root.rglob("*")):
+            if path.suffix in SUFFIXES and path.is_file() and not path.is_symlink():
+                by_hash.setdefault(hashlib.sha256(path.read_bytes()).digest(), path)
+    return (by_hash[key] for key in sorted(by_hash))
+
+
+def _roots() -> list[Path]:
+    """Folders that hold text on any machine; those that are there."""
+    names = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")]
+    paths = [Path(name) for name in [*names, "/usr/share", "/usr/include"] if name]
+    return [path for path in paths if path.is_dir()]
+
+
+def _text(path: Path) -> str:
+    """The file's text; empty where it is none, or too long."""
+    content = path.read_bytes()
+    try:
+        return content.decode() if len(content) <= LARGEST_DOCUMENT else ""
+    except UnicodeDecodeError:
+        return ""
