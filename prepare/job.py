@@ -4,7 +4,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -13,6 +13,7 @@ from prepare.agree import agree
 from prepare.dedup import find_duplicates
 from prepare.engine import run_local
 from prepare.estimate import check_room, forecast
+from prepare.options import Options
 from prepare.plan import Plan, Unit, make_plan
 from prepare.request import Request
 from prepare.storage import Folder
@@ -22,14 +23,11 @@ from prepare.workspace import Workspace
 from shards import tokenizer
 from shards.manifest import FILE_NAME
 
-if TYPE_CHECKING:
-    from prepare.__main__ import Options
-
 Result = TypeVar("Result")
 Engine = Callable[[Callable[[Unit], Result], Sequence[Unit]], Iterator[Result]]
 
 
-def run(options: "Options") -> None:
+def run(options: Options) -> None:
     """Make, or go on making, the dataset `options.out`. Raises ValueError or OSError."""
     request = Request(
         sources=options.sources,
@@ -61,7 +59,7 @@ def run(options: "Options") -> None:
             _finish(plan, workspace, options.max_bad, started)
 
 
-def _task(options: "Options") -> tuple[int, int] | None:
+def _task(options: Options) -> tuple[int, int] | None:
     """(i, n) of --task i/n, i counted from 1. Raises ValueError for what can't be."""
     if options.workers < 1:
         raise ValueError(f"expected --workers of at least 1, found {options.workers}")
@@ -85,7 +83,7 @@ def _task(options: "Options") -> tuple[int, int] | None:
 
 
 def _run_units(
-    plan: Plan, workspace: Workspace, options: "Options", task: tuple[int, int] | None
+    plan: Plan, workspace: Workspace, options: Options, task: tuple[int, int] | None
 ) -> None:
     """Run the units, or one task's, that are not finished yet, showing progress."""
     units = plan.units[task[0] - 1 :: task[1]] if task else plan.units
@@ -123,7 +121,7 @@ def _show(records: Iterator[Record], units: Sequence[Unit], waiting: Sequence[Un
             bar.update(weights[record.unit])
 
 
-def _engine(plan: Plan, workspace: Workspace, options: "Options") -> Engine[Any]:
+def _engine(plan: Plan, workspace: Workspace, options: Options) -> Engine[Any]:
     """How units are run."""
     if options.engine == "ray":
         from prepare.cluster import run_ray

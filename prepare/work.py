@@ -135,8 +135,14 @@ def _retried(
             return once(unit)
         except FileNotFoundError:
             raise
-        except OSError:
-            if not remote or attempt == ATTEMPTS - 1:
+        except OSError as error:
+            if not remote:
                 raise
+            if attempt == ATTEMPTS - 1:
+                file = plan.files[unit.slices[0].file].name
+                raise OSError(
+                    f"expected unit {unit.number} ({file} ...) to be read and written, found "
+                    f"{ATTEMPTS} times: {error}: finished units are kept; run the command again"
+                ) from error
             time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
     raise AssertionError("unreachable")

@@ -26,7 +26,8 @@ PLAN = f"{WORK}/plan.json"
 UNITS = f"{WORK}/units"
 STAGING = f"{WORK}/staging"
 LOG = "prepare.log"
-# A killed run's workers notice within moments and let go of the lock they inherited.
+# A run that is just ending lets go within moments; so do the workers of one that was killed, where
+# they inherit the lock.
 LOCK_SECONDS = 5.0
 
 

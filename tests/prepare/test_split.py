@@ -133,6 +133,8 @@ class TestValidationTextOfOnesOwn:
         assert [document.source for document in found["val"]] == ["val.jsonl"] * 30 + ["val.md"]
         manifest = json.loads((out / "manifest.json").read_bytes())
         assert manifest["split_rule"]["rule"] == "given"
+        names = [source["name"] for source in manifest["sources"]]
+        assert names == ["train.jsonl", "val.jsonl", "val.md"]
 
     def test_a_file_that_is_also_a_source_is_validation_text_alone(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "corpus/a.jsonl", texts(100, 1))
@@ -159,7 +161,7 @@ class TestFewDocuments:
 
     def refused(self, tmp_path: Path, *arguments: object) -> None:
         error = run(*arguments, "--out", tmp_path / "refused").error
-        for remedy in ("--split position", "--val-fraction", "--val-source"):
+        for remedy in ("--split position", "--val-fraction", "--val-source", "another --out"):
             assert remedy in error
         assert not (tmp_path / "refused/manifest.json").exists()
 

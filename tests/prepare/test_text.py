@@ -53,6 +53,8 @@ def test_pieces_have_the_tokens_of_the_whole(
     assert [offset for offset, _ in parts] == [
         sum(len(part) for _, part in parts[:number]) for number in range(len(parts))
     ]
+    # No pre-token runs from a character that is no white space into one that is.
+    assert not any(part.decode()[-1].isspace() for _, part in parts[:-1])
     tokens = [token for _, part in parts for token in LAW.encode_ordinary(part.decode())]
     assert tokens == LAW.encode_ordinary(content)
 
@@ -70,6 +72,7 @@ def test_the_next_cut_is_a_safe_one_and_the_first(
     assert offset <= cut <= len(whole)
     head, tail = whole[:cut].decode(), whole[cut:].decode()
     assert LAW.encode_ordinary(head) + LAW.encode_ordinary(tail) == LAW.encode_ordinary(content)
+    assert cut in (0, len(whole)) or (not head[-1].isspace() and tail[0] in " \t\n\r\f\v")
     # No place before it is one that any reader of the rule would call safe.
     stretch = [whole[i - 1 : i + 1] for i in range(max(offset, 1), cut)]
     assert not any(chr(a) > " " and a < 0x7F and chr(b) in " \t\n\r\f\v" for a, b in stretch)

@@ -1,0 +1,101 @@
+"""A worker's memory does not grow with the input: measured in processes of their own."""
+
+import gzip
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.prepare.support import ROOT, held, law, make
+
+MOST = 700  # MB, resident
+MEGABYTE = 1_000_000
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units")
+
+
+def resident(*arguments: object) -> float:
+    """Prepare in a process of its own; the most memory that it or a worker of it had, in MB."""
+    command = [sys.executable, "-m", "prepare", *map(str, arguments)]
+    process = os.posix_spawn(
+        command[0],
+        command,
+        os.environ | {"PYTHONPATH": str(ROOT)},
+        file_actions=[(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)],
+    )
+    _, status, usage = os.wait4(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return usage.ru_maxrss * 1024 / MEGABYTE
+
+
+def prose(megabytes: int) -> Iterator[bytes]:
+    """Lines of words, a megabyte at a time, as varied as costs nothing."""
+    chance = np.random.default_rng(0)
+    words = np.array([b"%s%d" % (b"word"[: i % 5], i) for i in range(3000)], object)
+    megabyte = b" ".join(words[chance.integers(0, len(words), 180_000)])[:MEGABYTE]
+    for number in range(megabytes):
+        yield b"%d " % number + megabyte[:-200] + b"\n"
+
+
+def write(path: Path, megabytes: int) -> Path:
+    """A text file; compressed where its name says so."""
+    compress = path.suffix == ".gz"
+    with gzip.open(path, "wb", 1) if compress else open(path, "wb") as file:
+        file.writelines(prose(megabytes))
+    return path
+
+
+def test_a_row_group_of_128_mb(tmp_path: Path) -> None:
+    texts = [block[start : start + 20_000] for block in prose(134) for start in range(0, 10**6, 20_000)]
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), tmp_path / "large.parquet")
+    assert pq.ParquetFile(tmp_path / "large.parquet").num_row_groups == 1
+    for workers in (1, 2):
+        arguments = (tmp_path / "large.parquet", "--out", tmp_path / f"{workers}")
+        assert resident(*arguments, "--workers", workers) < MOST
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "sizes"),
+    [
+        ("a.txt", "position", (40, 120)),
+        ("a.txt.gz", "given", (40, 120)),
+        pytest.param("a.txt", "given", (200, 2000), marks=SLOW),
+        pytest.param("a.txt.gz", "given", (200, 2000), marks=SLOW),
+        pytest.param("a.txt", "position", (200, 2000), marks=SLOW),
+        pytest.param("a.txt.gz", "position", (200, 2000), marks=SLOW),
+    ],
+)
+def test_one_text_of_any_size(
+    name: str, split: str, sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    """It is read as a stream: of a text many times as long no more is in memory."""
+    (tmp_path / "val.txt").write_text("validation text")
+    validation = {"given": ("--val-source", tmp_path / "val.txt"), "position": ()}[split]
+    most = {}
+    for megabytes in sizes:
+        path = write(tmp_path / name, megabytes)
+        out = tmp_path / f"{megabytes}"
+        most[megabytes] = resident(path, *validation, "--out", out, "--workers", 1)
+    small, large = sizes
+    assert most[large] < MOST
+    assert most[large] < most[small] + 100, most
+
+
+@pytest.mark.parametrize("letter", ["x", "é", " ", "\n"])
+def test_a_megabyte_of_one_letter_takes_no_minutes(letter: str, tmp_path: Path) -> None:
+    text = letter * (MEGABYTE // len(letter.encode()))
+    pq.write_table(pa.table({"text": ["before", text, "after"]}), tmp_path / "a.parquet")
+    (tmp_path / "val.txt").write_text("validation text")
+    start = time.process_time()
+    out = make(tmp_path / "out", tmp_path / "a.parquet", "--val-source", tmp_path / "val.txt")
+    assert time.process_time() - start < 20
+    assert [document.tokens for document in held(out)["train"]][1] == law(text)
