@@ -50,6 +50,9 @@ def run_ray(
                 running = [*running, run_one.remote(waiting.popleft())]
             done, running = ray.wait(running)
             for result in done:
-                yield ray.get(result)
+                try:
+                    yield ray.get(result)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None  # what `work` raised, without Ray's own pages
     finally:
         ray.shutdown()

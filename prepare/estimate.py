@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 
 from prepare.documents import read
 from prepare.encode import encode
@@ -54,7 +53,7 @@ def check_room(units: Sequence[Unit], workspace: Workspace) -> None:
     if workspace.folder.remote:
         return
     needed = int(sum(unit.weight for unit in units) * DISK_PER_BYTE)
-    free = shutil.disk_usage(Path(workspace.folder.path)).free
+    free = shutil.disk_usage(workspace.folder.local).free
     if needed > free:
         raise OSError(
             f"expected about {needed / 1e9:.1f} GB free for {workspace.folder}, found "

@@ -50,6 +50,8 @@ class Folder:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        # Wherever a worker runs, whatever its working directory: the same place.
+        self.local = Path(path).absolute()
         self.remote = is_remote(path)
         self._system, self._root = filesystem(path)
 
@@ -59,7 +61,7 @@ class Folder:
     def publish(self, file: Path) -> None:
         """Make a file of this machine part of the folder, durably; a local one is moved."""
         if not self.remote:
-            move_durably(file, Path(self.path, file.name))
+            move_durably(file, self.local / file.name)
             return
         target = self._at(file.name)
         with open(file, "rb") as local, self._system.open_output_stream(target) as out:
@@ -71,7 +73,7 @@ class Folder:
             with self._system.open_output_stream(self._at(name)) as out:
                 out.write(content)
             return
-        path = Path(self.path, name)
+        path = self.local / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             file.write(content)

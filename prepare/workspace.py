@@ -46,7 +46,7 @@ class Workspace:
         if self.folder.remote:
             yield
             return
-        path = Path(self.folder.path, WORK)
+        path = self.folder.local / WORK
         path.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(path / f"lock{task}")
         try:
@@ -94,7 +94,7 @@ class Workspace:
     @contextmanager
     def staging(self, unit: Unit) -> Iterator[Path]:
         """A folder for a unit's shards until `finish_unit`; removed on an error."""
-        above = None if self.folder.remote else Path(self.folder.path, STAGING)
+        above = None if self.folder.remote else self.folder.local / STAGING
         if above:
             above.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f"{unit.number:05d}-", dir=above))
@@ -118,7 +118,7 @@ class Workspace:
                 self.folder.publish(staged / shard.index)
                 self.folder.publish(staged / shard.file)
         if not self.folder.remote:
-            sync_folder(Path(self.folder.path))  # a record on disk must not outlive its shards
+            sync_folder(self.folder.local)  # a record on disk must not outlive its shards
         self.folder.write_json(f"{UNITS}/{_record_name(record.unit)}", record.to_json())
         shutil.rmtree(staged)
 
@@ -127,7 +127,7 @@ class Workspace:
         for name in set(self.folder.names(WORK)) & {"units", "hashes", "drops", "staging"}:
             self.folder.remove(f"{WORK}/{name}")
         if not self.folder.remote:  # what killed runs left half-written; units remove their own
-            for path in (Path(self.folder.path), Path(self.folder.path, WORK)):
+            for path in (self.folder.local, self.folder.local / WORK):
                 remove_temporaries(path, "")
 
     def log(self, *lines: str) -> None:

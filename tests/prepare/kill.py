@@ -15,9 +15,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from itertools import count
 from pathlib import Path
+from threading import RLock
+
+from tqdm import tqdm
 
 from prepare import __main__ as command
 from prepare import plan
@@ -31,6 +34,9 @@ COMMITS = ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir")
 def main() -> None:
     """Run one of the two campaigns."""
     plan.MIN_UNIT_BYTES = UNIT_BYTES
+    # A progress bar's lock is one for all processes: a child killed with it would stop the others.
+    tqdm.set_lock(RLock())
+    tqdm.monitor_interval = 0
     if sys.argv[1] == "anywhere":
         seed, moments, folder, *sources = sys.argv[2:]
         killed, finished = anywhere(int(seed), int(moments), Path(folder), sources)
@@ -142,8 +148,9 @@ def arguments(out: Path, sources: list[str], workers: int) -> list[str]:
 def start(argv: list[str], before: Callable[[], object] = lambda: None) -> int:
     """Begin a run in a process group of its own; returns its process id."""
     if process := os.fork():
+        os.setpgid(process, process)
         return process
-    os.setsid()
+    os.setpgid(0, 0)  # whoever of the two comes first
     with open(errors_of(Path(argv[argv.index("--out") + 1])), "w") as errors:
         os.dup2(errors.fileno(), 1)
         os.dup2(errors.fileno(), 2)
@@ -195,7 +202,8 @@ def kill_worker(run: int) -> bool:
     workers = [process for process in group(run) if process != run]
     if not workers:
         return kill_group(run)
-    os.kill(workers[-1], signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it has just ended
+        os.kill(workers[-1], signal.SIGKILL)
     code = ended(run)
     assert code in (0, EXIT_BAD_INPUT), f"the parent of a killed worker ended with {code}"
     return code == EXIT_BAD_INPUT
