@@ -72,7 +72,9 @@ def test_a_node_that_dies_changes_nothing(
 
 @needs_ray
 @pytest.mark.slow
-def test_what_a_unit_refuses_is_said_in_one_line(corpus: Path, folder: Path, tmp_path: Path) -> None:
+def test_what_a_unit_refuses_is_said_in_one_line(
+    corpus: Path, folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "broken.jsonl").write_text("no JSON\n" * 2000)
     flags = (tmp_path / "broken.jsonl", corpus, "--out", tmp_path / "far")
     done = on_a_cluster(folder, *flags)

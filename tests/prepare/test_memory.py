@@ -57,7 +57,9 @@ def write(path: Path, megabytes: int) -> Path:
 
 
 def test_a_row_group_of_128_mb(tmp_path: Path) -> None:
-    texts = [block[start : start + 20_000] for block in prose(134) for start in range(0, 10**6, 20_000)]
+    texts = [
+        block[start : start + 20_000] for block in prose(134) for start in range(0, 10**6, 20_000)
+    ]
     pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), tmp_path / "large.parquet")
     assert pq.ParquetFile(tmp_path / "large.parquet").num_row_groups == 1
     for workers in (1, 2):

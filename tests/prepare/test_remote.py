@@ -56,7 +56,9 @@ def proxy() -> Iterator[Proxy]:
 @pytest.fixture
 def s3(proxy: Proxy) -> Iterator[fs.FileSystem]:
     """The server, with one empty bucket and nothing going wrong."""
-    system, _ = fs.FileSystem.from_uri("s3://?allow_bucket_creation=true&allow_bucket_deletion=true")
+    system, _ = fs.FileSystem.from_uri(
+        "s3://?allow_bucket_creation=true&allow_bucket_deletion=true"
+    )
     system.create_dir(BUCKET)
     proxy.requests.clear()
     yield system
@@ -313,8 +315,19 @@ def test_a_dataset_of_the_hugging_face_hub(corpus: Path, tmp_path: Path) -> None
         "HF_HUB_DISABLE_XET": "1",
     }
     uri = f"hf://datasets/{Hub.repository}/corpus"
-    command = [sys.executable, "-m", "prepare", uri, "--out", str(tmp_path / "far"), "--workers", "1"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "prepare",
+        uri,
+        "--out",
+        str(tmp_path / "far"),
+        "--workers",
+        "1",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     server.shutdown()
     server.server_close()
     assert done.returncode == 0, done.stderr
