@@ -32,9 +32,9 @@ PACKAGES = (
 CEILING, POOL, NANOGPT = "gigatoken, in memory", "tiktoken, plain pool *", "nanoGPT's recipe *"
 PARQUET, JSONL, TXT = "prepare, parquet", "prepare, jsonl", "prepare, txt"
 NO_AUDIT = "prepare, parquet, no audit"
-PEERS = {"datatrove": "datatrove's DocumentTokenizer *", "litdata": "litdata's optimize *"}
+PEERS = {"datatrove": "datatrove's DocumentTokenizer", "litdata": "litdata's optimize"}
 COMMAND = "from prepare.__main__ import main; main()"
-COMMAND_NO_AUDIT = f"import prepare.encode as e; e._agrees = lambda *_: True; {COMMAND}"
+WITHOUT_AUDIT = "import prepare.encode as e; e._agrees = lambda *_: True; "
 NOTES = """\
 MB/s of UTF-8 text, the start of processes and encoders left out; in the last column included.
 * measured on an eighth of the documents, chosen evenly"""
@@ -49,7 +49,7 @@ class Options:
     rounds: int = 5
     """How often each contender is measured."""
     peers: bool = True
-    """Measure other projects too, where they are installed (the extra `bench`)."""
+    """Measure other projects too, where they are installed (the extra bench); takes minutes."""
     json: bool = False
     """Answer with one JSON object on one line."""
 
@@ -96,7 +96,7 @@ def contenders(text: Corpus, with_peers: bool) -> dict[str, Callable[[], Mapping
         found[f"{POOL}, {n}"] = partial(_rival, rivals.tiktoken_pool, POOL, text.sample, n)
         for what, source in ((PARQUET, text.parquet), (JSONL, text.jsonl), (TXT, text.txt)):
             found[f"{what}, {n}"] = partial(_prepare, what, source, n, text)
-    found[NO_AUDIT] = partial(_prepare, NO_AUDIT, text.parquet, cores, text, COMMAND_NO_AUDIT)
+    found[NO_AUDIT] = partial(_prepare, NO_AUDIT, text.parquet, cores, text, WITHOUT_AUDIT)
     found[NANOGPT] = partial(_rival, rivals.nanogpt, NANOGPT, text.sample, cores)
     for name, what in PEERS.items():
         if with_peers and table.installed(name):
@@ -113,12 +113,12 @@ def _rival(
 
 def _peer(name: str, what: str, text: Corpus, processes: int) -> dict[Figure, float]:
     os.sync()
-    seconds = peers.seconds(name, text.sample, processes)
-    return {Figure(what, processes, True): text.sample_bytes / 1e6 / seconds}
+    seconds = peers.seconds(name, text.parquet, processes)
+    return {Figure(what, processes, True): text.text_bytes / 1e6 / seconds}
 
 
 def _prepare(
-    what: str, source: Path, processes: int, text: Corpus, command: str = COMMAND
+    what: str, source: Path, processes: int, text: Corpus, before: str = ""
 ) -> dict[Figure, float]:
     """The whole command in a process of its own, by the clock and by its own log."""
     os.sync()
@@ -127,7 +127,10 @@ def _prepare(
         flags = [str(source), "--out", str(out), "--workers", str(processes)]
         start = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-c", command, *flags], capture_output=True, text=True, check=False
+            [sys.executable, "-c", before + COMMAND, *flags],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         seconds = time.perf_counter() - start
         if done.returncode:

@@ -19,7 +19,7 @@ import tiktoken
 
 from shards import tokenizer
 
-DOCUMENTS_AT_ONCE = 16  # handed to a process of nanoGPT's recipe
+NANOGPT_BATCHES = 1024
 
 _barrier: Barrier
 
@@ -106,29 +106,47 @@ def _encode_to_files(parquet: Path, share: int, shares: int) -> tuple[int, float
 
 
 def nanogpt(parquet: Path, processes: int) -> float:
-    """nanoGPT's recipe: documents to a pool, lists of ids back, all copied into one memory map."""
-    texts = pq.read_table(parquet)["text"]
-    documents = texts.to_pylist()
+    """nanoGPT's recipe: every document to a list of ids in Arrow files, which is what `map` of
+    Hugging Face's datasets does, then all of them, a batch at a time, into one memory map.
+    """
+    size = _corpus_size(parquet)
+    _tiktoken()
     with tempfile.TemporaryDirectory() as folder, _context().Pool(processes) as pool:
-        pool.map(_nanogpt_ids, ["warm"] * processes, chunksize=1)
         start = time.perf_counter()
-        rows = pool.map(_nanogpt_ids, documents, chunksize=DOCUMENTS_AT_ONCE)
-        total = sum(len(ids) for ids in rows)
+        shares = [(parquet, share, processes, Path(folder)) for share in range(processes)]
+        files = pool.starmap(_ids_to_arrow, shares, chunksize=1)
+        rows = pa.concat_tables(pa.ipc.open_file(pa.memory_map(file)).read_all() for file in files)
+        total = int(np.sum(rows["len"].to_numpy()))
         out = np.memmap(Path(folder, "train.bin"), np.uint16, "w+", shape=(total,))
-        at = 0
-        for ids in rows:
+        at, step = 0, -(-rows.num_rows // NANOGPT_BATCHES)
+        for first in range(0, rows.num_rows, step):
+            ids = np.concatenate(rows["ids"].slice(first, step).to_numpy())
             out[at : at + len(ids)] = ids
             at += len(ids)
         out.flush()
-        seconds = time.perf_counter() - start
-    return sum(map(_size, texts.chunks)) / 1e6 / seconds
+        return size / 1e6 / (time.perf_counter() - start)
 
 
-def _nanogpt_ids(text: str) -> list[int]:
-    gpt2 = _tiktoken()
-    return [*gpt2.encode_ordinary(text), gpt2.eot_token]
+def _ids_to_arrow(parquet: Path, share: int, shares: int, folder: Path) -> str:
+    """Writes a row for each document of every so-many-th row group; returns the file's name."""
+    gpt2, name = _tiktoken(), str(folder / f"{share}.arrow")
+    schema = pa.schema([("ids", pa.list_(pa.int64())), ("len", pa.int64())])
+    with pq.ParquetFile(parquet) as file, pa.ipc.new_file(name, schema) as out:
+        for group in range(share, file.num_row_groups, shares):
+            rows = []
+            for text in file.read_row_group(group, ["text"])["text"].to_pylist():
+                ids = gpt2.encode_ordinary(text)
+                ids.append(gpt2.eot_token)
+                rows.append({"ids": ids, "len": len(ids)})
+            out.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+    return name
+
+
+def _corpus_size(parquet: Path) -> int:
+    """UTF-8 bytes of all texts of a file."""
+    return sum(map(_size, pq.read_table(parquet)["text"].chunks))
 
 
 def _tiktoken() -> tiktoken.Encoding:
-    """tiktoken's own encoding, loaded before the processes are forked."""
+    """tiktoken's own encoding; what is loaded once, forked processes have too."""
     return tokenizer.load()._reference

@@ -1,9 +1,8 @@
 """Run prepare on a Ray cluster of two nodes, of which one dies while it works.
 
-    python tests/prepare/lose_a_node.py FOLDER UNIT_BYTES FLAG...
+    python tests/prepare/lose_a_node.py UNIT_BYTES FLAG...
 
-FOLDER is for Ray's own files. Prints how many units were finished when the node was killed, and
-ends as prepare does.
+Prints how many units were finished when the node was killed, and ends as prepare does.
 """
 
 import sys
@@ -22,9 +21,9 @@ FINISHED_BEFORE = 4
 
 def main() -> None:
     """Start the cluster and prepare."""
-    folder, unit_bytes, *flags = sys.argv[1:]
+    unit_bytes, *flags = sys.argv[1:]
     plan.MIN_UNIT_BYTES = int(unit_bytes)
-    head = {"num_cpus": 1, "include_dashboard": False, "temp_dir": folder}
+    head = {"num_cpus": 1, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     second = cluster.add_node(num_cpus=1)
     units = Path(flags[flags.index("--out") + 1], ".prepare", "units")

@@ -36,17 +36,17 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def on_a_cluster(folder: Path, *flags: object) -> subprocess.CompletedProcess[str]:
-    """`python -m prepare` on a cluster of its own that loses a node."""
+def in_a_process(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, whose Ray knows of no other and lets none in."""
     environment = {
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    program = [sys.executable, str(ROOT / "tests" / "prepare" / "lose_a_node.py")]
     return subprocess.run(
-        [*program, str(folder), str(UNIT_BYTES), *map(str, flags)],
+        [sys.executable, *map(str, arguments)],
         env=os.environ | environment,
         cwd=folder,
         capture_output=True,
@@ -61,7 +61,8 @@ def on_a_cluster(folder: Path, *flags: object) -> subprocess.CompletedProcess[st
 def test_a_node_that_dies_changes_nothing(
     corpus: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = on_a_cluster(folder, corpus, "--out", tmp_path / "far")
+    program = ROOT / "tests" / "prepare" / "lose_a_node.py"
+    done = in_a_process(folder, program, UNIT_BYTES, corpus, "--out", tmp_path / "far")
     assert done.returncode == 0, done.stderr
     shrink(monkeypatch, MIN_UNIT_BYTES=UNIT_BYTES)
     near = make(tmp_path / "near", corpus)
@@ -70,15 +71,25 @@ def test_a_node_that_dies_changes_nothing(
     assert 4 <= finished < len(list(near.glob("train_*.npy"))) - 4, "killed while it worked"
 
 
+REFUSING = """
+from prepare.cluster import run_ray
+
+def refuse(unit):
+    raise ValueError("expected another unit, found this one: take that")
+
+try:
+    list(run_ray(refuse, [1, 2, 3], None))
+except ValueError as error:
+    assert type(error) is ValueError
+    print(error)
+"""
+
+
 @needs_ray
 @pytest.mark.slow
-def test_what_a_unit_refuses_is_said_in_one_line(
-    corpus: Path, folder: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "broken.jsonl").write_text("no JSON\n" * 2000)
-    flags = (tmp_path / "broken.jsonl", corpus, "--out", tmp_path / "far")
-    done = on_a_cluster(folder, *flags)
-    print(done.stderr)
+def test_what_a_unit_refuses_is_raised_as_it_was(folder: Path) -> None:
+    done = in_a_process(folder, "-c", REFUSING)
+    assert done.stdout == "expected another unit, found this one: take that\n", done.stderr
 
 
 def test_ray_that_is_not_installed(corpus: Path, tmp_path: Path) -> None:

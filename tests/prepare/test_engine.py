@@ -162,8 +162,8 @@ class TestKilled:
 
     @pytest.mark.slow
     def test_anywhere_for_long(self, tmp_path: Path) -> None:
-        killed, _ = self.campaign(tmp_path, 4000, "anywhere", random.randrange(1000), 300)
-        assert killed == 300
+        killed, _ = self.campaign(tmp_path, 2000, "anywhere", random.randrange(1000), 200)
+        assert killed == 200
 
     @pytest.mark.slow
     def test_before_each_single_step_in_the_file_system(self, tmp_path: Path) -> None:

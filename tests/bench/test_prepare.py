@@ -1,0 +1,74 @@
+"""The whole bench at small size: it measures what it says, and says what it measured."""
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bench import corpus, peers, prepare, table
+from tests.prepare.support import texts
+
+PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def small_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This project's own text, in a cache of the test's own."""
+    monkeypatch.setattr(corpus, "_mixed", lambda: iter(sorted(PROJECT.glob("*/*.py"))))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(PROJECT)
+
+
+def test_everything(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    arguments = ["bench.prepare", "--megabytes", "1", "--rounds", "1", "--no-peers", "--json"]
+    monkeypatch.setattr("sys.argv", arguments)
+    prepare.main()
+    found = json.loads(capsys.readouterr().out)
+    rows = {(row["what"], row["processes"]): row for row in found["rows"]}
+    both = (prepare.CEILING, prepare.POOL, prepare.PARQUET, prepare.JSONL, prepare.TXT)
+    wanted = [(what, processes) for processes in (1, 2) for what in both]
+    assert set(rows) == {*wanted, (prepare.NO_AUDIT, 2), (prepare.NANOGPT, 2)}
+    for what, processes in wanted:
+        row, ceiling = rows[what, processes], rows[prepare.CEILING, processes]
+        ratio = row["mb_s"]["median"] / ceiling["mb_s"]["median"]
+        assert row["of_ceiling"] == pytest.approx(ratio, rel=0.1)
+        # The whole process takes longer than what its log says of the work.
+        assert ("mb_s_whole" in row) == what.startswith("prepare")
+        assert row.get("mb_s_whole", {"median": 0})["median"] < row["mb_s"]["median"]
+    assert rows[prepare.CEILING, 1]["of_ceiling"] == rows[prepare.POOL, 1]["of_pool"] == 1
+    assert len(found["marks"]) == 5, "all but the one that needs litdata"
+    assert found["command"].startswith("python -m bench.prepare --megabytes 1")
+    text = prepare.as_text(found)
+    assert all(what in text for what, _ in rows)
+    assert "pip install 'mygpt[bench]'" in text or table.installed("litdata")
+
+
+def test_a_prepare_that_fails_is_no_figure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench.prepare", "--megabytes", "1", "--rounds", "1"])
+    monkeypatch.setattr(prepare, "COMMAND", "raise SystemExit('no room')")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    with pytest.raises(SystemExit) as leaving:
+        prepare.main()
+    assert leaving.value.code == 2
+    assert "error: expected prepare to succeed, found: no room" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_a_peer(name: str, tmp_path: Path) -> None:
+    if not table.installed(name):
+        pytest.skip(f"{name} is not installed: the extra bench")
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": texts(100)}), path)
+    assert 0 < peers.seconds(name, path, 2) < 120
+
+
+def test_a_peer_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected datatrove to run, found: .*no-such"):
+        peers.seconds("datatrove", tmp_path / "no-such.parquet", 1)
