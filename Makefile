@@ -45,12 +45,12 @@ data: $(VENV)/core ## prepare a dataset: INPUT=file|folder|glob|uri, NAME=... (A
 demo: $(VENV)/core ## text to trained, evaluated model on this machine, in at most ten minutes
 	$(RUN_PYTHON) -m prepare stdlib --out data/stdlib
 	$(RUN_PYTHON) train.py tiny --data data/stdlib --log-dir log/demo
-	$(RUN_PYTHON) eval.py log/demo --prompt 'class ' --prompt 'def ' --num-samples 1 --temperature 0.7 --top-k 50
+	$(RUN_PYTHON) eval.py log/demo --prompt class --prompt def --num-samples 1 --temperature 0.7 --top-k 50
 	@echo
 	@echo "picture     log/demo/loss.png"
 	@echo "log         log/demo/log.txt"
 	@echo "checkpoint  $$(ls -d log/demo/checkpoints/step_* | tail -n 1)"
-	@echo "samples     above; more by: $(RUN_PYTHON) eval.py log/demo --prompt 'def '"
+	@echo "samples     above; more by: $(RUN_PYTHON) eval.py log/demo --prompt 'import os'"
 	@echo "next        make data INPUT=your.txt, then: make train-small DATA=data/your"
 
 train-small: $(VENV)/core ## train GPTConfigSmall: DATA=data/NAME RUN=log/NAME (ARGS=... more flags)

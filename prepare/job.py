@@ -45,7 +45,7 @@ def run(options: Options) -> None:
         base = workspace.manifest() if options.append else None
         print(forecast(make_plan(request, base), tokenizer.load(), options.workers))
         return
-    tokenizer.load()  # says now if there is no vocabulary; forked workers share it
+    tokenizer.load().encode("")  # says now if there is no vocabulary; forked workers share it all
     started = time.perf_counter()
     with workspace.locked(f"-{task[0]}-of-{task[1]}" if task else ""):
         plan, done = agree(request, workspace)
@@ -101,7 +101,6 @@ def _run_units(
     workspace.remove_staged(waiting)
     # Other machines publish what they write, and an upload needs the worker's core as well.
     by_workers = options.engine != "local" or workspace.folder.remote
-    tokenizer.load().encode("")  # so that forked workers share all that it takes
     written = engine(WriteShards(plan, workspace, by_workers), waiting)
     _show(publish_meanwhile(written, workspace), units, waiting)
 
