@@ -14,7 +14,7 @@ from shards.writer import DTYPE, to_uint16
 # One document in so many is encoded by tiktoken too, chosen by content, and the first of a unit;
 # of a long one only the head. At a tenth of the encoder's speed this costs some two percent.
 AUDITED_ONE_IN = 512
-AUDITED_CHARACTERS = 1 << 14
+AUDITED_CHARACTERS = 1 << 12
 
 
 class AuditError(Exception):

@@ -104,20 +104,20 @@ class Tokenizer:
         return replace(self, _fast=None)
 
     def _rows_that_differ(self, texts: pa.Array) -> np.ndarray:
-        """Indices of the texts on which gigatoken can't be trusted."""
-        if not self._may_differ(texts):
-            return np.empty(0, np.int64)
-        rows = np.flatnonzero(~pc.string_is_ascii(texts).to_numpy(zero_copy_only=False))
-        if not rows.size:
-            return rows
-        found = pc.match_substring_regex(texts.take(pa.array(rows)), self._differing)
+        """Indices of the texts on which gigatoken can't be trusted.
+
+        Three sieves, each for what the one before let through, and each a tenth as fast as it:
+        texts with a high byte, then the bytes that such characters begin with, then the characters.
+        """
+        rows = _rows_with_bytes_from(min(self._openings, default=256), texts)
+        suspects = texts.take(pa.array(rows))
+        if not self._may_differ(suspects):
+            return rows[:0]
+        found = pc.match_substring_regex(suspects, self._differing)
         return rows[found.to_numpy(zero_copy_only=False)]
 
     def _may_differ(self, texts: pa.Array) -> bool:
-        """Whether the texts hold the first two bytes of a character that gigatoken takes otherwise.
-
-        Many times as fast as the regular expression, and nearly always the answer is no.
-        """
+        """Whether texts hold the first two bytes of a character that gigatoken takes otherwise."""
         offsets, content = string_buffers(texts)
         content = content[offsets[0] : offsets[-1]]
         for first, seconds in self._openings.items():
@@ -269,6 +269,16 @@ def string_buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     view = view[texts.offset : texts.offset + len(texts) + 1]
     content = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
     return view.astype(np.int64, copy=False), content
+
+
+def _rows_with_bytes_from(lowest: int, texts: pa.Array) -> np.ndarray:
+    """Indices of the texts that hold a byte of at least `lowest`, and of some empty ones."""
+    offsets, content = string_buffers(texts)
+    if offsets[0] == offsets[-1]:
+        return np.empty(0, np.int64)
+    # reduceat takes no start behind the last byte, where empty texts at the end begin.
+    starts = np.minimum(offsets[:-1], offsets[-1] - 1)
+    return np.flatnonzero(np.maximum.reduceat(content[: offsets[-1]], starts) >= lowest)
 
 
 def _join(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

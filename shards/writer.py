@@ -80,7 +80,8 @@ def open_shard(path: Path, result: list[Shard], durable: bool = True) -> Iterato
         yield writer
         index = writer.finish()
         with atomic_file(index_path, durable) as index_file:
-            pq.write_table(index, index_file, compression="zstd")
+            # Numbers hardly ever repeat: with a dictionary the file is larger and takes longer.
+            pq.write_table(index, index_file, compression="zstd", use_dictionary=False)
             index_hash = _sha256(index_file)
         result.append(
             Shard(
