@@ -1,6 +1,6 @@
 """Other projects that tokenise corpora, each by its own documented recipe, in a process of its own.
 
-    python -m bench.peers datatrove|litdata PARQUET PROCESSES
+    python -m bench.peers datatrove|litdata|nanogpt PARQUET PROCESSES
 
 Prints how many seconds it took, the start of its processes included, which can't be told apart.
 """
@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from shards import tokenizer
 
 CHUNK_BYTES = "64MB"  # as litdata's own documentation has it
+NANOGPT_BATCHES, NANOGPT_VAL_FRACTION = 1024, 0.0005
 
 
 def seconds(name: str, parquet: Path, processes: int) -> float:
@@ -71,6 +73,35 @@ def _litdata_documents(file: str) -> Iterator[Any]:
             yield torch.tensor([*gpt2.encode_ordinary(text), gpt2.eot_token])
 
 
+def nanogpt(files: list[Path], out: Path) -> None:
+    """nanoGPT's recipe: Hugging Face's `datasets` maps every document to a list of ids, then all of
+    them go, a batch at a time, into one memory map a split.
+    """
+    from datasets import load_dataset
+
+    names, count = [str(file) for file in files], len(files)
+    cache = str(out.with_name("cache"))
+    whole = load_dataset("parquet", data_files=names, split="train", cache_dir=cache)
+    splits = whole.train_test_split(test_size=NANOGPT_VAL_FRACTION, seed=0)
+    mapped = splits.map(_nanogpt_ids, remove_columns=["text"], num_proc=count)
+    for name, rows in mapped.items():
+        total = int(np.sum(rows["len"], dtype=np.uint64))
+        ids = np.memmap(out.with_name(f"{name}.bin"), np.uint16, "w+", shape=(total,))
+        at = 0
+        for number in range(batches := min(NANOGPT_BATCHES, len(rows))):
+            batch = rows.shard(batches, number, contiguous=True).with_format("numpy")
+            part = np.concatenate(list(batch["ids"]))
+            ids[at : at + len(part)] = part
+            at += len(part)
+        ids.flush()
+
+
+def _nanogpt_ids(row: dict[str, Any]) -> dict[str, Any]:
+    gpt2 = tokenizer.load()._reference
+    ids = [*gpt2.encode_ordinary(row["text"]), gpt2.eot_token]
+    return {"ids": ids, "len": len(ids)}
+
+
 def _save_for_hugging_face(path: Path) -> None:
     """GPT-2's tokenizer as the package `tokenizers` stores it."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -94,7 +125,11 @@ def _split(parquet: Path, folder: Path, count: int) -> list[Path]:
     return files
 
 
-PEERS: dict[str, Callable[[list[Path], Path], None]] = {"datatrove": datatrove, "litdata": litdata}
+PEERS: dict[str, Callable[[list[Path], Path], None]] = {
+    "datatrove": datatrove,
+    "litdata": litdata,
+    "nanogpt": nanogpt,
+}
 
 
 def main() -> None:

@@ -27,12 +27,18 @@ from bench.corpus import Corpus
 from shards.cli import one_line_errors
 
 PACKAGES = (
-    "gigatoken", "tiktoken", "pyarrow", "numpy", "orjson", "xxhash", "datatrove", "litdata"
+    "gigatoken", "tiktoken", "pyarrow", "numpy", "orjson", "xxhash", "datatrove", "litdata",
+    "datasets",
 )  # fmt: skip
-CEILING, POOL, NANOGPT = "gigatoken, in memory", "tiktoken, plain pool *", "nanoGPT's recipe *"
+CEILING, POOL = "gigatoken, in memory", "tiktoken, plain pool *"
 PARQUET, JSONL, TXT = "prepare, parquet", "prepare, jsonl", "prepare, txt"
 NO_AUDIT = "prepare, parquet, no audit"
-PEERS = {"datatrove": "datatrove's DocumentTokenizer", "litdata": "litdata's optimize"}
+# Each with the package that it needs.
+PEERS = {
+    "datatrove": ("datatrove's DocumentTokenizer", "datatrove"),
+    "litdata": ("litdata's optimize", "litdata"),
+    "nanogpt": ("nanoGPT's recipe", "datasets"),
+}
 COMMAND = "from prepare.__main__ import main; main()"
 WITHOUT_AUDIT = "import prepare.encode as e; e._agrees = lambda *_: True; "
 NOTES = """\
@@ -97,9 +103,8 @@ def contenders(text: Corpus, with_peers: bool) -> dict[str, Callable[[], Mapping
         for what, source in ((PARQUET, text.parquet), (JSONL, text.jsonl), (TXT, text.txt)):
             found[f"{what}, {n}"] = partial(_prepare, what, source, n, text)
     found[NO_AUDIT] = partial(_prepare, NO_AUDIT, text.parquet, cores, text, WITHOUT_AUDIT)
-    found[NANOGPT] = partial(_rival, rivals.nanogpt, NANOGPT, text.sample, cores)
-    for name, what in PEERS.items():
-        if with_peers and table.installed(name):
+    for name, (what, package) in PEERS.items():
+        if with_peers and table.installed(package):
             found[what] = partial(_peer, name, what, text, cores)
     return found
 
@@ -169,8 +174,8 @@ def marks(rates: Rates) -> list[dict[str, Any]]:
         ("jsonl ÷ parquet", JSONL, PARQUET, 0.5, False),
         ("with the audit ÷ without", PARQUET, NO_AUDIT, 0.9, False),
         ("parquet ÷ tiktoken's plain pool", PARQUET, POOL, 9, False),
-        ("parquet ÷ nanoGPT's recipe", PARQUET, NANOGPT, 25, False),
-        ("parquet ÷ litdata, start-up included", PARQUET, PEERS["litdata"], 12, True),
+        ("parquet ÷ nanoGPT's recipe, start-up included", PARQUET, PEERS["nanogpt"][0], 25, True),
+        ("parquet ÷ litdata, start-up included", PARQUET, PEERS["litdata"][0], 12, True),
     ]
     found = []
     for what, one, other, mark, whole in wanted:
@@ -187,7 +192,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     machine, text = found["machine"], found["corpus"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     headers = ("", "processes", "MB/s", "low to high", "× encoder", "× pool", "whole MB/s")
-    missing = [name for name in PEERS if name not in machine["packages"]]
+    missing = [package for _, package in PEERS.values() if package not in machine["packages"]]
     lines = [
         f"$ {found['command']}",
         f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, "

@@ -19,8 +19,6 @@ import tiktoken
 
 from shards import tokenizer
 
-NANOGPT_BATCHES = 1024
-
 _barrier: Barrier
 
 
@@ -103,48 +101,6 @@ def _encode_to_files(parquet: Path, share: int, shares: int) -> tuple[int, float
             np.array(ids, np.uint16).tofile(Path(folder, f"{group}.bin"))
             size += _size(texts)
         return size, time.perf_counter() - start
-
-
-def nanogpt(parquet: Path, processes: int) -> float:
-    """nanoGPT's recipe: every document to a list of ids in Arrow files, which is what `map` of
-    Hugging Face's datasets does, then all of them, a batch at a time, into one memory map.
-    """
-    size = _corpus_size(parquet)
-    _tiktoken()
-    with tempfile.TemporaryDirectory() as folder, _context().Pool(processes) as pool:
-        start = time.perf_counter()
-        shares = [(parquet, share, processes, Path(folder)) for share in range(processes)]
-        files = pool.starmap(_ids_to_arrow, shares, chunksize=1)
-        rows = pa.concat_tables(pa.ipc.open_file(pa.memory_map(file)).read_all() for file in files)
-        total = int(np.sum(rows["len"].to_numpy()))
-        out = np.memmap(Path(folder, "train.bin"), np.uint16, "w+", shape=(total,))
-        at, step = 0, -(-rows.num_rows // NANOGPT_BATCHES)
-        for first in range(0, rows.num_rows, step):
-            ids = np.concatenate(rows["ids"].slice(first, step).to_numpy())
-            out[at : at + len(ids)] = ids
-            at += len(ids)
-        out.flush()
-        return size / 1e6 / (time.perf_counter() - start)
-
-
-def _ids_to_arrow(parquet: Path, share: int, shares: int, folder: Path) -> str:
-    """Writes a row for each document of every so-many-th row group; returns the file's name."""
-    gpt2, name = _tiktoken(), str(folder / f"{share}.arrow")
-    schema = pa.schema([("ids", pa.list_(pa.int64())), ("len", pa.int64())])
-    with pq.ParquetFile(parquet) as file, pa.ipc.new_file(name, schema) as out:
-        for group in range(share, file.num_row_groups, shares):
-            rows = []
-            for text in file.read_row_group(group, ["text"])["text"].to_pylist():
-                ids = gpt2.encode_ordinary(text)
-                ids.append(gpt2.eot_token)
-                rows.append({"ids": ids, "len": len(ids)})
-            out.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-    return name
-
-
-def _corpus_size(parquet: Path) -> int:
-    """UTF-8 bytes of all texts of a file."""
-    return sum(map(_size, pq.read_table(parquet)["text"].chunks))
 
 
 def _tiktoken() -> tiktoken.Encoding:

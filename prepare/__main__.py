@@ -5,10 +5,14 @@
 Rerunning a killed run resumes it; rerunning a finished one says so and does nothing.
 """
 
+import sys
+
 import tyro
 
 from prepare.options import Options
 from shards.cli import one_line_errors
+
+EXIT_INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 
 def main() -> None:
@@ -17,7 +21,11 @@ def main() -> None:
     with one_line_errors():
         from prepare.job import run  # after the flags, so that --help answers at once
 
-        run(options)
+        try:
+            run(options)
+        except KeyboardInterrupt:
+            print("\ninterrupted: finished work is kept, the same command goes on", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

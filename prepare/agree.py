@@ -8,16 +8,15 @@ from prepare.workspace import Workspace
 from shards.manifest import Manifest
 
 
-def agree(request: Request, workspace: Workspace) -> tuple[Plan, bool]:
+def agree(request: Request, workspace: Workspace, plan: Plan) -> tuple[Plan, bool]:
     """The plan to follow and whether it is finished already; a new plan is recorded.
 
-    Raises ValueError where the folder was begun with other sources or options, or a source has
-    changed since.
+    `plan` is what the request comes to now. Raises ValueError where the folder was begun with other
+    sources or options, or a source has changed since.
     """
     manifest, stored = workspace.manifest(), workspace.stored_plan()
     if request.append:
-        return _agree_to_append(request, workspace, manifest, stored)
-    plan = make_plan(request)
+        return _agree_to_append(request, workspace, plan, stored)
     if stored is not None and stored["generation"] == 0:
         _compare(workspace, stored, plan.record())
     elif manifest is not None:
@@ -27,24 +26,37 @@ def agree(request: Request, workspace: Workspace) -> tuple[Plan, bool]:
     return plan, manifest is not None
 
 
-def _agree_to_append(
-    request: Request,
-    workspace: Workspace,
-    manifest: Manifest | None,
-    stored: dict[str, Any] | None,
-) -> tuple[Plan, bool]:
-    """The same for --append: the last append again, or one that goes on from what there is."""
+def plan_now(request: Request, workspace: Workspace) -> Plan:
+    """The plan that the request comes to now. Raises ValueError or OSError for bad input.
+
+    Made before anything is written, so that a mistyped source leaves no folder behind.
+    """
+    return make_plan(request, _grown_from(workspace) if request.append else None)
+
+
+def _grown_from(workspace: Workspace) -> Manifest:
+    """The complete dataset that an append adds to. Raises ValueError where there is none."""
+    manifest = workspace.manifest()
     if manifest is None:
         raise ValueError(
             f"expected a complete dataset in {workspace.folder} to append to, found none: "
             "run prepare without --append to its end first"
         )
+    return manifest
+
+
+def _agree_to_append(
+    request: Request, workspace: Workspace, plan: Plan, stored: dict[str, Any] | None
+) -> tuple[Plan, bool]:
+    """The same for --append: the last append again, or one that goes on from what there is."""
+    manifest = _grown_from(workspace)
     begun = stored["generation"] if stored else 0
     if begun == manifest.generation and begun > 0:
-        plan = make_plan(request, manifest.prefix(begun - 1))
-        if plan.record() == stored:
-            return plan, True
-    plan = make_plan(request, manifest)
+        last = make_plan(request, manifest.prefix(begun - 1))
+        if last.record() == stored:
+            return last, True
+    if plan.generation != manifest.generation + 1:  # it grew since the plan was made
+        plan = make_plan(request, manifest)
     if stored is not None and begun > manifest.generation:
         _compare(workspace, stored, plan.record())
     else:

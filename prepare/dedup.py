@@ -4,17 +4,17 @@ The hashes of all documents lie on disk, one file a unit. They are gone through 
 hash, so that each range fits in memory; the first occurrence in plan order is kept.
 """
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 
 from prepare.plan import Unit
-from prepare.work import save_array
-from prepare.workspace import WORK, Workspace
+from prepare.work import load_array, save_array
+from prepare.workspace import Workspace
 
 # Documents compared at once: some 40 bytes each.
 AT_ONCE = 1 << 22
+HASHES = "hashes"
 
 
 def find_duplicates(workspace: Workspace, units: Sequence[Unit]) -> None:
@@ -52,6 +52,6 @@ def _duplicates_in(
 
 
 def _hashes(workspace: Workspace, unit: Unit) -> np.ndarray:
-    content = workspace.folder.read(f"{WORK}/hashes/{unit.number:05d}.npy")
-    assert content is not None
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    found = load_array(workspace, f"{HASHES}/{unit.number:05d}.npy")
+    assert found is not None
+    return found

@@ -16,21 +16,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prepare.sources import InputFile
-from prepare.storage import filesystem
 from prepare.text import (
     PIECE_BYTES,
-    byte_stream,
+    byte_blocks,
     damage,
     one_line,
     pieces,
     survey,
     utf8_error,
 )
+from shards.remote import filesystem
 from shards.tokenizer import repair_surrogates
 
 # Text per batch: large enough for the encoder to run at full speed, small enough for memory.
 BATCH_BYTES = 4 << 20
-READ_BYTES = 4 << 20
+MOST_ROWS = 1 << 12
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -184,23 +184,22 @@ def _lines(file: InputFile, part: Slice) -> Iterator[tuple[int, bytes]]:
     # A line that begins at `start` is ours; whether one does is seen from the byte before.
     offset = max(part.start - 1, 0)
     rest = b""
-    with byte_stream(file, offset) as stream:
-        blocks = chain(iter(lambda: stream.read(READ_BYTES), b""), [b"\n"])
-        if part.start:
-            for block in blocks:
-                offset += len(block)
-                _, newline, rest = block.partition(b"\n")
-                if newline:
-                    offset -= len(rest)
-                    break
+    blocks = chain(byte_blocks(file, offset), [b"\n"])
+    if part.start:
         for block in blocks:
-            *whole, rest = (rest + block).split(b"\n")
-            for line in whole:
-                if 0 <= part.end <= offset:
-                    return
-                if line.strip():
-                    yield offset, line
-                offset += len(line) + 1
+            offset += len(block)
+            _, newline, rest = block.partition(b"\n")
+            if newline:
+                offset -= len(rest)
+                break
+    for block in blocks:
+        *whole, rest = (rest + block).split(b"\n")
+        for line in whole:
+            if 0 <= part.end <= offset:
+                return
+            if line.strip():
+                yield offset, line
+            offset += len(line) + 1
 
 
 def json_object(line: bytes) -> dict[str, Any]:
@@ -255,17 +254,28 @@ def _read_row_group(
     """The rows of one row group, the first of which is row `first` of the file."""
     metadata = table.metadata.row_group(group)
     size = column_bytes(metadata, file.column)
-    at_once = max(1, BATCH_BYTES * metadata.num_rows // max(1, size))
+    # A repeated text is stored once: of its rows the size says nothing.
+    at_once = min(max(1, BATCH_BYTES * metadata.num_rows // max(1, size)), MOST_ROWS)
     row = first
     try:
         for batch in table.iter_batches(
             at_once, row_groups=[group], columns=[file.column], use_threads=False
         ):
-            yield _parquet_batch(batch.column(0), source, row)
-            row += len(batch)
+            for values in _cut(batch.column(0)):
+                yield _parquet_batch(values, source, row)
+                row += len(values)
     except (OSError, pa.ArrowInvalid) as error:
         lost = first + metadata.num_rows - row
         yield Batch(bad=[Bad(source, row, damage(file, error), lost)])
+
+
+def _cut(values: pa.Array) -> Iterator[pa.Array]:
+    """A text column in stretches of not much more than `BATCH_BYTES`, were it by far larger."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    rows = -(-len(values) // (values.nbytes // (2 * BATCH_BYTES) + 1))
+    for start in range(0, len(values), max(rows, 1)):
+        yield values.slice(start, rows)
 
 
 def column_bytes(group: pq.RowGroupMetaData, column: str) -> int:
@@ -290,8 +300,6 @@ def _parquet_batch(values: pa.Array, source: int, first: int) -> Batch:
 def _batch(values: pa.Array, sources: np.ndarray, rows: np.ndarray) -> Batch:
     """A batch of what is UTF-8 among `values`, strings or bytes without nulls."""
     bad = []
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
     if pa.types.is_string_view(values.type) or pa.types.is_binary_view(values.type):
         values = values.cast(pa.large_binary())
     try:

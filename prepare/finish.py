@@ -91,7 +91,7 @@ def check_splits(manifest: Manifest) -> None:
             raise ValueError(
                 f"expected {name} text, found none among {manifest.counts['written']} documents: "
                 "give more documents, or choose what is validation text by --split position (one "
-                "text file), another --val-fraction, or --val-source, and give another --out"
+                "text file), another --val-fraction, or --val-source, and run again"
             )
 
 

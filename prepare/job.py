@@ -9,13 +9,15 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from prepare import finish
-from prepare.agree import agree
-from prepare.dedup import find_duplicates
+from prepare.agree import agree, plan_now
+from prepare.dedup import HASHES, find_duplicates
 from prepare.engine import run_local
 from prepare.estimate import check_room, forecast
+from prepare.held_out import OF_UNITS, note_held_out, validation_units
 from prepare.options import Options
 from prepare.plan import Plan, Unit, make_plan
 from prepare.request import Request
+from prepare.split import GIVEN
 from prepare.storage import Folder
 from prepare.unit import Record
 from prepare.work import HashDocuments, WriteShards, publish_meanwhile
@@ -47,8 +49,9 @@ def run(options: Options) -> None:
         return
     tokenizer.load().encode("")  # says now if there is no vocabulary; forked workers share it all
     started = time.perf_counter()
+    planned = plan_now(request, workspace)
     with workspace.locked(f"-{task[0]}-of-{task[1]}" if task else ""):
-        plan, done = agree(request, workspace)
+        plan, done = agree(request, workspace, planned)
         if done:
             workspace.close()
             print(f"{options.out} is complete: nothing to do.")
@@ -93,16 +96,24 @@ def _run_units(
         print(f"Resuming: {len(finished)} of {len(units)} units are finished.")
     check_room(waiting, workspace)
     engine = _engine(plan, workspace, options)
-    if plan.dedup and waiting:
-        with tqdm(total=len(units), desc="hash", unit="unit") as bar:
-            for _ in engine(HashDocuments(plan, workspace), units):
-                bar.update()
+    if waiting and plan.dedup:
+        _hash(units, engine, HashDocuments(plan, workspace, HASHES))
         find_duplicates(workspace, units)
+    elif waiting and plan.rule.rule == GIVEN:
+        held_out = list(validation_units(plan))
+        _hash(held_out, engine, HashDocuments(plan, workspace, OF_UNITS))
+        note_held_out(plan, workspace, held_out)
     workspace.remove_staged(waiting)
     # Other machines publish what they write, and an upload needs the worker's core as well.
     by_workers = options.engine != "local" or workspace.folder.remote
     written = engine(WriteShards(plan, workspace, by_workers), waiting)
     _show(publish_meanwhile(written, workspace), units, waiting)
+
+
+def _hash(units: Sequence[Unit], engine: Engine[int], work: HashDocuments) -> None:
+    """Hash the documents of units, showing progress."""
+    for _ in tqdm(engine(work, units), total=len(units), desc="hash", unit="unit"):
+        pass
 
 
 def _show(records: Iterator[Record], units: Sequence[Unit], waiting: Sequence[Unit]) -> None:
@@ -149,10 +160,14 @@ def _finish(plan: Plan, workspace: Workspace, max_bad: int | None, started: floa
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
     workspace.folder.write(finish.QUARANTINE, "".join(lines).encode())
     finish.check_bad(manifest, entries, max_bad)
-    finish.check_splits(manifest)
-    workspace.folder.write_json(FILE_NAME, manifest.to_json())
-    workspace.close()
+    try:
+        finish.check_splits(manifest)
+    except ValueError:
+        workspace.abandon(records)  # every remedy makes another plan
+        raise
     text = finish.summary(manifest, records, time.perf_counter() - started)
     workspace.log(*(warning for record in records for warning in record.warnings), text)
+    workspace.folder.write_json(FILE_NAME, manifest.to_json())
+    workspace.close()
     print(text)
     print(f"The dataset is in {workspace.folder}: python -m shards info {workspace.folder}")

@@ -18,9 +18,9 @@ from prepare.documents import Bad, Slice, column_bytes, json_object
 from prepare.request import Request, rule_of, rule_of_append
 from prepare.sources import InputFile, find_files
 from prepare.split import GIVEN, POSITION, SplitRule
-from prepare.storage import filesystem
 from prepare.text import PIECE_BYTES, READ_BYTES, byte_stream, next_cut, next_line, survey
 from shards.manifest import Manifest
+from shards.remote import filesystem
 
 MIN_UNIT_BYTES = 4 << 20
 MAX_UNIT_BYTES = 400 << 20
@@ -68,7 +68,8 @@ def make_plan(request: Request, base: Manifest | None = None) -> Plan:
     held_out = find_files(request.val_sources, val=True)
     known = {file.identity for file in held_out}
     files = [file for file in find_files(request.sources) if file.identity not in known]
-    files = [with_column(file, request.text_column) for file in [*files, *held_out]]
+    # Validation text first: of duplicates the first is kept.
+    files = [with_column(file, request.text_column) for file in [*held_out, *files]]
     rule = rule_of_append(request, files, base) if base else rule_of(request, files)
     target = min(max(sum(map(_weight, files)) // UNITS_AIMED_AT, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
     bad: list[Bad] = []

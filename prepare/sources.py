@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from prepare.storage import filesystem, is_remote, path_of
+from shards.remote import filesystem, is_remote, path_of
 
 KINDS = {
     ".txt": "text",
@@ -144,11 +144,13 @@ def _kind(path: str) -> tuple[str | None, str | None]:
     compression = COMPRESSIONS.get(suffix)
     if compression:
         suffix = posixpath.splitext(stem)[1]
-    return KINDS.get(suffix), compression
+    kind = KINDS.get(suffix)
+    # Parquet is read from its end, which a compressed stream has last; it compresses inside.
+    return (None if compression and kind == "parquet" else kind), compression
 
 
 def _supported() -> str:
-    return f"{', '.join(KINDS)} (plain or {', '.join(COMPRESSIONS)})"
+    return f"{', '.join(KINDS)} (all but .parquet also as {', '.join(COMPRESSIONS)})"
 
 
 def _standard_library(val: bool) -> Iterator[InputFile]:

@@ -1,48 +1,14 @@
 """Folders, local or remote (s3://, gs://, hf:// ...), behind the same few calls."""
 
 import json
-import os
 import shutil
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
 
 from pyarrow import fs
 
 from shards.atomic import atomic_file, move_durably, sync_folder, to_json
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URI."""
-    return "://" in path
-
-
-def filesystem(path: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a path or URI, and the path as that filesystem names it."""
-    if not is_remote(path):
-        return fs.LocalFileSystem(), Path(path).absolute().as_posix()
-    parts = urlsplit(path)
-    system, root = _remote(f"{parts.scheme}://{parts.netloc}", parts.query, os.getpid())
-    return system, (root + unquote(parts.path)).strip("/")
-
-
-def path_of(source: str, inside: str) -> str:
-    """The path or URI of what the filesystem of `source` calls `inside`."""
-    if not is_remote(source):
-        return inside
-    parts = urlsplit(source)
-    base = f"{parts.scheme}://{parts.netloc}"
-    _, root = _remote(base, parts.query, os.getpid())
-    query = f"?{parts.query}" if parts.query else ""
-    return f"{base}/{quote(inside.removeprefix(root).lstrip('/'))}{query}"
-
-
-@lru_cache
-def _remote(base: str, query: str, process: int) -> tuple[fs.FileSystem, str]:
-    """One client for each bucket and process: they are slow to make and don't survive a fork."""
-    system, root = fs.FileSystem.from_uri(f"{base}/{'?' + query if query else ''}")
-    return system, root.strip("/")
+from shards.remote import filesystem, is_remote
 
 
 class Folder:
@@ -107,6 +73,11 @@ class Folder:
     def remove(self, inside: str) -> None:
         """Remove a folder inside this one."""
         self._system.delete_dir(self._at(inside))
+
+    def remove_file(self, name: str) -> None:
+        """Remove a file of the folder, if it is there."""
+        if self.exists(name):
+            self._system.delete_file(self._at(name))
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}".rstrip("/")

@@ -11,7 +11,7 @@ from pyarrow import NativeFile
 
 from prepare.sources import InputFile
 from prepare.split import digest_array
-from prepare.storage import filesystem
+from shards.remote import filesystem
 
 READ_BYTES = 4 << 20
 # A text document above this size is handed on in pieces of about this size.
@@ -47,6 +47,25 @@ def byte_stream(file: InputFile, offset: int = 0, raw: bool = False) -> NativeFi
         skipped = len(stream.read(min(offset, READ_BYTES)))
         offset = offset - skipped if skipped else 0
     return stream
+
+
+def byte_blocks(file: InputFile, offset: int = 0) -> Iterator[bytes]:
+    """The file's bytes from `offset` on, up to where it is damaged. Raises OSError there.
+
+    A read that fails gives nothing, so what stands before the damage is read by smaller ones.
+    """
+    size = READ_BYTES
+    while True:
+        try:
+            with byte_stream(file, offset) as stream:
+                while block := stream.read(size):
+                    offset += len(block)
+                    yield block
+            return
+        except OSError:
+            if file.compression is None or size == 1:
+                raise
+            size = max(size // 64, 1)
 
 
 def survey(file: InputFile) -> Survey:

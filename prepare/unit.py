@@ -51,18 +51,39 @@ class Record:
         return cls(**{**raw, "shards": shards, "bad": [Bad(**bad) for bad in raw["bad"]]})
 
 
+@dataclass(frozen=True)
+class Unwanted:
+    """Documents to leave out as duplicates: those at some `places` of the unit, (n,) int64, and
+    training text with one of some content `hashes`, (n, 2) uint64."""
+
+    places: np.ndarray | None = None
+    hashes: np.ndarray | None = None
+
+    def mask(self, places: np.ndarray, hashes: np.ndarray, is_val: np.ndarray) -> np.ndarray:
+        """Which documents of a batch they are, (n,) bool."""
+        found = np.zeros(len(places), bool)
+        if self.places is not None:
+            found |= np.isin(places, self.places)
+        if self.hashes is not None:
+            suspects = ~is_val & np.isin(hashes[:, 0], self.hashes[:, 0])
+            for row in np.flatnonzero(suspects):
+                found[row] |= (self.hashes == hashes[row]).all(axis=1).any()
+        return found
+
+
 def run_unit(
-    plan: Plan, unit: Unit, folder: Path, tokenizer: Tokenizer, drops: np.ndarray | None = None
+    plan: Plan, unit: Unit, folder: Path, tokenizer: Tokenizer, unwanted: Unwanted | None = None
 ) -> Record:
-    """Write the unit's shards into `folder` and describe them, without the documents at `drops`.
+    """Write the unit's shards into `folder` and describe them, without the `unwanted` documents.
 
     Where the audit finds a difference the whole unit is encoded by tiktoken, with a warning.
     Raises ValueError for a source that changed since it was planned, OSError for failing I/O.
     """
     try:
-        record = _write_unit(plan, unit, folder, tokenizer, drops)
+        record = _write_unit(plan, unit, folder, tokenizer, unwanted or Unwanted())
     except AuditError as error:
-        record = _write_unit(plan, unit, folder, tokenizer.reference_only(), drops)
+        reference = tokenizer.reference_only()
+        record = _write_unit(plan, unit, folder, reference, unwanted or Unwanted())
         record.warnings.append(f"unit {unit.number} was encoded by tiktoken alone: {error}")
     check_unchanged(plan, unit)
     return record
@@ -82,7 +103,7 @@ def check_unchanged(plan: Plan, unit: Unit) -> None:
 
 
 def _write_unit(
-    plan: Plan, unit: Unit, folder: Path, tokenizer: Tokenizer, drops: np.ndarray | None
+    plan: Plan, unit: Unit, folder: Path, tokenizer: Tokenizer, unwanted: Unwanted
 ) -> Record:
     """Read, encode and write the unit's documents."""
     train, val = (Side(folder, f"{side}_{unit.number:05d}", plan.first_source) for side in SPLITS)
@@ -99,14 +120,13 @@ def _write_unit(
             wanted = encoded.text_bytes > 0
             # A piece that goes on has the place of the document that it goes on with.
             places = np.arange(len(wanted)) + (position if batch.begins else position - 1)
+            is_val = _is_val(plan, batch, encoded.hashes)
+            dropped = wanted & unwanted.mask(places, encoded.hashes, is_val)
             if batch.begins:
                 position += len(wanted)
                 record.empty += int(np.count_nonzero(~wanted))
-            if drops is not None:
-                dropped = np.isin(places, drops)
-                record.duplicates += int(np.count_nonzero(dropped)) if batch.begins else 0
-                wanted &= ~dropped
-            is_val = _is_val(plan, batch, encoded.hashes)
+                record.duplicates += int(np.count_nonzero(dropped))
+            wanted &= ~dropped
             train.write(batch, encoded, wanted & ~is_val)
             val.write(batch, encoded, wanted & is_val)
     record.read += position

@@ -17,7 +17,7 @@ import numpy as np
 from prepare.documents import read
 from prepare.plan import Plan, Unit
 from prepare.split import content_hashes
-from prepare.unit import Record, check_unchanged, run_unit
+from prepare.unit import Record, Unwanted, check_unchanged, run_unit
 from prepare.workspace import WORK, Workspace
 from shards import tokenizer
 from shards.tokenizer import string_buffers
@@ -27,6 +27,8 @@ Result = TypeVar("Result")
 # Reads and writes over a network are tried so often, with growing pauses.
 ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 1.0
+# Of all validation text that was given, (n, 2) uint64.
+HELD_OUT = "held_out/hashes.npy"
 # Units whose files are brought to the disk at once; a file system does several nearly as one.
 PUBLISHERS = 8
 
@@ -55,9 +57,12 @@ class WriteShards:
         return _retried(self._once, unit, self.plan, self.workspace)
 
     def _once(self, unit: Unit) -> Written:
-        drops = load_drops(self.workspace, unit) if self.plan.dedup else None
+        unwanted = Unwanted(
+            places=load_array(self.workspace, f"drops/{unit.number:05d}.npy"),
+            hashes=load_array(self.workspace, HELD_OUT),
+        )
         with self.workspace.staging(unit) as staged:
-            record = run_unit(self.plan, unit, staged, tokenizer.load(), drops)
+            record = run_unit(self.plan, unit, staged, tokenizer.load(), unwanted)
             if not self.publish:
                 return Written(record, staged)
             self.workspace.finish_unit(record, staged)
@@ -87,10 +92,12 @@ def _publish(unit: Written, workspace: Workspace) -> Record:
 
 @dataclass(frozen=True)
 class HashDocuments:
-    """Note the content hash of each document of a unit, (n, 2) uint64, in the work area."""
+    """Note the content hash of each document of a unit, (n, 2) uint64, in a folder of the work
+    area."""
 
     plan: Plan
     workspace: Workspace
+    folder: str
 
     def __call__(self, unit: Unit) -> int:
         """Hash one unit; returns its number."""
@@ -107,7 +114,7 @@ class HashDocuments:
             alone |= batch.side is not None
             parts.append(np.where(alone[:, None], np.uint64(0), hashes))
         check_unchanged(self.plan, unit)
-        save_array(self.workspace, f"hashes/{unit.number:05d}.npy", np.concatenate(parts))
+        save_array(self.workspace, f"{self.folder}/{unit.number:05d}.npy", np.concatenate(parts))
         return unit.number
 
 
@@ -118,11 +125,10 @@ def save_array(workspace: Workspace, name: str, array: np.ndarray) -> None:
     workspace.folder.write(f"{WORK}/{name}", buffer.getvalue())
 
 
-def load_drops(workspace: Workspace, unit: Unit) -> np.ndarray:
-    """Which documents of a unit are duplicates: their places among its documents, int64."""
-    content = workspace.folder.read(f"{WORK}/drops/{unit.number:05d}.npy")
-    assert content is not None
-    return np.load(io.BytesIO(content), allow_pickle=False)
+def load_array(workspace: Workspace, name: str) -> np.ndarray | None:
+    """An array of the work area, or None where there is none of that name."""
+    content = workspace.folder.read(f"{WORK}/{name}")
+    return None if content is None else np.load(io.BytesIO(content), allow_pickle=False)
 
 
 def _retried(

@@ -6,7 +6,7 @@ same command again resumes.
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +26,7 @@ PLAN = f"{WORK}/plan.json"
 UNITS = f"{WORK}/units"
 STAGING = f"{WORK}/staging"
 LOG = "prepare.log"
+WORK_FOLDERS = {"units", "hashes", "drops", "held_out", "staging"}
 # A run that is just ending lets go within moments; so do the workers of one that was killed, where
 # they inherit the lock.
 LOCK_SECONDS = 5.0
@@ -41,23 +42,29 @@ class Workspace:
     def locked(self, task: str = "") -> Iterator[None]:
         """Hold the folder, or one task's part of it; the lock dies with its process.
 
-        Raises ValueError where it is held. Object stores have no locks: there it is up to the user.
+        Tasks share the folder with each other, and with nobody else. Raises ValueError where it is
+        held. Object stores have no locks: there it is up to the user.
         """
         if self.folder.remote:
             yield
             return
         path = self.folder.local / WORK
         path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path / f"lock{task}")
+        with self._lock(path / f"lock{task}"):
+            # Each takes its own before it looks at the others', so that two can't miss each other.
+            for other in [path / "lock"] if task else sorted(path.glob("lock-*")):
+                with self._lock(other):
+                    pass
+            yield
+
+    def _lock(self, path: Path) -> filelock.AcquireReturnProxy:
         try:
-            held = lock.acquire(timeout=LOCK_SECONDS)
+            return filelock.FileLock(path).acquire(timeout=LOCK_SECONDS)
         except filelock.Timeout:
             raise ValueError(
                 f"expected to be alone in {self.folder}, found another prepare at work there: "
                 "wait for it to end, or give another --out"
             ) from None
-        with held:
-            yield
 
     def refuse_strangers(self) -> None:
         """Raise ValueError where the folder holds something that is not a dataset of ours."""
@@ -122,9 +129,18 @@ class Workspace:
         self.folder.write_json(f"{UNITS}/{_record_name(record.unit)}", record.to_json())
         shutil.rmtree(staged)
 
+    def abandon(self, records: Iterable[Record]) -> None:
+        """Remove the plan and all that it made, so that another may be begun here."""
+        self.close()
+        self.folder.remove_file(PLAN)
+        for record in records:
+            for shard in (shard for shards in record.shards.values() for shard in shards):
+                self.folder.remove_file(shard.file)
+                self.folder.remove_file(shard.index)
+
     def close(self) -> None:
         """Remove the records once the manifest holds what they say; the plan stays for reruns."""
-        for name in set(self.folder.names(WORK)) & {"units", "hashes", "drops", "staging"}:
+        for name in set(self.folder.names(WORK)) & WORK_FOLDERS:
             self.folder.remove(f"{WORK}/{name}")
         if not self.folder.remote:  # what killed runs left half-written; units remove their own
             for path in (self.folder.local, self.folder.local / WORK):

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Protocol
 
 import tyro
 from tqdm import tqdm
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from shards.cli import one_line_errors
 from shards.manifest import Manifest
@@ -35,8 +35,8 @@ class Command(Protocol):
 class Info:
     """Say what a dataset is: tokenizer, splits, sources, document lengths."""
 
-    folder: Positional[Path]
-    """The dataset."""
+    folder: Annotated[Positional[str], arg(metavar="FOLDER")]
+    """The dataset, or its address."""
     plot: Annotated[Path | None, arg(metavar="PNG")] = None
     """Draw document lengths, tokens per shard and the split into this file."""
     json: bool = False
@@ -58,8 +58,8 @@ class Info:
 class Show:
     """Print a document of a dataset, decoded, under a line that says where it comes from."""
 
-    folder: Positional[Path]
-    """The dataset."""
+    folder: Annotated[Positional[str], arg(metavar="FOLDER")]
+    """The dataset, or its address."""
     split: Literal["train", "val"] = "val"
     """The side of the split."""
     document: int = 0
@@ -83,8 +83,8 @@ class Show:
 class Verify:
     """Check every hash, size, id and index of a dataset; exit code 1 if a shard is wrong."""
 
-    folder: Positional[Path]
-    """The dataset."""
+    folder: Annotated[Positional[str], arg(metavar="FOLDER")]
+    """The dataset, or its address."""
 
     def run(self) -> int:
         """Read all of it; a line for each thing that is wrong."""
@@ -103,6 +103,30 @@ class Verify:
             print(f"{wrong} of {shards} shards are wrong; restore them, or prepare again")
             return EXIT_WRONG
         print(f"all {shards} shards are what the manifest says: {manifest.fingerprint}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Say where each row of a training step came from, and how its text begins."""
+
+    run_folder: Annotated[Path, arg(name="run")]
+    """The run's folder."""
+    step: int
+    """The finished step, as log.txt counts them."""
+    row: int | None = None
+    """Only this row of the global batch, from 0, with the whole of its text."""
+    data: UseAppendAction[tuple[str, ...]] = ()
+    """Where its datasets lie now, if not where they lay; as the run's own --data."""
+    json: bool = False
+    """Answer with one JSON object a row, with the whole text, a line each."""
+
+    def run(self) -> int:
+        """Print the rows."""
+        from shards import explain
+
+        for row in explain.rows_of(self.run_folder, self.step, self.row, self.data):
+            print(json.dumps(row.to_json()) if self.json else row.as_text(self.row is not None))
         return 0
 
 
@@ -136,8 +160,8 @@ class Import:
 class Export:
     """Write a dataset's tokens as another project's files (nanoGPT, llm.c, modded-nanogpt)."""
 
-    folder: Positional[Path]
-    """The dataset."""
+    folder: Annotated[Positional[str], arg(metavar="FOLDER")]
+    """The dataset, or its address."""
     out: Path
     """The new folder for the .bin files."""
     format: Literal["nanogpt", "llmc"] = "nanogpt"
@@ -159,6 +183,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "info": Info,
     "show": Show,
     "verify": Verify,
+    "explain": Explain,
     "import": Import,
     "export": Export,
 }

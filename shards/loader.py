@@ -1,33 +1,40 @@
 """The rank-aware streaming loader: token windows of one split in one global, seeded order.
 
-There is one stream of windows, a function of the dataset, the seed and the block size. A position
+There is one stream of windows, a function of the datasets, the seed and the block size. A position
 counted in windows says where in it a run is; ranks are offsets. World size, micro-batch and
 accumulation only decide who reads which row, so any of them may change on resume (promise 5).
 """
 
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from shards.manifest import Manifest
-from shards.order import ORDER_VERSION, key_of, permute
-from shards.reader import ShardReader
+from shards.mixture import Mixture, parse
+from shards.order import ORDER_VERSION
+from shards.rows import RankRows
+from shards.verify import check
 
-STATE_VERSION = 1
-# Rows whose places are worked out at once: the permutation's cost per call is that of one row.
-PLANNED_ROWS = 4096
+STATE_VERSION = 2
+# Batches read ahead for a GPU, which computes while the next one is brought to it.
+AHEAD = 2
 
 
 class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
     """Endless iterator of (x, y), each (batch_size, block_size) int64 on `device`.
 
-    y is x one token later. Together the ranks' k-th batches hold the windows
+    `data` is the folder of a dataset, or several as `shards.mixture.parse` reads them. y is x one
+    token later. Together the ranks' k-th batches hold the windows
     [k * batch_size * world_size, (k + 1) * batch_size * world_size) of the stream; rank r holds
-    its r-th part. Every window of the split is served once an epoch; batches may straddle epochs.
+    its r-th part. Every window of the split is served once an epoch, of several sources in each
+    one's own epochs; batches may straddle epochs. With `shuffle_shards` only that many shards are
+    shuffled together at a time. With `verify` every byte is read and hashed before the first batch.
+    `wait_seconds` counts the time spent inside `next`.
 
     Raises FileNotFoundError or ValueError for a dataset that is missing, altered or shorter than
     one block, and ValueError for sizes and ranks that can't be.
@@ -35,7 +42,7 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
 
     def __init__(
         self,
-        folder: str | Path,
+        data: str | Path | Sequence[str],
         split: str,
         batch_size: int,
         block_size: int,
@@ -43,49 +50,60 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         world_size: int = 1,
         seed: int = 0,
         device: str | torch.device = "cpu",
-        generation: int | None = None,
+        generation: int | Mapping[str, int] | None = None,
+        shuffle_shards: int = 0,
+        verify: bool = False,
     ) -> None:
-        if min(batch_size, block_size, world_size) < 1 or not 0 <= rank < world_size or seed < 0:
+        sizes = (batch_size, block_size, world_size)
+        if min(sizes) < 1 or not 0 <= rank < world_size or min(seed, shuffle_shards) < 0:
             raise ValueError(
                 "expected batch_size, block_size, world_size >= 1, 0 <= rank < world_size and "
-                f"seed >= 0, found {batch_size}, {block_size}, {world_size}, {rank} and {seed}"
+                f"seed, shuffle_shards >= 0, found {batch_size}, {block_size}, {world_size}, "
+                f"{rank}, {seed} and {shuffle_shards}"
             )
-        manifest = Manifest.load(folder, generation)
-        self._reader = ShardReader(manifest, split)
-        self.split, self.seed = split, seed
+        specs = [str(data)] if isinstance(data, str | Path) else list(data)
+        self.mixture = Mixture.load(specs, _by_name(specs, generation))
+        self._rows = RankRows(
+            self.mixture, split, batch_size, block_size, rank, world_size, seed, shuffle_shards
+        )
+        if verify:
+            for manifest in self.mixture.manifests:
+                check(manifest, split)
+        self.split, self.seed, self.shuffle_shards = split, seed, shuffle_shards
         self.batch_size, self.block_size = batch_size, block_size
         self.rank, self.world_size = rank, world_size
         self.device = torch.device(device)
-        tokens = np.array([shard.tokens for shard in self._reader.shards], np.int64)
-        windows = np.array([shard.windows(block_size) for shard in self._reader.shards], np.int64)
-        self._ends = np.cumsum(windows)
-        self._slack = np.maximum(tokens - 1 - windows * block_size, 0)
-        self.windows_per_epoch = int(self._ends[-1])
-        self.unused_tokens = int((tokens - np.where(windows, windows * block_size + 1, 0)).sum())
-        if not self.windows_per_epoch:
-            raise ValueError(
-                f"expected a {split} shard with more than {block_size} tokens in {folder}, found "
-                f"at most {tokens.max()}: prepare more text, or use a shorter --block-size, "
-                "or choose the validation text by --split position, --val-fraction or --val-source"
-            )
-        self.manifest = manifest
+        self.wait_seconds = 0.0
         self._position = 0
-        self._planned: deque[tuple[list[int], list[int]]] = deque()
+        self._pinned = PinnedRows(self._rows, self.device) if self.device.type == "cuda" else None
+        # Fresh memory for every batch would take as long as filling it.
+        self._narrow = torch.empty((batch_size, block_size + 1), dtype=torch.uint16)
+        self._in_place = self._narrow.numpy().reshape(-1)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows of the split, all sources together."""
+        return sum(stream.windows_per_epoch for stream in self._rows.stream.streams)
+
+    @property
+    def unused_tokens(self) -> int:
+        """Tokens that no window of an epoch holds."""
+        return sum(stream.unused_tokens for stream in self._rows.stream.streams)
 
     @property
     def epoch(self) -> float:
-        """How often the split has been served so far."""
+        """How often as many windows as the split has have been served so far."""
         return self._position / self.windows_per_epoch
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self._planned:
-            self._plan()
-        shards, starts = self._planned.popleft()
-        rows = np.empty((self.batch_size, self.block_size + 1), np.uint16)
-        for row, (shard, start) in enumerate(zip(shards, starts, strict=True)):
-            rows[row] = self._reader.tokens(shard)[start : start + self.block_size + 1]
+        started = time.perf_counter()
+        if self._pinned:
+            window = self._pinned.next()
+        else:
+            self._rows.read(self._in_place)
+            window = widened(self._narrow, self.device)  # (B, T + 1)
         self._position += self.batch_size * self.world_size
-        window = self._widen(rows)  # (B, T + 1)
+        self.wait_seconds += time.perf_counter() - started
         return window[:, :-1], window[:, 1:]
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,55 +111,91 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         return {
             "version": STATE_VERSION,
             "order": ORDER_VERSION,
-            "fingerprint": self.manifest.fingerprint,
-            "generation": self.manifest.generation,
+            "fingerprint": self.mixture.fingerprint,
+            "generations": list(self.mixture.generations.values()),
             "split": self.split,
             "seed": self.seed,
             "block_size": self.block_size,
+            "shuffle_shards": self.shuffle_shards,
             "position": self._position,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a state's position. Raises ValueError when the state is of another stream."""
+        if state.get("version") == 1:  # of one source, before there could be several
+            state = state | {
+                "version": STATE_VERSION,
+                "generations": [state.get("generation")],
+                "shuffle_shards": 0,
+            }
         own = self.state_dict()
         for name in own:
             if name != "position" and state.get(name) != own[name]:
                 raise ValueError(
                     f"expected a loader state with {name} {own[name]}, found {state.get(name)}: "
-                    "resume with the dataset and the settings that the run began with"
+                    "resume with the datasets and the settings that the run began with"
                 )
         self._position = int(state["position"])
-        self._planned.clear()
+        if self._pinned:
+            self._pinned.clear()
+        self._rows.seek(self._position)
 
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, first token) of the stream's windows at `positions`, each int64 (n,)."""
-        epochs, indices = np.divmod(positions.astype(np.int64), self.windows_per_epoch)
-        keys = key_of(self.seed, epochs)
-        windows = permute(indices, self.windows_per_epoch, keys).astype(np.int64)
-        shards = np.searchsorted(self._ends, windows, side="right")
-        within = windows - np.where(shards > 0, self._ends[shards - 1], 0)
-        # The tokens that no window holds are others in each epoch: the first window begins
-        # anywhere within them, so that block boundaries move too.
-        phases = key_of(self.seed, epochs, shards) % (self._slack[shards] + 1).astype(np.uint64)
-        return shards, within * self.block_size + phases.astype(np.int64)
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(source, shard, first token) of the stream's windows at `positions`, each int64 (n,)."""
+        return self._rows.stream.locate(positions)
 
-    def _plan(self) -> None:
-        """Work out the places of this rank's rows in the next batches."""
-        batches = max(1, PLANNED_ROWS // self.batch_size)
-        firsts = np.arange(batches) * (self.batch_size * self.world_size)
-        own = self._position + self.rank * self.batch_size + np.arange(self.batch_size)
-        shards, starts = self.locate((firsts[:, None] + own).ravel())
-        shape = (batches, self.batch_size)
-        self._planned.extend(
-            zip(shards.reshape(shape).tolist(), starts.reshape(shape).tolist(), strict=True)
+
+class PinnedRows:
+    """Batches read on a thread of their own into memory from which a GPU copies by itself."""
+
+    def __init__(self, rows: RankRows, device: torch.device) -> None:
+        # The thread must not make a context of its own on another GPU: it would take memory there.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._thread = ThreadPoolExecutor(1, "loader", torch.cuda.set_device, (index,))
+        self._rows, self._device = rows, device
+        self._ahead: deque[Future[torch.Tensor]] = deque()
+
+    def next(self) -> torch.Tensor:
+        """The next batch, (B, T + 1) int64 on the GPU."""
+        while len(self._ahead) <= AHEAD:
+            self._ahead.append(self._thread.submit(self._read))
+        return widened(self._ahead.popleft().result(), self._device)
+
+    def clear(self) -> None:
+        """Drop what was read ahead."""
+        for batch in self._ahead:
+            if not batch.cancel():
+                batch.exception()  # wait for the one under way
+        self._ahead.clear()
+
+    def _read(self) -> torch.Tensor:
+        # torch gives pinned memory out again only when the copy from it is done.
+        shape = (self._rows.batch_size, self._rows.width)
+        narrow = torch.empty(shape, dtype=torch.uint16, pin_memory=True)
+        self._rows.read(narrow.numpy().reshape(-1))
+        return narrow
+
+
+def widened(narrow: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint16 as int64 on the device."""
+    if device.type == "cpu":
+        return narrow.long()
+    # Two bytes a token cross the bus. Few devices compute with uint16, so the bits go as int16,
+    # and the sign is taken off where they arrive.
+    is_pinned = device.type == "cuda"
+    return narrow.view(torch.int16).to(device, non_blocking=is_pinned).long() & 0xFFFF
+
+
+def _by_name(
+    specs: Sequence[str], generation: int | Mapping[str, int] | None
+) -> Mapping[str, int] | None:
+    """The generations by name, where one number is that of the only source."""
+    if not isinstance(generation, int):
+        return generation
+    components = parse(specs)
+    if len(components) > 1:
+        raise ValueError(
+            f"expected a generation for each of {', '.join(c.name for c in components)}, found "
+            f"{generation} for all: give them by name"
         )
-
-    def _widen(self, rows: np.ndarray) -> torch.Tensor:
-        """(B, T + 1) uint16 rows as int64 on the device; two bytes a token cross the bus."""
-        if self.device.type == "cpu":
-            return torch.from_numpy(rows.astype(np.int64))
-        # Not every device computes with uint16, so the same bits travel as int16.
-        narrow = torch.from_numpy(rows.view(np.int16))
-        if self.device.type == "cuda":
-            narrow = narrow.pin_memory()
-        return narrow.to(self.device, non_blocking=True).long() & 0xFFFF
+    return {components[0].name: generation}

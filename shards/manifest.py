@@ -8,20 +8,25 @@ that the dataset is complete (promise 6). Its fingerprint is the identity that c
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import orjson
 
-from shards.atomic import write_json
+from shards.atomic import to_json, write_json
 
 FORMAT = "mygpt-shards"
-VERSION = 1
+# Version 1 had no checksum. The tokens' identity is the same in both, and stays so.
+VERSION, READABLE = 2, (1, 2)
+IDENTITY_VERSION = 1
 FILE_NAME = "manifest.json"
 SPLITS = ("train", "val")
 PLAIN_NAME = re.compile(r"\w[^/\\:]*")
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ class Manifest:
     """A dataset's description. `Manifest.load` reads one; prepare alone writes them.
 
     `rule` records how documents were split, and appends follow it. `folder` is where the manifest
-    was loaded from; it is not part of the dataset.
+    was loaded from, `uri` the same where that is no folder of this machine; they are not part of
+    the dataset.
     """
 
     tokenizer: TokenizerIdentity
@@ -102,15 +108,19 @@ class Manifest:
     counts: dict[str, int]
     generation: int = 0
     folder: Path = field(default=Path(), compare=False)
+    uri: str = field(default="", compare=False)
 
     @classmethod
     def load(cls, folder: str | Path, generation: int | None = None) -> "Manifest":
-        """Read the manifest in `folder`, up to `generation` (by default all of it).
+        """Read the manifest in `folder`, a path or URI, up to `generation` (by default all of it).
 
         Raises FileNotFoundError where there is none, ValueError where it is of another format or
-        version, was altered, names a file outside the folder, or lacks that generation.
+        version, was altered, names a file outside the folder, or lacks that generation, and
+        OSError where a remote one can't be read.
         """
-        manifest = cls.from_json(_read(Path(folder)), Path(folder))
+        uri = str(folder) if "://" in str(folder) else ""
+        manifest = cls.from_json(_read(str(folder)), Path(folder))
+        manifest = replace(manifest, uri=uri) if uri else manifest
         return manifest if generation is None else manifest.prefix(generation)
 
     @classmethod
@@ -118,23 +128,25 @@ class Manifest:
         """The manifest of its JSON. Raises ValueError as `load` does."""
         path = folder / FILE_NAME
         found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (None, None)
-        if found != (FORMAT, VERSION):
+        if found[0] != FORMAT or found[1] not in READABLE or found[1] is True:
             raise ValueError(
                 f"expected format {FORMAT} version {VERSION} in {path}, found {found[0]} version "
                 f"{found[1]}: use the version of this program that wrote it, or prepare again"
             )
         try:
+            checks = [] if found[1] == 1 else [("checksum", raw["checksum"], _checksum(raw))]
             manifest = _parse(raw, folder)
-            recorded = raw["fingerprint"]
-        except (KeyError, TypeError) as error:
+            checks.append(("fingerprint", raw["fingerprint"], manifest.fingerprint))
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"expected a whole manifest in {path}, found it without {error}: restore it"
             ) from None
-        if recorded != manifest.fingerprint:
-            raise ValueError(
-                f"expected the fingerprint {manifest.fingerprint[:12]} in {path}, found "
-                f"{str(recorded)[:12]}: the file was altered; restore it or prepare again"
-            )
+        for name, recorded, own in checks:
+            if recorded != own:
+                raise ValueError(
+                    f"expected the {name} {own[:12]} in {path}, found {str(recorded)[:12]}: "
+                    "the file was altered; restore it or prepare again"
+                )
         _check_names(manifest)
         return manifest
 
@@ -156,7 +168,7 @@ class Manifest:
     def fingerprint(self) -> str:
         """Hex sha256 of the tokenizer and of every shard up to this generation."""
         identity = {
-            "version": VERSION,
+            "version": IDENTITY_VERSION,
             "tokenizer": self.tokenizer.hash,
             "shards": {
                 name: [(shard.tokens, shard.sha256) for shard in split.shards]
@@ -165,12 +177,43 @@ class Manifest:
         }
         return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
+    @property
+    def where(self) -> str:
+        """The folder or URI of the dataset."""
+        return self.uri or str(self.folder)
+
     def path(self, file: str) -> Path:
-        """Where one of the dataset's files lies."""
+        """Where one of the dataset's files lies, if it lies on this machine."""
         return self.folder / file
 
+    def name(self, file: str) -> str:
+        """One of the dataset's files, as messages name it."""
+        return f"{self.uri}/{file}" if self.uri else str(self.path(file))
+
+    def open(self, file: str, sha256: str) -> IO[bytes]:
+        """One of the dataset's files; a remote one is fetched, checked and kept in the cache.
+
+        Raises FileNotFoundError where there is none; for a remote one ValueError where its content
+        has another hash, and OSError where it can't be read.
+        """
+        if self.uri:
+            from shards import cache
+
+            return cache.open_file(self.uri, file, sha256)
+        try:
+            return open(self.path(file), "rb")
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"expected {self.path(file)}, found no such file: restore it, or prepare the "
+                "dataset again"
+            ) from None
+
     def to_json(self) -> dict[str, Any]:
-        """What `manifest.json` holds."""
+        """What `manifest.json` holds; `checksum` is of all the rest."""
+        values = self._values()
+        return values | {"checksum": _checksum(values)}
+
+    def _values(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -197,8 +240,23 @@ class Manifest:
         write_json(folder / FILE_NAME, self.to_json())
 
 
-def _read(folder: Path) -> Any:
+def _read(folder: str) -> Any:
     """The manifest's JSON."""
+    if "://" in folder:
+        from shards import remote
+
+        content = remote.read(folder, FILE_NAME)
+    else:
+        content = _read_local(Path(folder))
+    try:
+        return orjson.loads(content)
+    except ValueError as error:
+        raise ValueError(
+            f"expected JSON in {folder}/{FILE_NAME}, found {error}: restore it or prepare again"
+        ) from None
+
+
+def _read_local(folder: Path) -> bytes:
     path = folder / FILE_NAME
     if not path.exists():
         raise FileNotFoundError(
@@ -206,12 +264,13 @@ def _read(folder: Path) -> Any:
             f"{'none' if folder.is_dir() else 'no such folder'}: make one with "
             f"`python -m prepare SOURCE --out {folder}` (an unfinished one: the same command again)"
         )
-    try:
-        return orjson.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(
-            f"expected JSON in {path}, found {error}: restore it or prepare again"
-        ) from None
+    return path.read_bytes()
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """Hex sha256 of all that a manifest says."""
+    said = {key: value for key, value in values.items() if key != "checksum"}
+    return hashlib.sha256(to_json(said)).hexdigest()
 
 
 def _parse(raw: dict[str, Any], folder: Path) -> Manifest:
@@ -219,15 +278,29 @@ def _parse(raw: dict[str, Any], folder: Path) -> Manifest:
     return Manifest(
         tokenizer=TokenizerIdentity(**raw["tokenizer"]),
         rule=raw["split_rule"],
-        sources=tuple(Source(**source) for source in raw["sources"]),
-        splits={
-            name: Split(tuple(Shard(**shard) for shard in raw["splits"][name]["shards"]))
-            for name in SPLITS
-        },
+        sources=_records(Source, raw["sources"]),
+        splits={name: Split(_records(Shard, raw["splits"][name]["shards"])) for name in SPLITS},
         counts=raw["counts"],
         generation=raw["generation"],
         folder=folder,
     )
+
+
+def _records(kind: type[Record], rows: Sequence[dict[str, Any]]) -> tuple[Record, ...]:
+    """Frozen dataclasses of their JSON. Raises TypeError or AttributeError for other fields.
+
+    A frozen dataclass sets each field through a call; for 100,000 shards that takes most of a
+    second, and this a tenth of one.
+    """
+    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    made = []
+    for row in rows:
+        if row.keys() != names:
+            raise TypeError(f"the fields {', '.join(sorted(names))}")
+        record = object.__new__(kind)
+        vars(record).update(row)
+        made.append(record)
+    return tuple(made)
 
 
 def _check_names(manifest: Manifest) -> None:

@@ -18,11 +18,16 @@ _INCREMENT = _U64(0x9E3779B97F4A7C15)
 
 def mix(values: np.ndarray) -> np.ndarray:
     """A well-mixed hash of each uint64 (the finaliser of SplitMix64; Steele et al., 2014)."""
-    with np.errstate(over="ignore"):
-        values = values + _INCREMENT
-        values = (values ^ (values >> _U64(30))) * _MULTIPLIERS[0]
-        values = (values ^ (values >> _U64(27))) * _MULTIPLIERS[1]
-    return values ^ (values >> _U64(31))
+    # In place: memory for every step would take longer than the steps. Arrays wrap silently.
+    values = values + _INCREMENT
+    shifted = np.empty_like(values)
+    for bits, multiplier in zip((_U64(30), _U64(27)), _MULTIPLIERS, strict=True):
+        np.right_shift(values, bits, out=shifted)
+        values ^= shifted
+        values *= multiplier
+    np.right_shift(values, _U64(31), out=shifted)
+    values ^= shifted
+    return values
 
 
 def key_of(*parts: int | np.ndarray) -> np.ndarray:
@@ -53,6 +58,9 @@ def permute(indices: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
 def _feistel(values: np.ndarray, half: np.uint64, low: np.uint64, keys: np.ndarray) -> np.ndarray:
     """A keyed bijection of range(4 ** half)."""
     left, right = values >> half, values & low
-    for number in range(ROUNDS):
-        left, right = right, left ^ (mix(right ^ keys ^ mix(np.array([number], _U64))) & low)
+    for constant in mix(np.arange(ROUNDS, dtype=_U64)):
+        mixed = mix(right ^ keys ^ constant)
+        mixed &= low
+        mixed ^= left
+        left, right = right, mixed
     return (left << half) | right

@@ -1,90 +1,147 @@
 """Shards as windows: opening them, and the exact cover of a split that evaluation uses."""
 
+import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards import cache
 from shards.manifest import Manifest, Shard
 from shards.writer import DTYPE, INDEX_SCHEMA, npy_header
 
-# Maps kept open by one reader; each costs a file mapping, and reopening costs some 50 us.
-MAX_OPEN = 256
+# Maps kept open by one reader at most; each holds a file descriptor.
+MAX_OPEN = 4096
+# A map's pages count as this process's memory once they were read, 16 at a time. Of a split beyond
+# a gigabyte they are let go from time to time; the system still has them in its cache.
+LARGE_TOKENS = 1 << 29
 COUNTED_AT_ONCE = 1 << 22
+REMEDY = "restore it, or prepare the dataset again"
 
 
 class ShardReader:
-    """The shards of one split, memory-mapped when first used; at most `MAX_OPEN` at a time.
+    """The shards of one split, memory-mapped when first used; at most `max_open()` at a time.
 
-    Raises ValueError for a split without shards.
+    Raises ValueError for a split without shards, FileNotFoundError where one is not in the folder.
     """
 
     def __init__(self, manifest: Manifest, split: str) -> None:
         if split not in manifest.splits or not manifest.splits[split].shards:
             raise ValueError(
-                f"expected shards for the split {split!r} in {manifest.folder}, found none: "
+                f"expected shards for the split {split!r} in {manifest.where}, found none: "
                 "splits are train and val"
             )
         self.manifest = manifest
         self.shards = manifest.splits[split].shards
+        if not manifest.uri:
+            _check_presence(manifest, self.shards)
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._max_open = max_open()
+        self._is_large = sum(shard.tokens for shard in self.shards) > LARGE_TOKENS
 
     def tokens(self, index: int) -> np.ndarray:
         """Token ids of shard `index`, a read-only view of the file, (n_tokens,) uint16."""
         view = self._open.get(index)
         if view is None:
             view = self._open[index] = open_tokens(self.manifest, self.shards[index])
-            if len(self._open) > MAX_OPEN:
+            if len(self._open) > self._max_open:
                 self._open.popitem(last=False)
         return view
+
+    def fetch_ahead(self, indices: Iterable[int]) -> None:
+        """Bring shards of a remote dataset into the cache, on threads, in this order."""
+        if self.manifest.uri:
+            shards = (self.shards[index] for index in indices)
+            cache.fetch_ahead((self.manifest.uri, shard.file, shard.sha256) for shard in shards)
+
+    def forget_evicted(self) -> None:
+        """Close what is no longer in the cache, to free its space; mark the rest as used."""
+        if self.manifest.uri:
+            for index in list(self._open):
+                if not cache.keep(self.shards[index].sha256):
+                    del self._open[index]
+
+    def let_go(self) -> None:
+        """Give back the memory of what was read of a large split; it is mapped as before."""
+        if self._is_large and hasattr(mmap, "MADV_DONTNEED"):
+            for view in self._open.values():
+                _map_of(view).madvise(mmap.MADV_DONTNEED)
+
+
+def max_open() -> int:
+    """How many maps a reader may hold: no more than half of the files that a process may open."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 256
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_OPEN if soft < 0 else max(1, min(MAX_OPEN, soft // 2))
+
+
+def _check_presence(manifest: Manifest, shards: Sequence[Shard]) -> None:
+    """Raise FileNotFoundError for the first shard whose name is not in the folder."""
+    there = set(os.listdir(manifest.folder))
+    missing = [shard.file for shard in shards if shard.file not in there]
+    if missing:
+        raise FileNotFoundError(
+            f"expected the shard {manifest.path(missing[0])}, found no such file ({len(missing)} "
+            f"of {len(shards)} are missing): {REMEDY}"
+        )
 
 
 def open_tokens(manifest: Manifest, shard: Shard) -> np.ndarray:
     """Map one shard, (n_tokens,) uint16, after checking its header and exact size.
 
-    Raises FileNotFoundError for a missing file, ValueError for one not as the manifest says.
+    Raises FileNotFoundError for a missing file, ValueError for one not as the manifest says, and
+    OSError for a remote one that can't be read.
     """
-    path = manifest.path(shard.file)
-    remedy = "restore it, or prepare the dataset again"
-    if not path.exists():
-        raise FileNotFoundError(f"expected the shard {path}, found no such file: {remedy}")
     # Compared, not parsed: NumPy parses headers as Python, which fails in threads of Python 3.11.
-    header = npy_header(shard.tokens)
+    header = _header(shard.tokens)
     size = len(header) + shard.tokens * DTYPE.itemsize
-    with open(path, "rb") as file:
+    with manifest.open(shard.file, shard.sha256) as file:
         found = (os.fstat(file.fileno()).st_size, file.read(len(header)) == header)
         if found != (size, True):
             raise ValueError(
-                f"expected {shard.tokens} tokens of {DTYPE} in {path}, a .npy file of {size} "
-                f"bytes, found {found[0]}{'' if found[1] else ' with another header'}: {remedy}"
+                f"expected {shard.tokens} tokens of {DTYPE} in {manifest.name(shard.file)}, a .npy "
+                f"file of {size} bytes, found {found[0]}"
+                f"{'' if found[1] else ' with another header'}: {REMEDY}"
             )
-        view = np.memmap(file, DTYPE, "r", len(header), (shard.tokens,))
-    # A plain array over the same memory: indexing np.memmap costs three times as much.
-    return np.asarray(view)
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(content, DTYPE, shard.tokens, len(header))
+
+
+_header = lru_cache(npy_header)
+
+
+def _map_of(view: np.ndarray) -> mmap.mmap:
+    """The map that a shard's tokens are a view of."""
+    content = view.base.obj if isinstance(view.base, memoryview) else view.base
+    assert isinstance(content, mmap.mmap)
+    return content
 
 
 def read_index(manifest: Manifest, shard: Shard) -> pa.Table:
     """The index of one shard, as `shards.writer.INDEX_SCHEMA` says.
 
-    Raises FileNotFoundError for a missing file, ValueError for one that is no index.
+    Raises FileNotFoundError for a missing file, ValueError for one that is no index, and OSError
+    for a remote one that can't be read.
     """
-    path = manifest.path(shard.index)
-    remedy = "restore it, or prepare the dataset again"
-    if not path.exists():
-        raise FileNotFoundError(f"expected the index {path}, found no such file: {remedy}")
-    try:
-        with pq.ParquetFile(path) as file:
-            index = file.read()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"expected a whole index in {path}, found {error}: {remedy}") from None
+    name = manifest.name(shard.index)
+    with manifest.open(shard.index, shard.index_sha256) as content:
+        try:
+            with pq.ParquetFile(content) as file:
+                index = file.read()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"expected a whole index in {name}, found {error}: {REMEDY}") from None
     if index.schema != INDEX_SCHEMA:
         raise ValueError(
-            f"expected the columns {', '.join(INDEX_SCHEMA.names)} in {path}, found "
-            f"{', '.join(index.schema.names)}: {remedy}"
+            f"expected the columns {', '.join(INDEX_SCHEMA.names)} in {name}, found "
+            f"{', '.join(index.schema.names)}: {REMEDY}"
         )
     return index
 
@@ -118,6 +175,7 @@ class EvalWindows(Sequence[np.ndarray]):
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard - 1]) if shard else 0
         start = (index - first) * self.block_size
+        self._reader.fetch_ahead(range(shard + 1, min(shard + 2, len(self._ends))))
         return self._reader.tokens(shard)[start : start + self.block_size + 1]
 
     def spread(self, n_tokens: int) -> list[int]:

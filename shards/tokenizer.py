@@ -68,6 +68,11 @@ class Tokenizer:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self._reference.decode([int(i) for i in ids])
 
+    def vocabulary(self) -> list[bytes]:
+        """The bytes that each id stands for, in the order of the ids, without `<|endoftext|>`."""
+        token = self._reference.decode_single_token_bytes
+        return [token(i) for i in range(self.n_vocab) if i != self.eot]
+
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, (n_vocab,) int64; none for `<|endoftext|>`."""
         token = self._reference.decode_single_token_bytes
@@ -205,6 +210,13 @@ def _definition(loader: Callable[..., dict[bytes, int]]) -> dict[str, Any]:
         return openai_public.gpt2()
     finally:
         openai_public.data_gym_to_mergeable_bpe_ranks = official
+
+
+def where() -> str:
+    """Where `load` takes the vocabulary from: "cache", "package", or "network" without these."""
+    if _cached():
+        return "cache"
+    return "package" if _packaged_vocabulary() else "network"
 
 
 def _packaged_vocabulary() -> dict[str, str] | None:

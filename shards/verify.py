@@ -1,10 +1,12 @@
 """Is a dataset what its manifest says? Every byte of it is read, at the speed of the disk."""
 
 import hashlib
+import io
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
@@ -23,6 +25,14 @@ def verify(manifest: Manifest) -> Iterator[tuple[Shard, list[str]]]:
         yield from zip(shards, pool.map(lambda shard: faults(manifest, shard), shards), strict=True)
 
 
+def check(manifest: Manifest, split: str) -> None:
+    """Raise ValueError for the first shard of a split that is not what the manifest says."""
+    only = replace(manifest, splits={split: manifest.splits[split]})
+    for _, found in verify(only):
+        if found:
+            raise ValueError(f"{found[0]}: restore the shard, or prepare the dataset again")
+
+
 def faults(manifest: Manifest, shard: Shard) -> list[str]:
     """What is wrong with one shard and its index: hash, size, id range, documents."""
     found: list[str] = []
@@ -36,8 +46,8 @@ def faults(manifest: Manifest, shard: Shard) -> list[str]:
 
 def _check_tokens(manifest: Manifest, shard: Shard) -> Iterator[str]:
     tokens = open_tokens(manifest, shard)
-    path = manifest.path(shard.file)
-    yield from _check_hash(path, shard.sha256)
+    path = manifest.name(shard.file)
+    yield from _check_hash(manifest, shard.file, shard.sha256)
     highest = int(tokens.max(initial=0))
     if highest >= manifest.tokenizer.n_vocab:
         at = int(np.argmax(tokens))
@@ -49,8 +59,8 @@ def _check_tokens(manifest: Manifest, shard: Shard) -> Iterator[str]:
 
 def _check_index(manifest: Manifest, shard: Shard) -> Iterator[str]:
     index = read_index(manifest, shard)
-    path = manifest.path(shard.index)
-    yield from _check_hash(path, shard.index_sha256)
+    path = manifest.name(shard.index)
+    yield from _check_hash(manifest, shard.index, shard.index_sha256)
     documents = int(np.count_nonzero(~index["continued"].to_numpy()))
     text_bytes = int(index["text_bytes"].to_numpy().sum())
     if (documents, text_bytes) != (shard.documents, shard.text_bytes):
@@ -63,8 +73,8 @@ def _check_index(manifest: Manifest, shard: Shard) -> Iterator[str]:
         yield f"expected rising offsets from 0 to below {shard.tokens} in {path}, found others"
 
 
-def _check_hash(path: Path, expected: str) -> Iterator[str]:
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+def _check_hash(manifest: Manifest, name: str, expected: str) -> Iterator[str]:
+    with manifest.open(name, expected) as file:
+        found = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
     if found != expected:
-        yield f"expected sha256 {expected[:12]} of {path}, found {found[:12]}"
+        yield f"expected sha256 {expected[:12]} of {manifest.name(name)}, found {found[:12]}"

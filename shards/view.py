@@ -51,7 +51,7 @@ def find_document(manifest: Manifest, split: str, number: int) -> Document:
     if not 0 <= number < total:
         raise ValueError(
             f"expected --document from 0 to {total - 1} for {split}, found {number}: "
-            f"{manifest.folder} has {total} {split} documents"
+            f"{manifest.where} has {total} {split} documents"
         )
     first = int(np.searchsorted(ends, number, side="right"))
     before = int(ends[first]) - shards[first].documents
@@ -104,7 +104,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
     """What a dataset is, as JSON."""
     largest = sorted(manifest.sources, key=lambda source: source.bytes, reverse=True)
     return {
-        "folder": str(manifest.folder),
+        "folder": manifest.where,
         "fingerprint": manifest.fingerprint,
         "generation": manifest.generation,
         "tokenizer": asdict(manifest.tokenizer),

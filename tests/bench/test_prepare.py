@@ -31,7 +31,7 @@ def test_everything(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     rows = {(row["what"], row["processes"]): row for row in found["rows"]}
     both = (prepare.CEILING, prepare.POOL, prepare.PARQUET, prepare.JSONL, prepare.TXT)
     wanted = [(what, processes) for processes in (1, 2) for what in both]
-    assert set(rows) == {*wanted, (prepare.NO_AUDIT, 2), (prepare.NANOGPT, 2)}
+    assert set(rows) == {*wanted, (prepare.NO_AUDIT, 2)}
     for what, processes in wanted:
         row, ceiling = rows[what, processes], rows[prepare.CEILING, processes]
         ratio = row["mb_s"]["median"] / ceiling["mb_s"]["median"]
@@ -40,7 +40,7 @@ def test_everything(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
         assert ("mb_s_whole" in row) == what.startswith("prepare")
         assert row.get("mb_s_whole", {"median": 0})["median"] < row["mb_s"]["median"]
     assert rows[prepare.CEILING, 1]["of_ceiling"] == rows[prepare.POOL, 1]["of_pool"] == 1
-    assert len(found["marks"]) == 5, "all but the one that needs litdata"
+    assert len(found["marks"]) == 4, "all but those that need other projects"
     assert found["command"].startswith("python -m bench.prepare --megabytes 1")
     text = prepare.as_text(found)
     assert all(what in text for what, _ in rows)
@@ -62,8 +62,8 @@ def test_a_prepare_that_fails_is_no_figure(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", peers.PEERS)
 def test_a_peer(name: str, tmp_path: Path) -> None:
-    if not table.installed(name):
-        pytest.skip(f"{name} is not installed: the extra bench")
+    if not table.installed(package := prepare.PEERS[name][1]):
+        pytest.skip(f"{package} is not installed: the extra bench")
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": texts(100)}), path)
     assert 0 < peers.seconds(name, path, 2) < 120

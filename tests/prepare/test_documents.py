@@ -232,6 +232,19 @@ def test_truncated_compressed_files(
             assert sum(map(len, sides.values())) == 2
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_lines_before_the_break_are_kept(suffix: str, tmp_path: Path) -> None:
+    """Whatever can be decompressed is read, though a larger read would fail."""
+    path = tmp_path / f"a.jsonl{suffix}"
+    write_jsonl(path, texts(300))
+    content = path.read_bytes()
+    whole = COMPRESSORS[suffix](content) + COMPRESSORS[suffix](os.urandom(50_000).hex().encode())
+    path.write_bytes(whole[:-20_000])
+    out = make(tmp_path / "out", path)
+    assert sum(map(len, held(out).values())) == content.count(b"\n")
+    assert [entry["source"] for entry in quarantine(out)] == [f"a.jsonl{suffix}"]
+
+
 def test_one_truncated_text_is_no_reason_to_fail_in_planning(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a line\n" * 100)[:-9])
     outcome = run(tmp_path / "a.txt.gz", "--out", tmp_path / "out")

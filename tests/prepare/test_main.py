@@ -141,7 +141,7 @@ def test_a_manifest_holds_nothing_of_the_run(tmp_path: Path) -> None:
     )
     assert manifest.keys() == {
         "format", "version", "dtype", "fingerprint", "generation", "tokenizer", "split_rule",
-        "sources", "counts", "splits",
+        "sources", "counts", "splits", "checksum",
     }  # fmt: skip
     assert manifest["sources"] == [
         {

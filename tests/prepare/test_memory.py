@@ -67,6 +67,16 @@ def test_a_row_group_of_128_mb(tmp_path: Path) -> None:
         assert resident(*arguments, "--workers", workers) < MOST
 
 
+def test_rows_that_repeat_one_text(tmp_path: Path) -> None:
+    """Stored once in the file, they are a gigabyte of text."""
+    text = next(prose(1))[:20_000].decode()
+    pq.write_table(pa.table({"text": [text] * 50_000}), tmp_path / "same.parquet")
+    assert (tmp_path / "same.parquet").stat().st_size < MEGABYTE
+    (tmp_path / "val.txt").write_text("validation text")
+    arguments = ("--val-source", tmp_path / "val.txt", "--workers", 1)
+    assert resident(tmp_path / "same.parquet", *arguments, "--out", tmp_path / "out") < MOST
+
+
 SLOW = pytest.mark.slow
 
 

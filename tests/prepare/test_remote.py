@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from prepare import storage
+from shards import remote
 from tests.prepare.proxy import FAULTS, Proxy
 from tests.prepare.support import contents, make, run, shrink, texts, write_jsonl
 
@@ -49,7 +49,7 @@ def proxy() -> Iterator[Proxy]:
         mock.patch.dict(os.environ, CREDENTIALS | {"AWS_ENDPOINT_URL": proxy.url}),
     ):
         yield proxy
-        storage._remote.cache_clear()
+        remote.client.cache_clear()
     server.stop()
 
 

@@ -17,7 +17,10 @@ TREE = [
     "sub/deep/y.jsonl.gz",
     "q/w.txt.zst",
 ]
-OTHERS = [".hidden.txt", ".git/x.txt", "sub/.cache/x.txt", "notes.pdf", "data.csv.gz", "sub/README"]
+OTHERS = [
+    *(".hidden.txt", ".git/x.txt", "sub/.cache/x.txt", "notes.pdf", "data.csv.gz", "sub/README"),
+    "sub/table.parquet.gz",
+]
 
 
 @pytest.fixture
@@ -149,7 +152,9 @@ def test_a_source_that_names_nothing(source: str, corpus: Path) -> None:
 def test_an_unsupported_type_is_refused_when_named_and_left_out_when_met(corpus: Path) -> None:
     with pytest.raises(ValueError, match=r"notes\.pdf: rename or convert it"):
         names(corpus / "notes.pdf")
-    assert not any("notes" in name for name in names(corpus))
+    with pytest.raises(ValueError, match=r"table\.parquet\.gz: rename or convert it"):
+        names(corpus / "sub/table.parquet.gz")
+    assert not any("notes" in name or "table" in name for name in names(corpus))
 
 
 def test_input_files_are_values(corpus: Path) -> None:

@@ -1,5 +1,6 @@
 """No leak (promise 3): a document's side is a function of its content and of nothing else."""
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.prepare.support import (
     contents,
     held,
     is_val,
+    law,
     make,
     run,
     shrink,
@@ -134,7 +136,7 @@ class TestValidationTextOfOnesOwn:
         manifest = json.loads((out / "manifest.json").read_bytes())
         assert manifest["split_rule"]["rule"] == "given"
         names = [source["name"] for source in manifest["sources"]]
-        assert names == ["train.jsonl", "val.jsonl", "val.md"]
+        assert names == ["val.jsonl", "val.md", "train.jsonl"]
 
     def test_a_file_that_is_also_a_source_is_validation_text_alone(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "corpus/a.jsonl", texts(100, 1))
@@ -145,6 +147,41 @@ class TestValidationTextOfOnesOwn:
         found = held(out)
         assert {document.source for document in found["train"]} == {"corpus/a.jsonl"}
         assert {document.source for document in found["val"]} == {"b.jsonl"}
+
+    def test_what_is_in_both_is_validation_text_alone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shrink(monkeypatch, MIN_UNIT_BYTES=500, BATCH_BYTES=300)
+        own, shared, validation = texts(60, 1), texts(20, 2), texts(15, 3)
+        (tmp_path / "corpus").mkdir()
+        write_jsonl(tmp_path / "corpus/a.jsonl", [*own[:30], *shared[:10], *own[30:]])
+        pq.write_table(pa.table({"text": shared[10:18]}), tmp_path / "corpus/b.parquet")
+        (tmp_path / "corpus/c.txt").write_bytes(shared[18].encode())
+        (tmp_path / "corpus/d.md.gz").write_bytes(gzip.compress(shared[19].encode()))
+        write_jsonl(tmp_path / "val.jsonl", [*validation, *shared])
+        arguments = (tmp_path / "corpus", "--val-source", tmp_path / "val.jsonl")
+        outs = [make(tmp_path / f"{n}", *arguments, "--workers", n) for n in (1, 3)]
+        found = held(outs[0])
+        assert [d.tokens for d in found["train"]] == [law(text) for text in own]
+        assert [d.tokens for d in found["val"]] == [law(text) for text in [*validation, *shared]]
+        counts = json.loads((outs[0] / "manifest.json").read_bytes())["counts"]
+        assert (counts["duplicates"], counts["read"]) == (20, 60 + 20 + 15 + 20)
+        assert contents(outs[0]) == contents(outs[1])
+        # In an append too, against the validation text that came before.
+        write_jsonl(tmp_path / "more.jsonl", [*texts(5, 4), shared[3], validation[0]])
+        held(make(outs[0], tmp_path / "more.jsonl", "--append"))
+        after = json.loads((outs[0] / "manifest.json").read_bytes())["counts"]
+        assert after["duplicates"] == 22
+        assert after["written"] == counts["written"] + 5
+
+    def test_with_dedup_the_validation_text_is_kept(self, tmp_path: Path) -> None:
+        own, shared = texts(30, 1), texts(10, 2)
+        write_jsonl(tmp_path / "train.jsonl", [*own, *shared, *own])
+        write_jsonl(tmp_path / "val.jsonl", [*shared, *shared])
+        arguments = (tmp_path / "train.jsonl", "--val-source", tmp_path / "val.jsonl")
+        found = held(make(tmp_path / "out", *arguments, "--dedup"))
+        assert [d.tokens for d in found["train"]] == [law(text) for text in own]
+        assert [d.tokens for d in found["val"]] == [law(text) for text in shared]
 
     def test_large_texts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shrink(monkeypatch, PIECE_BYTES=200, READ_BYTES=90, MIN_UNIT_BYTES=300)
@@ -160,10 +197,12 @@ class TestFewDocuments:
     """A corpus without text on both sides is refused, and each remedy works."""
 
     def refused(self, tmp_path: Path, *arguments: object) -> None:
-        error = run(*arguments, "--out", tmp_path / "refused").error
-        for remedy in ("--split position", "--val-fraction", "--val-source", "another --out"):
+        error = run(*arguments, "--out", tmp_path / "out").error
+        for remedy in ("--split position", "--val-fraction", "--val-source", "run again"):
             assert remedy in error
-        assert not (tmp_path / "refused/manifest.json").exists()
+        # Nothing is left that would hold another try to this one.
+        left = {path.name for path in (tmp_path / "out").iterdir()}
+        assert left == {".prepare", "quarantine.jsonl"}
 
     @pytest.mark.parametrize("side", ["train", "val"])
     def test_all_on_one_side(self, side: str, tmp_path: Path) -> None:
@@ -175,6 +214,7 @@ class TestFewDocuments:
             tmp_path / "corpus.jsonl",
             [text_of("train"), text_of("train", 0.5), text_of("val", 0.5)],
         )
+        self.refused(tmp_path, tmp_path / "corpus.jsonl", "--val-fraction", 1e-9)
         make(tmp_path / "out", tmp_path / "corpus.jsonl", "--val-fraction", 0.5)
 
     def test_remedy_position(self, tmp_path: Path) -> None:
@@ -186,6 +226,7 @@ class TestFewDocuments:
     def test_remedy_source(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("train")
         (tmp_path / "b.txt").write_text("val")
+        self.refused(tmp_path, tmp_path / "a.txt")
         make(tmp_path / "out", tmp_path / "a.txt", "--val-source", tmp_path / "b.txt")
 
     def test_one_line_of_text(self, tmp_path: Path) -> None:

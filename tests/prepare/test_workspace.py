@@ -6,10 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from prepare.storage import Folder
+from prepare.workspace import Workspace
 from tests.prepare.support import contents, held, make, run, shrink, texts, write_jsonl
 
 HOLDER = """
@@ -133,6 +137,44 @@ class TestTwoAtOnce:
             assert holder.stdout is not None
             holder.stdout.readline()
             held(make(out, corpus))
+
+    @pytest.mark.parametrize(("task", "others"), [("", ["-1-of-2"]), ("-1-of-2", [""])])
+    def test_tasks_and_a_whole_run_exclude_each_other(
+        self, task: str, others: list[str], corpus: Path, tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        shrink(monkeypatch, LOCK_SECONDS=0)
+        workspace = Workspace(Folder(str(tmp_path / "out")))
+        with workspace.locked(task):
+            for other in others:
+                with pytest.raises(ValueError, match="found another prepare at work"):
+                    workspace.locked(other).__enter__()
+            with workspace.locked("-2-of-2") if task else nullcontext():
+                pass
+        with workspace.locked(others[0]):
+            pass
+
+
+@pytest.mark.parametrize("arguments", [["no-such.txt"], ["corpus.jsonl", "--text-column", "x"]])
+def test_a_mistyped_command_leaves_no_folder(
+    arguments: list[str], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments, "--out", "out").code == 2
+    assert run("corpus.jsonl", "--append", "--out", "out").code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_is_one_line(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("prepare.job._show", interrupted)
+        outcome = run(corpus, "--out", out)
+    assert outcome.code == 130
+    assert "interrupted: finished work is kept, the same command goes on" in outcome.err
+    held(make(out, corpus))
 
 
 def test_nothing_but_the_dataset_is_left(corpus: Path, tmp_path: Path) -> None:
