@@ -6,8 +6,11 @@ tokens on a large one. Units share no state, so they run anywhere and in any ord
 
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import orjson
@@ -25,6 +28,8 @@ from shards.remote import filesystem
 MIN_UNIT_BYTES = 4 << 20
 MAX_UNIT_BYTES = 400 << 20
 UNITS_AIMED_AT = 64
+# Files looked at together: what takes long there is waiting, for a network above all.
+LOOKED_AT_ONCE = 16
 TEXT_COLUMNS = ("text", "content")
 # How much larger compressed text is guessed to be than its file.
 COMPRESSION_RATIO = 4
@@ -69,18 +74,21 @@ def make_plan(request: Request, base: Manifest | None = None) -> Plan:
     known = {file.identity for file in held_out}
     files = [file for file in find_files(request.sources) if file.identity not in known]
     # Validation text first: of duplicates the first is kept.
-    files = [with_column(file, request.text_column) for file in [*held_out, *files]]
+    files = [*held_out, *files]
+    with ThreadPoolExecutor(LOOKED_AT_ONCE) as pool:
+        files = list(pool.map(with_column, files, repeat(request.text_column)))
     rule = rule_of_append(request, files, base) if base else rule_of(request, files)
     target = min(max(sum(map(_weight, files)) // UNITS_AIMED_AT, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
-    bad: list[Bad] = []
-    slices: list[tuple[Slice, int]] = []
-    for source, file in enumerate(files):
-        slices += _slices(source, file, rule, target, request.dedup, bad)
+    with ThreadPoolExecutor(LOOKED_AT_ONCE) as pool:
+        looks = list(
+            pool.map(partial(_look_at, rule, target, request.dedup), range(len(files)), files)
+        )
+    slices = [part for look in looks for part in look.slices]
     return Plan(
         files=tuple(files),
         rule=rule,
         units=tuple(_units(slices, target, _units_before(base))),
-        bad=tuple(bad),
+        bad=tuple(bad for look in looks for bad in look.bad),
         dedup=request.dedup,
         generation=base.generation + 1 if base else 0,
         first_source=len(base.sources) if base else 0,
@@ -97,6 +105,21 @@ def _weight(file: InputFile) -> int:
     """About how many bytes of text a file holds, from its size alone."""
     packed = file.compression is not None or file.kind == "parquet"
     return file.size * (COMPRESSION_RATIO if packed else 1)
+
+
+@dataclass
+class _Look:
+    """What there is to read in one file, each slice with its weight, and what is bad in it."""
+
+    slices: list[tuple[Slice, int]] = field(default_factory=list)
+    bad: list[Bad] = field(default_factory=list)
+
+
+def _look_at(rule: SplitRule, target: int, dedup: bool, source: int, file: InputFile) -> _Look:
+    """Look at one file, of a plan whose units are to have `target` bytes."""
+    look = _Look()
+    look.slices += _slices(source, file, rule, target, dedup, look.bad)
+    return look
 
 
 def _slices(

@@ -7,6 +7,7 @@ same command again resumes.
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,6 +31,8 @@ WORK_FOLDERS = {"units", "hashes", "drops", "held_out", "staging"}
 # A run that is just ending lets go within moments; so do the workers of one that was killed, where
 # they inherit the lock.
 LOCK_SECONDS = 5.0
+# Records read together: from an object store each takes its time, and there may be many.
+READ_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,10 @@ class Workspace:
         """The records of those of the units that are finished, by number."""
         there = set(self.folder.names(UNITS))
         names = {unit.number: _record_name(unit.number) for unit in units}
-        return {
-            number: Record.from_json(self.folder.read_json(f"{UNITS}/{name}"))
-            for number, name in names.items()
-            if name in there
-        }
+        done = [number for number, name in names.items() if name in there]
+        with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+            found = pool.map(lambda n: self.folder.read_json(f"{UNITS}/{names[n]}"), done)
+            return {n: Record.from_json(raw) for n, raw in zip(done, found, strict=True)}
 
     @contextmanager
     def staging(self, unit: Unit) -> Iterator[Path]:
