@@ -6,13 +6,16 @@
         state.json                    step, position in the data, settings, fingerprint, ...
 
 Written to a temporary folder, fsynced, renamed: a folder named `step_N` is complete (promise 6).
-Nothing in it is code: safetensors and JSON (promise 8).
+Nothing in it is code: safetensors and JSON (promise 8). Version 1, whose state.json had the
+`generation` of one dataset, is read as well.
 """
 
 import json
+import math
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FORMAT, VERSION = "mygpt-checkpoint", 1
+FORMAT, VERSION = "mygpt-checkpoint", 2
+# What wrappers put before the names of parameters: torch.compile, DDP, activation checkpointing.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_checkpoint_wrapped_module)\.")
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -44,10 +49,11 @@ def newest(run: Path) -> Path | None:
 def best(run: Path) -> Path | None:
     """The checkpoint with the lowest validation loss, the newer of equals; None without any."""
     losses = {}
-    for step in steps(run):
-        losses[step] = read_state(folder_of(run, step))["val_loss"]
-    measured = [step for step in reversed(losses) if losses[step] is not None]
-    return folder_of(run, min(measured, key=losses.__getitem__)) if measured else None
+    for step in reversed(steps(run)):
+        loss = read_state(folder_of(run, step))["val_loss"]
+        if loss is not None and math.isfinite(loss):
+            losses[step] = loss
+    return folder_of(run, min(losses, key=losses.__getitem__)) if losses else None
 
 
 def newest_run(root: Path) -> Path:
@@ -63,28 +69,36 @@ def newest_run(root: Path) -> Path:
 def save(
     run: Path,
     step: int,
-    model: nn.Module,
+    model: nn.Module | Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> Path:
     """Write the checkpoint of `step` finished steps and return its folder.
 
+    `model` may be what `parameters` returns of it, with whole tensors where they were cut.
     `state` is JSON and holds the `val_loss` measured at this step, or None; step, format and
     version are added to it. Raises OSError where the disk is full or not writable; what was there
-    before is then unharmed.
+    before is then unharmed, and nothing of this one is left.
     """
     final = folder_of(run, step)
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _save_tensors(temporary / "model.safetensors", parameters(model))
+        weights = parameters(model) if isinstance(model, nn.Module) else model
+        _save_tensors(temporary / "model.safetensors", weights)
         _save_tensors(temporary / "optimizer.safetensors", optimizer)
         record = {"format": FORMAT, "version": VERSION, "step": step, **state}
         (temporary / "state.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
         os.rename(temporary, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"cannot write the checkpoint {final} ({error}): the one before it is unharmed; make "
+            "room, and the same command goes on from there"
+        ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -93,14 +107,17 @@ def save(
     return final
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove what killed writes left, and all checkpoints but the `keep` newest and the best."""
+def prune(run: Path, keep: int, keep_every: int = 0) -> None:
+    """Remove what killed writes left, and all checkpoints that are not to be kept.
+
+    Kept are the `keep` newest, the best, and those of steps that `keep_every`, if not 0, divides.
+    """
     for leftover in (run / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     best_one = best(run)
     for step in steps(run)[:-keep]:
         folder = folder_of(run, step)
-        if folder != best_one:
+        if folder != best_one and not (keep_every and step % keep_every == 0):
             # Renamed first: a folder half deleted must not look complete.
             doomed = folder.with_name(f".{folder.name}.tmp")
             os.rename(folder, doomed)
@@ -108,7 +125,10 @@ def prune(run: Path, keep: int) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The `state.json` of a checkpoint. Raises ValueError if it is none, or of another version."""
+    """The `state.json` of a checkpoint, as version 2 has it.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged or of another version.
+    """
     path = folder / "state.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint: it has no state.json")
@@ -117,12 +137,24 @@ def read_state(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): use another checkpoint") from None
     found = (state.get("format"), state.get("version"))
-    if found != (FORMAT, VERSION):
+    if found not in [(FORMAT, version) for version in range(1, VERSION + 1)]:
         raise ValueError(
-            f"{path}: expected format {FORMAT} version {VERSION}, found {found[0]} {found[1]}: "
-            "read it with the version of myGPT that wrote it"
+            f"{path}: expected format {FORMAT} version 1 to {VERSION}, found {found[0]} "
+            f"{found[1]}: read it with the version of myGPT that wrote it"
         )
+    if found[1] == 1:
+        state |= {"generations": {"data": state.pop("generation")}, "spikes": None}
     return state
+
+
+def note_val_loss(folder: Path, val_loss: float) -> None:
+    """Add to a checkpoint the loss of a validation that was cut off before it was written."""
+    path, temporary = folder / "state.json", folder / ".state.json.tmp"
+    state = json.loads(path.read_text("utf-8")) | {"val_loss": val_loss}
+    temporary.write_text(json.dumps(state, indent=1) + "\n", "utf-8")
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(folder)
 
 
 @contextmanager
@@ -143,14 +175,26 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Name → parameter, tied ones once. The model must not be wrapped by DDP or torch.compile."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """Plain name → parameter, tied ones once, however DDP or torch.compile wrapped the model."""
+    return {plain(name): parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def load_model(folder: Path, model: nn.Module) -> None:
-    """Fill the model's parameters from a checkpoint; ValueError if names or shapes do not match."""
+def plain(name: str) -> str:
+    """A parameter's name without what wrappers have put into it."""
+    return _WRAPPERS.sub("", name)
+
+
+def load_model(
+    folder: Path,
+    model: nn.Module,
+    share: Callable[[Tensor, Tensor], Tensor] = lambda whole, own: whole,
+) -> None:
+    """Fill the model's parameters from a checkpoint; ValueError if names or shapes do not match.
+
+    `share` takes from a whole tensor what a parameter holds of it, where parameters are cut.
+    """
     path, own = folder / "model.safetensors", parameters(model)
-    stored = load_file(path)
+    stored = load_weights(folder)
     if different := sorted(stored.keys() ^ own.keys()):
         raise ValueError(f"{path} does not fit the model: {different[0]} is only in one of them")
     for name, tensor in stored.items():
@@ -159,19 +203,29 @@ def load_model(folder: Path, model: nn.Module) -> None:
                 f"{path} does not fit the model: {name} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(own[name].shape)}"
             )
-        own[name].copy_(tensor)
+        own[name].copy_(share(tensor, own[name]))
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The parameters of a checkpoint, on the CPU; ValueError if its file is damaged."""
+    stored = _load_tensors(folder / "model.safetensors")
+    return {plain(name): tensor for name, tensor in stored.items()}
 
 
 def load_optimizer(folder: Path) -> dict[str, Tensor]:
-    """The optimizer's tensors of a checkpoint, on the CPU."""
-    return load_file(folder / "optimizer.safetensors")
+    """The optimizer's tensors of a checkpoint, on the CPU; ValueError if the file is damaged."""
+    return _load_tensors(folder / "optimizer.safetensors")
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove its folder, or restore it") from None
 
 
 def _sync(path: Path) -> None:

@@ -5,15 +5,21 @@ python -m mygpt.distributed 4 [--device cuda]    can 4 ranks start here? exit co
 
 import argparse
 import os
-import signal
-import time
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# How long a rank waits for the others before it takes them for lost. What the main rank does alone,
+# such as writing a checkpoint, must take less.
+PATIENCE = timedelta(minutes=10)
+# Of a process that lost them: less than any fault's that they may have ended with, so that a
+# scheduler, which looks at the highest code, sees the fault.
+EXIT_LOST = 1
 
 # Dense bf16 peak of a GPU in FLOP/s, from its datasheet, by a part of torch's name for it; the
 # first that fits counts, so the more special name comes first.
@@ -44,6 +50,7 @@ class Ranks:
     local_rank: int  # among the ranks of this machine
     world_size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None  # for numbers that must not wait for a GPU
 
     @property
     def is_main(self) -> bool:
@@ -57,6 +64,31 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def means(self, values: torch.Tensor) -> list[float]:
+        """Each of `values`, (n,) on the device, averaged over the ranks; the same on all of them.
+
+        The one place where a step waits for its device.
+        """
+        if self.world_size == 1:
+            return values.tolist()
+        total = values.double()
+        dist.all_reduce(total)
+        return (total / self.world_size).tolist()
+
+    def begin_largest(self, value: int) -> Callable[[], int]:
+        """Begin to agree on the largest value of any rank; calling what is returned waits for it.
+
+        It goes from CPU to CPU, whatever the device, so nothing that a GPU has to do is waited for.
+        """
+        largest = torch.tensor(value)
+        work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def result() -> int:
+            work.wait()
+            return int(largest)
+
+        return result
 
     def of_main(self, value: int) -> int:
         """The main rank's value, on every rank."""
@@ -96,13 +128,20 @@ def check_room(ranks_here: int, device: str) -> None:
         )
 
 
+class RanksLost(ConnectionError):
+    """Another rank has ended, hangs or can't be reached; the message says what to do."""
+
+
 @contextmanager
-def start(device: str = "auto", deterministic: bool = False) -> Iterator[Ranks]:
+def start(
+    device: str = "auto", deterministic: bool = False, patience: timedelta = PATIENCE
+) -> Iterator[Ranks]:
     """Join the other ranks if torchrun started this process; leave them at the end of the block.
 
     Device: "auto", "cuda", "mps" or "cpu". CUDA ranks speak NCCL, CPU ranks gloo. `deterministic`
     asks torch for bitwise repeatable kernels. Raises ValueError before anything is started if the
-    device or a GPU for each rank is not there.
+    device or a GPU for each rank is not there, and RanksLost, out of the block too, where others
+    have ended, or do not answer for as long as `patience`.
     """
     check_room(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device)
     kind = find_device(device)
@@ -116,17 +155,49 @@ def start(device: str = "auto", deterministic: bool = False) -> Iterator[Ranks]:
     rank, local_rank, world_size = (
         int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     )
-    if kind == "cuda":
-        torch.cuda.set_device(local_rank)
-        here = torch.device(kind, local_rank)
-        dist.init_process_group("nccl", device_id=here)
-    else:
-        here = torch.device(kind)
-        dist.init_process_group("gloo")
+    here = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     try:
-        yield Ranks(rank, local_rank, world_size, here)
+        if kind == "cuda":
+            torch.cuda.set_device(here)
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo",
+            store=_store(patience),
+            rank=rank,
+            world_size=world_size,
+            timeout=patience,
+            device_id=here if kind == "cuda" else None,
+        )
+        control = dist.new_group(backend="gloo", timeout=patience)
+        yield Ranks(rank, local_rank, world_size, here, control)
+    except RuntimeError as error:
+        if not _is_of_the_network(error):
+            raise
+        raise RanksLost(
+            f"rank {rank} of {world_size} lost the others ({_first_sentence(error)}): one has "
+            "ended, hangs or can't be reached, see its own last lines; the same command goes on "
+            "from the last checkpoint"
+        ) from None
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _store(patience: timedelta) -> dist.Store:
+    """Where the ranks leave their addresses for one another."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+    # torchrun --max-restarts keeps one for all restarts, with the addresses of ranks long gone.
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _is_of_the_network(error: RuntimeError) -> bool:
+    # gloo has no exception of its own: its errors begin with the place in its source, or say this.
+    return isinstance(error, dist.DistError) or bool(re.search("gloo|pair closure", str(error)))
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    """Without gloo's source file, and without what it advises."""
+    text = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", str(error).strip())
+    return re.split(r"\.\s|\n", text)[0]
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -143,34 +214,6 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     own = torch.cuda.get_device_name(device)
     return next((peak for name, peak in _PEAK_FLOPS.items() if name in own), None)
-
-
-class Interrupt:
-    """A flag that SIGINT and SIGTERM raise instead of killing; it is looked at between steps."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        self._since = 0.0
-
-    def _raise_flag(self, number: int, frame: FrameType | None) -> None:
-        if not self.seen:
-            self.seen, self._since = True, time.monotonic()
-        elif time.monotonic() - self._since > 1:
-            # Whoever asks again does not want to wait for the step. Not so at once: torchrun
-            # passes on a Ctrl-C that its ranks have had from the terminal already.
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    @contextmanager
-    def watch(self) -> Iterator["Interrupt"]:
-        """Catch the two signals inside the block and give them back afterwards."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, self._raise_flag) for number in numbers]
-        try:
-            yield self
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
 
 
 def main() -> int:

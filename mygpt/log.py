@@ -1,6 +1,8 @@
-"""The log of a run: `log.txt`, a line an event, written by `RunLog` and read back by `read`.
+r"""The log of a run: `log.txt`, a line an event, written by `RunLog` and read back by `read`.
 
-    step 120/400  loss 4.123456  lr 2.973e-03  norm 0.73  ms 212.4  tok/s 4821  mfu n/a  eta 0:00:59
+    step 120/400  loss 4.123456  lr 2.973e-03  norm 0.7312  ms 212.4  tok/s 4821  mfu n/a  \
+        data 0.1%  eta 0:00:59                                        (all on one line)
+    skip step 121/400  loss nan  norm nan  reason "loss is nan"  windows 7680..7743  look: ...
     val 120/400  loss 4.301234  tokens 16384
     resume 100/400
 
@@ -11,15 +13,30 @@ kind are for people.
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 _NUMBER = r"[-+.0-9e]+|nan|inf"
-_STEP = re.compile(rf"step (\d+)/\d+  loss ({_NUMBER})  lr ({_NUMBER})  norm .*  eta \S+")
+_STEP = re.compile(
+    rf"step (\d+)/\d+  loss ({_NUMBER})  lr ({_NUMBER})  norm ({_NUMBER})  ms \S+  tok/s (\d+)  "
+    r".*eta \S+"
+)
+_SKIP = re.compile(r'skip step (\d+)/\d+  .*reason "([^"]*)"  windows .*')
 _VAL = re.compile(rf"val (\d+)/\d+  loss ({_NUMBER})  tokens \d+")
 _RESUME = re.compile(r"(?:start|resume) (\d+)/\d+")
 _UNIGRAM = re.compile(rf"baseline unigram ({_NUMBER}) uniform .*")
+
+
+def end_torn_line(path: Path) -> None:
+    """A killed writer may have left half a line: what comes next must not be glued to it."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
 
 
 class RunLog:
@@ -30,41 +47,72 @@ class RunLog:
         self.enabled = enabled
         if enabled:
             run.mkdir(parents=True, exist_ok=True)
-            self._end_torn_line()
-
-    def _end_torn_line(self) -> None:
-        """A killed writer may have left half a line: what comes next must not be glued to it."""
-        with open(self.path, "a+b") as file:
-            if file.tell():
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
+            end_torn_line(self.path)
 
     def write(self, *lines: str, shown: bool = True) -> None:
-        """Append lines, each at once and whole, and show them on the terminal."""
+        """Append lines, each at once and whole, and show them on the terminal.
+
+        Raises OSError where the disk is full or not writable.
+        """
         if not self.enabled:
             return
         for line in lines:
             if shown:
                 print(line, flush=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise OSError(
+                    f"cannot write {self.path} ({error}): make room, and the same command goes on "
+                    "from the last checkpoint"
+                ) from error
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast training goes, on the mean of some steps; its text is the end of a step's line."""
+
+    seconds: float  # of a step
+    tokens_per_second: float
+    mfu: float | None  # of the hardware's peak, None where that is not known
+    waiting: float  # share of the time spent waiting for data
+    eta: timedelta  # what the steps that are left will take, without validations
+
+    def figures(self) -> dict[str, float]:
+        """By name, what a chart can show."""
+        known = {} if self.mfu is None else {"mfu": self.mfu}
+        return known | {
+            "ms": self.seconds * 1e3,
+            "tokens_per_second": self.tokens_per_second,
+            "waiting": self.waiting,
+        }
+
+    def __str__(self) -> str:
+        mfu = "n/a" if self.mfu is None else f"{self.mfu:.1%}"
+        return (
+            f"ms {self.seconds * 1e3:.1f}  tok/s {self.tokens_per_second:.0f}  mfu {mfu}  "
+            f"data {self.waiting:.1%}  eta {str(self.eta).replace(' ', '')}"
+        )
 
 
 class Meter:
     """The speed of training: `with meter:` around each step, `rates` over those since `reset`.
 
     `tokens` are those of one step; `ideal_seconds` is what a step would take at the hardware's
-    peak, None where that is not known.
+    peak, None where that is not known; `waited` tells the seconds spent waiting for data so far.
     """
 
-    def __init__(self, tokens: int, ideal_seconds: float | None) -> None:
-        self.tokens, self.ideal_seconds = tokens, ideal_seconds
+    def __init__(
+        self, tokens: int, ideal_seconds: float | None, waited: Callable[[], float]
+    ) -> None:
+        self.tokens, self.ideal_seconds, self.waited = tokens, ideal_seconds, waited
         self.reset()
 
     def reset(self) -> None:
         """Begin a new average."""
         self._started, self._seconds, self._steps = 0.0, 0.0, 0
+        self._waited_before = self.waited()
 
     def __enter__(self) -> None:
         self._started = time.perf_counter()
@@ -73,17 +121,29 @@ class Meter:
         self._seconds += time.perf_counter() - self._started
         self._steps += 1
 
-    def rates(self, steps_left: int) -> str:
-        """The end of a step's line: means over the steps timed, and the time the others need."""
+    def rates(self, steps_left: int) -> Rates:
+        """The means over the steps timed."""
         seconds = self._seconds / self._steps
-        mfu = "n/a" if self.ideal_seconds is None else f"{self.ideal_seconds / seconds:.1%}"
-        eta = str(timedelta(seconds=round(steps_left * seconds))).replace(" ", "")
-        return f"ms {seconds * 1e3:.1f}  tok/s {self.tokens / seconds:.0f}  mfu {mfu}  eta {eta}"
+        return Rates(
+            seconds=seconds,
+            tokens_per_second=self.tokens / seconds,
+            mfu=self.ideal_seconds and self.ideal_seconds / seconds,
+            waiting=(self.waited() - self._waited_before) / self._seconds,
+            eta=timedelta(seconds=round(steps_left * seconds)),
+        )
 
 
-def step_line(step: int, of: int, loss: float, lr: float, norm: float, rates: str) -> str:
-    """The line of a training step; `rates` are those of a `Meter`."""
+def step_line(step: int, of: int, loss: float, lr: float, norm: float, rates: str | Rates) -> str:
+    """The line of a training step."""
     return f"step {step}/{of}  loss {loss:.6f}  lr {lr:.3e}  norm {norm:.4f}  {rates}"
+
+
+def skip_line(step: int, of: int, loss: float, norm: float, reason: str, windows: range) -> str:
+    """The line of a step whose weights were left alone, with its place in the stream."""
+    return (
+        f'skip step {step}/{of}  loss {loss:.6f}  norm {norm:.4f}  reason "{reason}"  '
+        f"windows {windows.start}..{windows.stop - 1}"
+    )
 
 
 def val_line(step: int, of: int, loss: float, tokens: int) -> str:
@@ -98,11 +158,25 @@ def baseline_line(unigram: float, uniform: float) -> str:
 
 @dataclass
 class History:
-    """What a log tells, replayed steps once: step → its loss, nats a token."""
+    """What a log tells, replayed steps once: step → what was logged of it.
+
+    Losses are in nats a token; `skipped` tells why a step did not move the weights.
+    """
 
     train: dict[int, float] = field(default_factory=dict)
     val: dict[int, float] = field(default_factory=dict)
+    lr: dict[int, float] = field(default_factory=dict)
+    norm: dict[int, float] = field(default_factory=dict)
+    tokens_per_second: dict[int, float] = field(default_factory=dict, compare=False)
+    skipped: dict[int, str] = field(default_factory=dict)
     unigram: float | None = None
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was logged of later steps: they are trained again."""
+        series: list[dict[int, Any]] = [self.train, self.val, self.lr, self.norm, self.skipped]
+        for one in (*series, self.tokens_per_second):
+            for late in [at for at in one if at > step]:
+                del one[late]
 
 
 def read(run: Path) -> History:
@@ -115,13 +189,15 @@ def read(run: Path) -> History:
         raise FileNotFoundError(f"{path} is not there: give the folder of a run")
     for line in path.read_text("utf-8", errors="replace").splitlines():
         if match := _STEP.fullmatch(line):
-            history.train[int(match[1])] = float(match[2])
+            series = (history.train, history.lr, history.norm, history.tokens_per_second)
+            for values, value in zip(series, match.groups()[1:], strict=True):
+                values[int(match[1])] = float(value)
+        elif match := _SKIP.fullmatch(line):
+            history.skipped[int(match[1])] = match[2]
         elif match := _VAL.fullmatch(line):
             history.val[int(match[1])] = float(match[2])
         elif match := _UNIGRAM.fullmatch(line):
             history.unigram = float(match[1])
         elif match := _RESUME.fullmatch(line):
-            at = int(match[1])
-            history.train = {step: loss for step, loss in history.train.items() if step <= at}
-            history.val = {step: loss for step, loss in history.val.items() if step <= at}
+            history.forget_after(int(match[1]))
     return history

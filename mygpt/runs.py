@@ -1,59 +1,76 @@
-"""What a run's `config.json` records, and with which settings the run may go on.
+"""What a run's folder records: its settings, with which it may go on, and the texts it wrote.
 
-    {"format": "mygpt-run", "version": 1, "fingerprint": "0a1b...", "generation": 0,
-     "config": {"max_steps": 700, "seed": 1337, ..., "model": {"n_layers": 4, ...}}}
+    {"format": "mygpt-run", "version": 2, "fingerprint": "0a1b...", "generations": {"web": 0},
+     "earlier": [], "config": {"max_steps": 700, "seed": 1337, ..., "model": {"n_layers": 4, ...}}}
 
-It is written before the first step: what was measured or worked out is so once and for all.
+`config.json` is written before the first step: what was measured or worked out is so once and for
+all. Version 1, which knew one dataset and its `generation`, is read as well.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mygpt.config import GPTConfig
-from mygpt.settings import OPEN, TrainConfig, shallow
+from mygpt.log import end_torn_line
+from mygpt.settings import LENGTHS, OPEN, TrainConfig, shallow
 
-FORMAT, VERSION = "mygpt-run", 1
+FORMAT, VERSION = "mygpt-run", 2
 
 # What a run is made of stays fixed from its first step to its last (promise 7); these may differ
-# from one start to the next. `data` is where the dataset lies: its fingerprint is what is fixed.
+# from one start to the next. `data` is where the datasets lie: their fingerprint is what is fixed.
 FREE = {
-    *("data", "log_dir", "time_budget", "stop_at", "micro_batch", "log_interval", "val_interval"),
-    *("checkpoint_interval", "keep", "device", "compile", "deterministic"),
+    *("data", "generation", "verify", "log_dir", "stop_at", "max_time", "micro_batch"),
+    *("skip_spikes", "log_interval", "val_interval", "checkpoint_interval", "keep", "keep_every"),
+    *("sample_interval", "sample_prompt", "tensorboard", "wandb"),
+    *("device", "compile", "deterministic", "gradient_checkpointing", "shard"),
 }
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """The settings as plain JSON values; the model's own lie under "model"."""
-    paths = {"log_dir": str(config.log_dir), "data": config.data and str(config.data)}
-    return asdict(config) | paths
+    lists = {name: list(getattr(config, name)) for name in ("data", "sample_prompt")}
+    return asdict(config) | lists | {"log_dir": str(config.log_dir)}
 
 
 def from_json(values: Mapping[str, Any]) -> TrainConfig:
-    """What `to_json` wrote. Raises ValueError for a setting that this version does not know."""
+    """What `to_json` wrote, of version 1 too. Raises ValueError for an unknown setting."""
     known = {f.name for f in fields(TrainConfig)}
     if unknown := sorted(set(values) - known):
         raise ValueError(
             f"unknown setting {unknown[0]!r} in the run's configuration: expected that of this "
             "version of myGPT; use the version that wrote it, or start anew with another --log-dir"
         )
+    data = values["data"]
     typed = {
         "model": GPTConfig(**values["model"]),
         "log_dir": Path(values["log_dir"]),
-        "data": values["data"] and Path(values["data"]),
+        "data": (data,) if isinstance(data, str) else tuple(data or ()),
+        "sample_prompt": tuple(values.get("sample_prompt", ())),
     }
     return TrainConfig(**{**values, **typed})
 
 
+def generations_of(values: Mapping[str, Any]) -> dict[str, int]:
+    """Source → generation, from a config.json or state.json of any version."""
+    # Version 1 had one dataset; the name of an only one is that of its folder, and not compared.
+    return values["generations"] if "generations" in values else {"data": values["generation"]}
+
+
 @dataclass(frozen=True)
 class RunRecord:
-    """What `RUN/config.json` says: the settings as resolved, and the dataset's identity."""
+    """What `RUN/config.json` says: the settings as resolved, and the datasets' identity.
+
+    `earlier` lists what the datasets were before `--generation latest` moved on, oldest first:
+    {"until": step, "fingerprint": ..., "generations": ...}.
+    """
 
     config: TrainConfig
     fingerprint: str
-    generation: int
+    generations: dict[str, int]
+    earlier: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As it is written."""
@@ -61,7 +78,8 @@ class RunRecord:
             "format": FORMAT,
             "version": VERSION,
             "fingerprint": self.fingerprint,
-            "generation": self.generation,
+            "generations": self.generations,
+            "earlier": list(self.earlier),
             "config": to_json(self.config),
         }
 
@@ -80,12 +98,14 @@ def read_run(folder: Path) -> RunRecord | None:
         raw = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): take another --log-dir") from None
-    if (found := (raw.get("format"), raw.get("version"))) != (FORMAT, VERSION):
+    found = (raw.get("format"), raw.get("version"))
+    if found not in [(FORMAT, version) for version in range(1, VERSION + 1)]:
         raise ValueError(
-            f"{path}: expected format {FORMAT} version {VERSION}, found {found[0]} {found[1]}: "
-            "use the version of myGPT that wrote it, or take another --log-dir"
+            f"{path}: expected format {FORMAT} version 1 to {VERSION}, found {found[0]} "
+            f"{found[1]}: use the version of myGPT that wrote it, or take another --log-dir"
         )
-    return RunRecord(from_json(raw["config"]), raw["fingerprint"], raw["generation"])
+    earlier = tuple(raw.get("earlier", ()))
+    return RunRecord(from_json(raw["config"]), raw["fingerprint"], generations_of(raw), earlier)
 
 
 def continued(stored: TrainConfig, asked: TrainConfig) -> TrainConfig:
@@ -94,13 +114,15 @@ def continued(stored: TrainConfig, asked: TrainConfig) -> TrainConfig:
     Raises ValueError if `asked` changes what must not change, naming the first such setting. What
     `asked` leaves open is as the run has it.
     """
-    if not asked.max_steps and asked.time_budget != stored.time_budget:
-        raise _refusal(asked, "time_budget", stored.time_budget, asked.time_budget)
+    if asked.init_from:  # the shape came from there, and is not spelt out on the command line
+        block_size = min(asked.model.block_size, stored.model.block_size)
+        shape = replace(stored.model, block_size=block_size, dropout=asked.model.dropout)
+        asked = replace(asked, model=shape)
     wanted = _flat(asked)
     for name, value in _flat(stored).items():
         is_open = name in OPEN and not wanted[name]
         if name not in FREE and not is_open and wanted[name] != value:
-            raise _refusal(asked, name, value, wanted[name])
+            raise _refusal(stored, asked, name, value, wanted[name])
     left_open = [name for name in OPEN if not wanted[name] and name != "stop_at"]
     filled = {name: getattr(stored, name) for name in left_open}
     return replace(asked, data=asked.data or stored.data, **filled)
@@ -111,12 +133,40 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
     return model | {name: value for name, value in shallow(config).items() if name != "model"}
 
 
-def _refusal(asked: TrainConfig, name: str, stored: object, wanted: object) -> ValueError:
+def _refusal(
+    stored: TrainConfig, asked: TrainConfig, name: str, value: object, wanted: object
+) -> ValueError:
     flag = name.replace("_", "-")
-    remedy = f"--{flag} {stored}"
-    if isinstance(stored, bool):
-        remedy = f"--{flag}" if stored else f"--no-{flag}"
+    remedy = f"--{flag} {value}"
+    if isinstance(value, bool):
+        remedy = f"--{flag}" if value else f"--no-{flag}"
+    elif name in LENGTHS:
+        remedy = f"--max-steps {stored.max_steps}"
     return ValueError(
-        f"{asked.log_dir} holds a run with {name} {stored}, this command asks for {wanted}: "
+        f"{asked.log_dir} holds a run with {name} {value}, this command asks for {wanted}: "
         f"give {remedy} to go on with it, or another --log-dir"
     )
+
+
+def write_samples(run: Path, step: int, samples: Iterable[Mapping[str, str]]) -> None:
+    """Append texts that the model wrote after `step` steps to RUN/samples.jsonl."""
+    path = run / "samples.jsonl"
+    end_torn_line(path)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+
+
+def read_samples(run: Path) -> list[dict[str, Any]]:
+    """The texts of RUN/samples.jsonl, {"step", "prompt", "text"} each; none without the file.
+
+    Those of steps that were trained again are there once, torn lines not at all.
+    """
+    path = run / "samples.jsonl"
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        try:
+            sample = json.loads(line)
+        except ValueError:
+            continue
+        found[sample["step"], sample["prompt"]] = sample
+    return list(found.values())

@@ -5,21 +5,61 @@ Everything here is plain values: no torch, so that `train.py --help` answers at 
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from mygpt.config import GPT2_SHAPES, GPTConfig, GPTConfigSmall
 
 ROUNDS = 10  # validations in a run whose interval was left open
+# The ways to say how long a run is. One of them is given, and becomes max_steps.
+LENGTHS = ("max_steps", "max_tokens", "epochs", "time_budget")
 # Where 0 says "not decided": a run that goes on has them already, `resolved` works them out.
 OPEN = (
-    *("max_steps", "time_budget", "stop_at", "warmup_steps", "val_interval"),
-    "checkpoint_interval",
+    *LENGTHS,
+    *("stop_at", "warmup_steps", "val_interval", "checkpoint_interval", "skip_spikes"),
+    "micro_batch",
 )
+
+
+def seconds_of(text: str) -> float:
+    """Seconds in "90", "1h30m" or "2d". Raises ValueError for anything else."""
+    if re.fullmatch(r"\d+(\.\d*)?", text):
+        return float(text)
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not text or match is None:
+        raise ValueError(f"expected seconds or a time like 1h30m, found {text!r}")
+    sizes = (86400, 3600, 60, 1)
+    return float(sum(int(n or 0) * size for n, size in zip(match.groups(), sizes, strict=True)))
+
+
+# How the command line reads a time; the rest of the program sees seconds.
+Seconds = Annotated[
+    float,
+    tyro.constructors.PrimitiveConstructorSpec[float](
+        nargs=1,
+        metavar="TIME",
+        instance_from_str=lambda words: seconds_of(words[0]),
+        is_instance=lambda value: isinstance(value, int | float),
+        str_from_instance=lambda value: [f"{value:g}"],
+    ),
+]
+# "auto" is the command line's word for a number that is still to be found.
+Rows = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec[int](
+        nargs=1,
+        metavar="ROWS|auto",
+        instance_from_str=lambda words: 0 if words[0] == "auto" else int(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value) if value else "auto"],
+    ),
+]
+Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -27,14 +67,23 @@ class TrainConfig:
     """A run as it is asked for; what is 0 is open, and filled in by the run or by `resolved`."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
-    data: Path | None = None  # folder of the dataset; not needed where data/ holds exactly one
+    data: Repeated = ()  # dataset's folder, or several: NAME=WEIGHT:FOLDER; else data/'s only one
+    generation: Literal["own", "latest"] = "own"  # latest: go on with all that data have grown to
+    shuffle_shards: int = 0  # shuffle within moving groups of so many shards; 0: over all of them
+    verify: bool = False  # check the hash of every shard before anything else
+    init_from: str = ""  # weights to begin with: gpt2, gpt2-medium, ... or a folder of theirs
     log_dir: Path = Path("log")  # the run's folder; a run that lies there is continued
     seed: int = 1337  # of the initial weights, the order of the data and dropout
-    max_steps: int = 19073  # optimizer steps, the horizon of the schedule; 0: fit --time-budget
-    time_budget: float = 0  # seconds of training, from which max_steps is measured
+    max_steps: int = 19073  # optimizer steps, the horizon of the schedule; or one of the next three
+    max_tokens: int = 0  # training tokens, counted anew in each epoch
+    epochs: float = 0  # passes over the training split
+    time_budget: Seconds = 0  # time of training, from which max_steps is measured
     stop_at: int = 0  # stop after this step and leave the schedule as it is; 0: go to the end
+    max_time: Seconds = 0  # stop then, at a checkpoint, to be run again: 3600 or 1h; 0: no limit
     total_batch_size: int = 2**19  # tokens of one step, of all ranks together
-    micro_batch: int = 16  # rows that a rank takes through the model at once
+    micro_batch: Rows = 16  # rows that a rank takes through the model at once; auto: what fits
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    shard: Literal["none", "optimizer", "full"] = "none"  # what each rank has only a share of
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices of the blocks
     max_lr: float = 6e-4  # learning rate after the warm-up
     min_lr: float = 6e-5  # learning rate at the end
@@ -44,19 +93,25 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW's decay of the mean of the gradient
     beta2: float = 0.95  # AdamW's decay of the mean of its square
     grad_clip: float = 1.0  # largest norm of the gradient
+    skip_spikes: float = 0  # skip steps so many deviations above the mean norm; 6, say; 0: none
     log_interval: int = 1  # steps from one line on the terminal to the next; log.txt has each
     val_interval: int = 0  # steps from one validation to the next; 0: a tenth of the run
     val_tokens: int = 2**20  # size of the fixed part of the validation split used for them
     checkpoint_interval: int = 0  # likewise for checkpoints; a better validation makes one too
     keep: int = 2  # newest checkpoints to keep, beside the best by validation
+    keep_every: int = 0  # keep also those of steps that this divides; 0: none of them
+    sample_interval: int = 0  # steps from one text that the model writes to the next; 0: none
+    sample_prompt: Repeated = ()  # what such texts begin with; may be repeated
+    tensorboard: bool = False  # write RUN/tensorboard too
+    wandb: str = ""  # send the figures to this project of Weights & Biases
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
     compile: bool = True  # torch.compile; on CUDA only
     deterministic: bool = False  # bitwise repeatable on CUDA as well, which costs speed
 
     def __post_init__(self) -> None:
-        for name in ("total_batch_size", "micro_batch", "log_interval", "val_tokens", "keep"):
+        for name in ("total_batch_size", "log_interval", "val_tokens", "keep"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in OPEN:
+        for name in (*OPEN, "max_time", "shuffle_shards", "keep_every", "sample_interval"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, "0 or more", value)
         for name in ("max_lr", "grad_clip"):
@@ -66,8 +121,12 @@ class TrainConfig:
         _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         _require(0 <= self.min_lr <= self.max_lr, "min_lr", f"0 to {self.max_lr}", self.min_lr)
         _require(0 <= self.seed < 2**63, "seed", "0 to 2**63 - 1", self.seed)
-        if not self.max_steps and not self.time_budget:
-            raise ValueError("a run needs an end: give --max-steps or --time-budget")
+        if self.shard == "full" and self.optimizer == "muon":
+            raise ValueError("--optimizer muon needs whole matrices: give --shard optimizer")
+        if self.shard == "full" and not self.micro_batch:
+            raise ValueError("--micro-batch auto can't try sizes on --shard full: give a number")
+        if not any(getattr(self, name) for name in LENGTHS):
+            raise ValueError(f"a run needs an end: give {_flags_of(LENGTHS)}")
         if self.max_steps and self.warmup_steps > self.max_steps:
             raise ValueError(
                 f"--warmup-steps must be at most max_steps = {self.max_steps}, "
@@ -84,6 +143,12 @@ class TrainConfig:
             val_interval=self.val_interval or tenth,
             checkpoint_interval=self.checkpoint_interval or tenth,
         )
+
+
+def _flags_of(names: Sequence[str]) -> str:
+    """The flags of settings, as one offers a choice."""
+    *others, last = (f"--{name.replace('_', '-')}" for name in names)
+    return f"{', '.join(others)} or {last}"
 
 
 def _require(condition: bool, name: str, wanted: str, found: object) -> None:
@@ -199,19 +264,36 @@ def _preset_name(args: Sequence[str]) -> tuple[str, Sequence[str]]:
 
 def _length(flags: _Flags, base: TrainConfig) -> dict[str, int]:
     """What of the preset is put aside when a flag says anew how long the run is."""
-    steps_given = flags.max_steps != base.max_steps
-    budget_given = flags.time_budget != base.time_budget
-    if steps_given and budget_given and flags.max_steps and flags.time_budget:
-        raise ValueError("--max-steps and --time-budget both say how long: give one of them")
-    if not steps_given and not budget_given:
+    given = [name for name in LENGTHS if getattr(flags, name) != getattr(base, name)]
+    said = [name for name in given if getattr(flags, name)]
+    if len(said) > 1:
+        raise ValueError(f"{_flags_of(said)} each say how long: give one of them")
+    if not given:
         return {}
-    aside = {"max_steps" if budget_given else "time_budget": 0}
+    aside = dict.fromkeys((name for name in LENGTHS if name not in said), 0)
     return aside if flags.warmup_steps != base.warmup_steps else aside | {"warmup_steps": 0}
 
 
 def shallow(config: GPTConfig | TrainConfig) -> dict[str, Any]:
     """Field → value, the model of a `TrainConfig` as it is."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def steps_of(config: TrainConfig, windows_per_epoch: int | None) -> int:
+    """The steps that --max-steps, --max-tokens or --epochs stand for; 0 for --time-budget.
+
+    `windows_per_epoch` is None where several sources are mixed: each of them then has epochs of
+    its own, and --epochs is a ValueError. The last step is a whole one.
+    """
+    if config.max_steps or config.max_tokens:
+        return config.max_steps or math.ceil(config.max_tokens / config.total_batch_size)
+    if not config.epochs:
+        return 0
+    if windows_per_epoch is None:
+        raise ValueError("--epochs says nothing of several sources: give --max-tokens instead")
+    windows = config.epochs * windows_per_epoch
+    # Rounded first: 0.1 * 300 is a little more than 30.
+    return math.ceil(round(windows * config.model.block_size / config.total_batch_size, 6))
 
 
 def accumulation(config: TrainConfig, world_size: int) -> int:

@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent, hold every tensor once under its plain name, and run no code."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mygpt import checkpoint
 
@@ -41,7 +44,7 @@ def test_everything_comes_back_bitwise(tmp_path: Path) -> None:
     assert other.lm_head.weight is other.wte.weight
     assert set(checkpoint.load_optimizer(folder)) == {"m"}
     state = checkpoint.read_state(folder)
-    assert (state["format"], state["version"], state["step"]) == ("mygpt-checkpoint", 1, 10)
+    assert (state["format"], state["version"], state["step"]) == ("mygpt-checkpoint", 2, 10)
 
 
 def test_names_are_plain_and_tied_weights_stored_once(tmp_path: Path) -> None:
@@ -51,6 +54,46 @@ def test_names_are_plain_and_tied_weights_stored_once(tmp_path: Path) -> None:
     header = (folder / "model.safetensors").read_bytes()
     names = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
     assert set(names) - {"__metadata__"} == {"wte.weight", "norm.weight", "norm.bias"}
+
+
+def test_wrapped_models_are_saved_and_loaded_under_plain_names(tmp_path: Path) -> None:
+    """In both directions: whatever wraps the model that writes, and the one that reads."""
+    inner = Tied(seed=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = [torch.compile(inner, backend="eager"), DistributedDataParallel(inner)]
+        wrapped.append(torch.compile(wrapped[1], backend="eager"))
+        for step, model in enumerate(wrapped):
+            assert set(dict(model.named_parameters())) != set(dict(inner.named_parameters()))
+            folder = checkpoint.save(tmp_path, step, model, {}, {"val_loss": None})
+            for other in (Tied(seed=2), torch.compile(Tied(seed=2), backend="eager")):
+                checkpoint.load_model(folder, other)
+                found = checkpoint.parameters(other)
+                assert list(found) == ["wte.weight", "norm.weight", "norm.bias"]
+                assert all(torch.equal(found[name], p) for name, p in inner.named_parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    whole = (folder / "model.safetensors").read_bytes()
+    for damaged in (whole[:-1], whole[:4], b""):
+        (folder / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged .*: remove"):
+            checkpoint.load_model(folder, Tied())
+    (folder / "optimizer.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors is damaged"):
+        checkpoint.load_optimizer(folder)
+
+
+def test_a_late_validation_is_added(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3)
+    before = checkpoint.read_state(folder)
+    checkpoint.note_val_loss(folder, 2.5)
+    assert checkpoint.read_state(folder) == before | {"val_loss": 2.5}
+    assert checkpoint.best(tmp_path) == folder
+    assert len(list(folder.iterdir())) == 3
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -112,9 +155,19 @@ def test_a_failing_disk_leaves_the_previous_checkpoint(
         raise checkpoint.SafetensorError("No space left on device (os error 28)")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match=r"cannot write .*model.safetensors: No space left"):
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*step_00000020 \(No space l"):
         save(tmp_path, 20)
     assert list((tmp_path / "checkpoints").iterdir()) == [before]
+
+
+def test_those_of_round_steps_are_kept_as_well(tmp_path: Path) -> None:
+    for step in range(5, 45, 5):
+        save(tmp_path, step)
+        checkpoint.prune(tmp_path, keep=1, keep_every=20)
+    assert checkpoint.steps(tmp_path) == [20, 40]
+    save(tmp_path, 45)
+    checkpoint.prune(tmp_path, keep=1, keep_every=0)
+    assert checkpoint.steps(tmp_path) == [45]
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -125,6 +178,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [2, 5, 6]
     assert checkpoint.best(tmp_path) == checkpoint.folder_of(tmp_path, 2)
     save(tmp_path, 7, 3.0)
+    assert checkpoint.best(tmp_path) == checkpoint.folder_of(tmp_path, 7)
+    save(tmp_path, 8, math.nan)
+    save(tmp_path, 1, math.nan)
     assert checkpoint.best(tmp_path) == checkpoint.folder_of(tmp_path, 7)
 
 
@@ -148,8 +204,8 @@ def test_the_newest_run_is_that_of_the_newest_checkpoint(tmp_path: Path) -> None
 def test_another_version_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     state = checkpoint.read_state(folder)
-    (folder / "state.json").write_text(json.dumps(state | {"version": 2}))
-    with pytest.raises(ValueError, match="expected format mygpt-checkpoint version 1, found"):
+    (folder / "state.json").write_text(json.dumps(state | {"version": 3}))
+    with pytest.raises(ValueError, match="expected format mygpt-checkpoint version 1 to 2, found"):
         checkpoint.read_state(folder)
     (folder / "state.json").write_text("{")
     with pytest.raises(ValueError, match=r"state\.json is damaged"):

@@ -1,7 +1,6 @@
 """Who am I, on what: from torchrun's environment, and refused in one line where it can't be."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +10,15 @@ import torch
 
 from mygpt import distributed
 from mygpt.distributed import (
-    Interrupt,
     Ranks,
+    RanksLost,
     check_room,
     compute_dtype,
     find_device,
     peak_flops,
     start,
 )
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+from tests.ranks import run_ranks, start_ranks
 
 
 def test_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,19 +34,85 @@ def test_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_ranks_find_each_other(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(
+    script = (
+        "import torch\n"
         "from mygpt.distributed import start\n"
         "with start('cpu') as ranks:\n"
         "    ranks.barrier()\n"
         "    found = (ranks.rank, ranks.local_rank, ranks.world_size, ranks.is_main)\n"
         "    sums, main = ranks.sums([ranks.rank + 1, 1e-17]), ranks.of_main(40 + ranks.rank)\n"
-        f"    open(rf'{tmp_path}/{{ranks.rank}}', 'w').write(repr((found, sums, main)))\n"
+        "    loss = [2.0, float('inf')][ranks.rank]\n"
+        "    means = ranks.means(torch.tensor([ranks.rank + 1, loss]))\n"
+        "    largest = [ranks.begin_largest(value) for value in (ranks.rank, 7 - ranks.rank)]\n"
+        "    agreed = [result() for result in largest]\n"
+        "    text = repr((found, sums, main, means, agreed))\n"
+        f"    open(rf'{tmp_path}/{{ranks.rank}}', 'w').write(text)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*TORCHRUN, "2", str(script)], env=environment, check=True)
-    assert (tmp_path / "0").read_text() == "((0, 0, 2, True), [3.0, 2e-17], 40)"
-    assert (tmp_path / "1").read_text() == "((1, 1, 2, False), [3.0, 2e-17], 40)"
+    run_ranks(2, script)
+    agreed = "[3.0, 2e-17], 40, [1.5, inf], [1, 7])"
+    assert (tmp_path / "0").read_text() == f"((0, 0, 2, True), {agreed}"
+    assert (tmp_path / "1").read_text() == f"((1, 1, 2, False), {agreed}"
+
+
+LOST = """
+import os, signal, sys, time
+from datetime import timedelta
+from mygpt.distributed import EXIT_LOST, RanksLost, start
+
+try:
+    with start("cpu", patience=timedelta(seconds=int(sys.argv[2]))) as ranks:
+        ranks.barrier()
+        if not ranks.is_main and sys.argv[1] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if not ranks.is_main:
+            time.sleep(600)
+        ranks.barrier()
+except RanksLost as lost:
+    print(lost)
+    sys.exit(EXIT_LOST)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a POSIX signal")
+@pytest.mark.parametrize(
+    ("end", "patience", "words"),
+    [
+        ("killed", "200", "onnection"),
+        pytest.param("silent", "15", "Timed out waiting 15000ms", marks=pytest.mark.slow),
+    ],
+)
+def test_lost_ranks_end_the_others_in_one_line(end: str, patience: str, words: str) -> None:
+    """Whether a rank was killed, or only says nothing more for as long as one is patient."""
+    processes = start_ranks(2, LOST, end, patience)
+    try:
+        line, _ = processes[0].communicate(timeout=100)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert processes[0].returncode == 1
+    assert line.startswith("rank 0 of 2 lost the others (")
+    assert words in line
+    assert "goes on from the last checkpoint" in line
+    assert line.count("\n") == 1
+
+
+def test_only_errors_of_the_network_mean_lost_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "_store", lambda _: None)
+    with pytest.raises(RuntimeError, match="size of tensor"), start("cpu"):
+        torch.zeros(2) + torch.zeros(3)
+    closed = RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed. Look there.")
+    for error in (closed, torch.distributed.DistStoreError("Connection closed")):
+        with (
+            pytest.raises(RanksLost, match=r"rank 0 of 2 lost the others \(Connection closed\)"),
+            start("cpu"),
+        ):
+            raise error
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,23 +174,3 @@ def test_peaks_are_found_by_name(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
     assert peak_flops(torch.device("cuda")) == peak
     assert peak_flops(torch.device("cpu")) is None
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_noticed_and_obeyed_when_repeated(
-    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, raise_signal = signal.getsignal(number), signal.raise_signal
-    clock, obeyed = iter([10.0, 10.5, 11.5]), []
-    monkeypatch.setattr(distributed.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(signal, "raise_signal", obeyed.append)
-    with Interrupt().watch() as interrupt:
-        assert not interrupt.seen
-        raise_signal(number)
-        raise_signal(number)
-        assert interrupt.seen
-        assert not obeyed
-        raise_signal(number)
-        assert obeyed == [number]
-        assert signal.getsignal(number) == signal.SIG_DFL
-    assert signal.getsignal(number) == before

@@ -1,5 +1,6 @@
 """What is written can be read back, and a replayed step counts once."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mygpt import log
-from mygpt.log import Meter, RunLog, read, step_line, val_line
+from mygpt.log import Meter, RunLog, read, skip_line, step_line, val_line
 
-RATES = "ms 250.0  tok/s 2048  mfu n/a  eta 0:00:02"
+RATES = "ms 250.0  tok/s 2048  mfu n/a  data 0.4%  eta 0:00:02"
 
 
 def line(step: int, loss: float) -> str:
@@ -25,26 +26,38 @@ def write(run: Path, lines: list[str]) -> None:
 def test_a_step_line_says_all() -> None:
     assert line(120, 4.125) == (
         "step 120/400  loss 4.125000  lr 3.000e-03  norm 0.7000  ms 250.0  tok/s 2048  mfu n/a  "
-        "eta 0:00:02"
+        "data 0.4%  eta 0:00:02"
     )
 
 
 def test_rates_are_means_since_the_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.5, 100.0, 101.5, 200.0, 200.25, 300.0, 300.25])
     monkeypatch.setattr(log.time, "perf_counter", lambda: next(clock))
-    known, unknown = Meter(tokens=512, ideal_seconds=0.25), Meter(tokens=512, ideal_seconds=None)
-    for _ in range(2):
+    waits = [3.0, 3.0]  # seconds before this run's first step
+    known = Meter(512, 0.25, waited=lambda: waits[0])
+    unknown = Meter(512, None, waited=lambda: waits[1])
+    for waits[0] in (3.5, 4.0):
         with known:
             pass
     for _ in range(2):
-        assert known.rates(10) == "ms 1000.0  tok/s 512  mfu 25.0%  eta 0:00:10"
+        text = str(known.rates(10))
+        assert text == "ms 1000.0  tok/s 512  mfu 25.0%  data 50.0%  eta 0:00:10"
     known.reset()
     with known:
         pass
-    assert known.rates(10**6) == "ms 250.0  tok/s 2048  mfu 100.0%  eta 2days,21:26:40"
+    text = str(known.rates(10**6))
+    assert text == "ms 250.0  tok/s 2048  mfu 100.0%  data 0.0%  eta 2days,21:26:40"
+    waits[1] = 3.001
     with unknown:
         pass
-    assert unknown.rates(10) == RATES
+    rates = unknown.rates(10)
+    assert str(rates) == RATES
+    assert rates.figures() == {
+        "ms": 250.0,
+        "tokens_per_second": 2048.0,
+        "waiting": pytest.approx(0.004),
+    }
+    assert known.rates(1).figures()["mfu"] == 1.0
 
 
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(0, 1e3)), unique_by=lambda x: x[0]))
@@ -56,6 +69,22 @@ def test_steps_and_validations_are_read_back(
     history = read(run)
     assert list(history.train) == list(history.val) == [step for step, _ in losses]
     assert history.train == history.val == pytest.approx(dict(losses), abs=1e-6)
+
+
+def test_all_of_a_step_is_read_back(tmp_path: Path) -> None:
+    skipped = skip_line(2, 400, math.nan, math.inf, "loss is nan", range(8, 16))
+    older = "step 3/400  loss 2.5  lr 1.000e-03  norm 0.5  ms 1.0  tok/s 9  mfu n/a  eta 0:00:02"
+    write(tmp_path, [line(1, 4.125), f"{skipped}  look: here", older])
+    history = read(tmp_path)
+    assert history.train == {1: 4.125, 3: 2.5}
+    assert history.lr == {1: 3e-3, 3: 1e-3}
+    assert history.norm == {1: 0.7, 3: 0.5}
+    assert history.tokens_per_second == {1: 2048, 3: 9}
+    assert history.skipped == {2: "loss is nan"}
+    assert "windows 8..15  look: here" in (tmp_path / "log.txt").read_text()
+    write(tmp_path, ["resume 1/400"])
+    assert read(tmp_path).skipped == {}
+    assert read(tmp_path).lr == {1: 3e-3}
 
 
 def test_replayed_steps_are_dropped(tmp_path: Path) -> None:

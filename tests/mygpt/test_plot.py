@@ -1,5 +1,6 @@
 """The picture is drawn from the log, by the command too, and its absence is explained."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,32 @@ def test_what_is_drawn(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plot.draw(run)
     assert drawn["raw"] == pytest.approx([11 - step / 10 for step in range(1, 60)])
     assert drawn["validation subset, ends at 7.36"][0] == pytest.approx(11 - 20 / 11)
+
+
+def test_several_runs_make_one_picture(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from matplotlib.axes import Axes
+
+    runs = [tmp_path / "log" / name for name in ("one", "other", "begun")]
+    for folder in runs:
+        shutil.copytree(run, folder, ignore=shutil.ignore_patterns("log"))
+    (runs[2] / "log.txt").write_text(step_line(1, 60, 11, 3e-3, 0.7, RATES) + "\n")
+    labels: list[str] = []
+    original = Axes.plot
+
+    def spy(self: Axes, *args: list[float], **keywords: str) -> object:
+        labels.append(str(keywords.get("label", "training")))
+        return original(self, *args, **keywords)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    monkeypatch.setattr(sys, "argv", ["plot", *map(str, runs)])
+    assert plot.main() == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "log" / "loss.png")
+    ends = [f"{runs[0]}, 7.364", f"{runs[1]}, 7.364", str(runs[2])]
+    assert labels == [label for end in ends for label in ("training", end)]
+    assert plot.draw(*runs, out=tmp_path / "other.png") == tmp_path / "other.png"
+    assert not (runs[0] / "loss.png").exists()
 
 
 def test_without_matplotlib_a_line_says_how_to_get_it(

@@ -49,14 +49,53 @@ def test_n_hidden_follows_n_embed_unless_given() -> None:
     assert parse("--n-embed", "384", "--n-hidden", "3072").model.n_hidden == 3072
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("1.5", 1.5), ("1h30m", 5400), ("2d1s", 172801), ("5m", 300)]
+)
+def test_times_are_read(text: str, seconds: float) -> None:
+    assert settings.seconds_of(text) == seconds
+    assert parse("--max-time", text).max_time == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "1h30", "30m1h", "-5", "1 h", "inf", "1e3"])
+def test_what_is_no_time_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(f"--max-time={text}")
+    assert "1h30m" in capsys.readouterr().err
+
+
+def test_data_and_prompts_may_be_repeated() -> None:
+    config = parse("--data", "web=0.7:data/web", "--data", "code=0.3:c", "--sample-prompt", "a b")
+    assert config.data == ("web=0.7:data/web", "code=0.3:c")
+    assert config.sample_prompt == ("a b",)
+
+
+def test_each_way_to_say_how_long_stands_for_steps() -> None:
+    steps = settings.steps_of
+    assert steps(parse("small", "--max-steps", "7"), None) == 7
+    assert steps(parse("small", "--max-tokens", str(2**14 * 5)), None) == 5
+    assert steps(parse("small", "--max-tokens", str(2**14 * 5 + 1)), None) == 6
+    # 64 windows of 256 tokens in a step of 2**14
+    assert steps(parse("small", "--epochs", "2.5"), 64 * 4) == 10
+    assert steps(parse("small", "--epochs", "1"), 64 * 4 + 1) == 5
+    assert steps(parse("small", "--epochs", "0.1"), 64 * 30) == 3
+    assert steps(parse("tiny"), 100) == 0
+    with pytest.raises(ValueError, match=r"several sources: give --max-tokens"):
+        steps(parse("small", "--epochs", "1"), None)
+
+
 def test_the_length_of_a_run_is_given_once() -> None:
     assert parse("tiny").max_steps == 0
     steps = parse("tiny", "--max-steps", "30")
     assert (steps.max_steps, steps.time_budget) == (30, 0)
     budget = parse("gpt2", "--time-budget", "60")
     assert (budget.max_steps, budget.time_budget, budget.warmup_steps) == (0, 60, 0)
-    with pytest.raises(ValueError, match="give one of them"):
+    epochs = parse("tiny", "--epochs", "2")
+    assert (epochs.max_steps, epochs.time_budget, epochs.epochs) == (0, 0, 2)
+    with pytest.raises(ValueError, match="--max-steps or --time-budget each say how long: give"):
         parse("gpt2", "--time-budget", "60", "--max-steps", "5")
+    with pytest.raises(ValueError, match="--max-tokens or --epochs each say how long"):
+        parse("gpt2", "--epochs", "1", "--max-tokens", "5")
 
 
 def test_a_short_run_has_a_warmup_that_fits() -> None:
@@ -75,9 +114,12 @@ def test_unknown_flags_are_refused_with_a_suggestion(capsys: pytest.CaptureFixtu
     ("flags", "message"),
     [
         ("--n-embed 100", "n_embed must be a multiple of n_heads"),
-        ("--micro-batch 0", "--micro-batch must be at least 1, got 0"),
+        ("--micro-batch -1", "--micro-batch must be 0 or more, got -1"),
         ("--max-steps -3", "--max-steps must be 0 or more, got -3"),
-        ("--max-steps 0", "give --max-steps or --time-budget"),
+        ("--max-steps 0", "give --max-steps, --max-tokens, --epochs or --time-budget"),
+        ("--max-tokens -1", "--max-tokens must be 0 or more, got -1"),
+        ("--keep-every -1", "--keep-every must be 0 or more, got -1"),
+        ("--skip-spikes inf", "--skip-spikes must be 0 or more, got inf"),
         ("--max-steps 5 --warmup-steps 6", "--warmup-steps must be at most max_steps = 5, got 6"),
         ("--min-lr 1", "--min-lr must be 0 to 0.0006, got 1.0"),
         ("--beta2 1", r"--beta2 must be in \[0, 1\), got 1.0"),

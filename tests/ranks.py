@@ -1,0 +1,41 @@
+"""Processes that are the ranks of one another, as torchrun starts them but without its own."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LONG = 250  # seconds: a busy machine, not a slow program
+
+
+def start_ranks(count: int, script: str, *arguments: str) -> list[subprocess.Popen[str]]:
+    """`count` processes of a Python script given as text, each with one thread."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "PYTHONPATH": str(ROOT)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *arguments],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def run_ranks(count: int, script: str, *arguments: str) -> None:
+    """The same, to their end, which must be a good one."""
+    processes = start_ranks(count, script, *arguments)
+    try:
+        ends = [process.communicate(timeout=LONG) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, ends, strict=True):
+        assert process.returncode == 0, errors

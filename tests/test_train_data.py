@@ -1,0 +1,219 @@
+"""What a run is trained on and begins with: lengths, growing data, other weights, old versions."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from mygpt import checkpoint, log, runs
+from mygpt.pretrained import from_pretrained
+from shards import tokenizer
+from shards.manifest import Manifest, Split, TokenizerIdentity
+from tests.dataset import VOCABULARY, write_dataset
+from tests.training import (
+    ROOT,
+    arguments,
+    final_bytes,
+    one_job,
+    one_thread,
+    refused,
+    start,
+)
+
+RELEASED = ROOT / "tests" / "released"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "random").folder
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "config.json").read_text())
+
+
+# --- how long
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        (("--max-tokens", "600"), 5),  # of 128 tokens each
+        (("--epochs", "0.25"), 5),  # of (1499 // 16 + 1002 // 16) windows, 8 a step
+    ],
+)
+def test_any_one_length_says_how_long_and_the_others_are_told(
+    data: Path, tmp_path: Path, flags: tuple[str, str], steps: int
+) -> None:
+    asked = [*arguments(data, tmp_path), "--max-steps", "0", *flags]
+    assert train.main(asked) == 0
+    assert checkpoint.steps(tmp_path)[-1] == steps
+    text = (tmp_path / "log.txt").read_text()
+    assert f"length {steps} steps = {steps * 128} tokens = {steps * 8 / 155:.2f} epochs" in text
+    assert config_of(tmp_path)["config"]["max_steps"] == steps
+    assert train.main(asked) == 0  # and it says so again
+    assert start(data, tmp_path, "--max-steps", str(steps)) == 0
+    refused(data, tmp_path, "--max-steps", "0", flags[0], "1")
+
+
+# --- several sources, and one that grows
+
+
+def test_several_sources_are_one_stream_that_goes_on(data: Path, tmp_path: Path) -> None:
+    other = write_dataset(tmp_path / "other", seed=1).folder
+    mixed = ["--data", f"one=0.7:{data}", "--data", f"two=0.3:{other}"]
+    for run, *stops in (["straight"], ["stopped", "--stop-at", "7"], ["stopped"]):
+        rest = arguments(data, tmp_path / run, *stops)[3:]  # without its own --data
+        assert train.main(["tiny", *mixed, *rest]) == 0
+    assert final_bytes(tmp_path / "stopped") == final_bytes(tmp_path / "straight")
+    record = config_of(tmp_path / "stopped")
+    assert record["generations"] == {"one": 0, "two": 0}
+    assert record["config"]["data"] == mixed[1::2]
+    refused(data, tmp_path / "stopped")
+    turned = ["tiny", "--data", f"one=0.6:{data}", "--data", f"two=0.4:{other}"]
+    with pytest.raises(SystemExit):
+        train.main([*turned, *arguments(data, tmp_path / "stopped")[3:]])
+
+
+def grown(folder: Path) -> None:
+    """Make the second training shard of a dataset one that came with its generation 1."""
+    manifest = Manifest.load(folder)
+    first, second = manifest.splits["train"].shards
+    splits = {**manifest.splits, "train": Split((first, replace(second, generation=1)))}
+    replace(manifest, splits=splits, generation=1).save(folder)
+
+
+def test_a_grown_dataset_is_moved_on_to_when_asked_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = write_dataset(tmp_path / "data")
+    data, run = whole.folder, tmp_path / "run"
+    first = Split(whole.splits["train"].shards[:1])
+    replace(whole, splits={**whole.splits, "train": first}).save(data)
+    before = Manifest.load(data).fingerprint
+    start(data, run, "--stop-at", "5")
+    whole.save(data)
+    grown(data)
+    start(data, run, "--stop-at", "6")
+    assert (config_of(run)["fingerprint"], config_of(run)["generations"]) == (before, {"data": 0})
+    capsys.readouterr()
+    for stop in ("8", "12"):  # the flag may stay: there is nothing newer the second time
+        start(data, run, "--stop-at", stop, "--generation", "latest")
+        assert "until step 6 the data were those of generation data 0" in capsys.readouterr().out
+    start(data, run)
+    record = config_of(run)
+    assert record["fingerprint"] == Manifest.load(data).fingerprint != before
+    assert record["generations"] == {"data": 1}
+    assert record["earlier"] == [{"until": 6, "fingerprint": before, "generations": {"data": 0}}]
+    assert final_bytes(run)[2]["position"] == 20 * 8
+    assert list(log.read(run).train) == list(range(1, 21))
+
+
+# --- other weights to begin with
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2 saved by Hugging Face's library."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(3)
+    shape = GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    path = tmp_path_factory.mktemp("hf")
+    GPT2LMHeadModel(shape).save_pretrained(path)
+    return path
+
+
+def test_a_run_may_begin_with_weights_that_it_then_does_not_need(
+    data: Path, tmp_path: Path, folder: Path
+) -> None:
+    begun = tmp_path / "begun"
+    shutil.copytree(folder, begun)
+    job = one_job(data, tmp_path / "none", "--init-from", str(begun))
+    expected = from_pretrained(begun, block_size=16, dropout=0.2)
+    assert job.config.model == expected.config
+    assert (job.config.model.block_size, job.config.model.n_layers) == (16, 1)
+    for name, parameter in job.model.named_parameters():
+        assert torch.equal(parameter, dict(expected.named_parameters())[name])
+    flags = ("--init-from", str(begun), "--keep", "9")
+    start(data, tmp_path / "straight", *flags)
+    start(data, tmp_path / "stopped", *flags, "--stop-at", "4")
+    assert checkpoint.steps(tmp_path / "stopped") == [0, 4]
+    begun.rename(tmp_path / "gone")
+    start(data, tmp_path / "stopped", *flags)
+    assert final_bytes(tmp_path / "stopped") == final_bytes(tmp_path / "straight")
+    assert config_of(tmp_path / "stopped")["config"]["init_from"] == str(begun)
+
+
+def test_weights_that_are_not_there_are_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(data, tmp_path / "run", "--init-from", str(tmp_path / "empty"))
+    assert "config.json" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# --- texts written on the way
+
+
+def test_samples_are_written_and_change_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(data, tmp_path / "none", "--sample-interval", "5")  # its tokens are of no text
+    gpt2 = tokenizer.load("gpt2")
+    identity = TokenizerIdentity(gpt2.name, gpt2.n_vocab, gpt2.eot, gpt2.hash)
+    words = write_dataset(tmp_path / "words", tokenizer=identity).folder
+    flags = ("--vocab-size", "50304", "--max-steps", "4", "--n-embed", "8", "--n-layers", "1")
+    prompts = ("--sample-interval", "2", "--sample-prompt", "def", "--sample-prompt", "é")
+    start(words, tmp_path / "plain", *flags)
+    start(words, tmp_path / "told", *flags, *prompts, "--stop-at", "3")
+    start(words, tmp_path / "told", *flags, *prompts)
+    assert final_bytes(tmp_path / "told") == final_bytes(tmp_path / "plain")
+    samples = runs.read_samples(tmp_path / "told")
+    assert [(one["step"], one["prompt"]) for one in samples] == [
+        (step, prompt) for step in (2, 4) for prompt in ("def", "é")
+    ]
+    assert all(one["text"].startswith(one["prompt"]) for one in samples)
+    assert len({one["text"] for one in samples}) == 4
+    assert runs.read_samples(tmp_path / "plain") == []
+
+
+# --- what older versions wrote
+
+
+def test_a_run_of_version_1_goes_on(tmp_path: Path) -> None:
+    run, data = tmp_path / "run", RELEASED / "v1" / "dataset"
+    shutil.copytree(RELEASED / "v1" / "run", run)
+    state = checkpoint.read_state(checkpoint.folder_of(run, 6))
+    assert (state["version"], state["generations"]) == (1, {"data": 0})
+    record = runs.read_run(run)
+    assert record is not None
+    assert (record.config.data, record.generations) == (("dataset",), {"data": 0})
+    stored = record.config
+    flags = f"""--vocab-size 64 --block-size 16 --n-layers 1 --n-heads 2 --n-embed 8
+        --total-batch-size 64 --micro-batch 4 --device cpu --max-steps {stored.max_steps}
+        --optimizer adamw --schedule cosine --max-lr 3e-3 --min-lr 1.5e-4 --dropout 0.2""".split()
+    asked = ["tiny", "--data", str(data), *flags]
+    assert train.main([*asked, "--log-dir", str(run)]) == 0
+    assert checkpoint.read_state(checkpoint.folder_of(run, 12))["version"] == 2
+    history = log.read(run)
+    assert list(history.train) == list(range(1, 13))
+    assert all(math.isfinite(loss) for loss in history.val.values())
+    # Its own numbers go on in these of today: the same as a run that was never stopped.
+    assert train.main([*asked, "--log-dir", str(tmp_path / "new")]) == 0
+    found, expected = log.read(run).train, log.read(tmp_path / "new").train
+    assert found == pytest.approx(expected, abs=2e-5)
