@@ -1,63 +1,52 @@
-"""Evaluate a trained model: its loss over the whole validation split, baselines, and samples.
+"""Evaluate a model: its loss over the whole validation split, baselines, questions, and samples.
 
     python eval.py                       the newest run under log/
     python eval.py log/demo --best       its best checkpoint by validation
+    python eval.py log/demo/checkpoints/step_00000100
     python eval.py log/demo --prompt 'def ' --num-samples 3 --temperature 0.8
+    python eval.py log/demo --interactive
+    python eval.py log/gpt2 --reference gpt2 --hellaswag hellaswag_val.jsonl
+    python eval.py gpt2 --data data/web  Hugging Face's format: a folder, or a name on its hub
     torchrun --standalone --nproc_per_node=4 eval.py log/gpt2
 
 Every token of the split that has a predecessor in its shard is a target once (promise 9). Bits per
 byte are all the nats, those of <|endoftext|> included, over ln 2 and the UTF-8 bytes of the text.
+The figures go to eval.json and eval.md in the run's folder; docs/EVALUATION.md explains each.
 """
 
 # torch is imported inside the functions, after the flags are read: `--help` must not wait for it.
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+import orjson
 import tyro
 
 from mygpt import runs
+from mygpt.eval_settings import EvalConfig
+from mygpt.settings import only_dataset
+from shards.atomic import atomic_file, write_json
 from shards.cli import one_line_errors
-from shards.manifest import Manifest
+from shards.manifest import Split
+from shards.mixture import Mixture
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from mygpt.completion import Sampling
+    from mygpt.distributed import Ranks
+    from mygpt.measurement import Exam, Measured
     from mygpt.model import GPT
+    from mygpt.subject import Subject
+    from shards.documents import DocumentWindows
     from shards.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """What to evaluate, and the samples to draw."""
-
-    target: tyro.conf.Positional[Path | None] = None  # run, or checkpoint; else newest in log/
-    data: Path | None = None  # folder of the dataset, if it has moved since the training
-    best: bool = False  # take the best checkpoint by validation, not the newest
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # text to continue; may be repeated
-    prompt_file: Path | None = None  # file whose whole text is one more prompt
-    num_samples: int = 2  # for each prompt; without one, of documents from their beginning
-    max_new_tokens: int = 160  # a sample ends there, or where its document does
-    temperature: float = 0.8  # 0 takes the likeliest token
-    top_k: int = 0  # draw among that many of the likeliest tokens; 0: among all
-    top_p: float = 1.0  # draw among the likeliest tokens that together have this probability
-    seed: int = 1337  # of the samples
-    batch_size: int = 0  # windows at once, which changes nothing but speed; 0: for the device
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
-    json: bool = False  # print one JSON object on one line
-
-    def check(self) -> None:
-        """Raise ValueError for values that can't be, before anything slow begins."""
-        for name in ("num_samples", "max_new_tokens", "temperature", "top_k", "seed", "batch_size"):
-            if not getattr(self, name) >= 0:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} must be 0 or more, got {getattr(self, name)}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p must be above 0 and at most 1, got {self.top_p}")
+COUNTED = 10**9  # training tokens for the unigram baseline: frequencies no longer change
 
 
 @one_line_errors()
@@ -66,88 +55,84 @@ def main(args: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
     config = tyro.cli(EvalConfig, args=args, prog="eval.py", description=__doc__)
     config.check()
-    report = evaluated(config)
-    if report is not None:
-        print(json.dumps(report) if config.json else text_of(report))
+    from mygpt.distributed import start
+
+    asked = find(config)
+    with start(config.device) as ranks:
+        if config.interactive:
+            talk(asked, ranks)
+        else:
+            evaluate(asked, ranks)
     return 0
 
 
-def evaluated(config: EvalConfig) -> dict[str, Any] | None:
-    """All that is asked for, as JSON values, on the main rank; None on the others."""
-    from mygpt import checkpoint
-    from mygpt.distributed import start
-    from mygpt.evaluate import evaluate, unigram_loss
-    from mygpt.model import GPT
-    from shards.reader import EvalWindows, token_counts
+@dataclass(frozen=True)
+class Asked:
+    """What the flags name, found and checked; nothing slow has happened yet."""
 
-    folder = find_checkpoint(config)
-    state = checkpoint.read_state(folder)
-    trained = runs.from_json(state["config"])
-    manifest = open_dataset(config.data or trained.data, state)
-    coder = open_tokenizer(manifest) if config.num_samples else None
-    prompts = read_prompts(config)
-    with start(config.device) as ranks:
-        model = GPT(trained.model).to(ranks.device).eval()
-        checkpoint.load_model(folder, model)
-        windows = EvalWindows(manifest, "val", trained.model.block_size)
-        progress = sys.stderr.isatty()
-        loss = evaluate(model, windows, ranks, config.batch_size or None, progress)
-        if not ranks.is_main:
-            return None
-        return {
-            "checkpoint": str(folder),
-            "step": state["step"],
-            "max_steps": trained.max_steps,
-            "data": str(manifest.folder),
-            "fingerprint": manifest.fingerprint,
-            "loss": loss.mean,
-            "perplexity": loss.perplexity,
-            "bits_per_byte": loss.bits_per_byte(manifest.splits["val"].text_bytes),
-            "tokens": loss.tokens,
-            "text_bytes": manifest.splits["val"].text_bytes,
-            "unigram_loss": unigram_loss(token_counts(manifest, "train"), windows).mean,
-            "uniform_loss": math.log(manifest.tokenizer.n_vocab),
-            "samples": samples(config, model, coder, prompts) if coder else [],
-        }
+    config: EvalConfig
+    subject: Subject
+    reference: Subject | None
+    data: Mixture | None  # None where no loss is asked for
+    coder: Tokenizer | None  # None where no text is read or written
+    exam: Exam | None
+    prompts: list[str]
+    document: Path | None  # eval.md: the main rank writes it, with eval.json beside it
 
 
-def find_checkpoint(config: EvalConfig) -> Path:
-    """The checkpoint that was asked for. Raises FileNotFoundError where there is none."""
-    from mygpt import checkpoint
+def find(config: EvalConfig) -> Asked:
+    """Raises FileNotFoundError or ValueError for what is not there or does not fit together."""
+    from mygpt import choices, subject
+    from mygpt.measurement import Exam
 
-    if config.target is not None and (config.target / "state.json").is_file():
-        return config.target
-    run = checkpoint.newest_run(Path("log")) if config.target is None else config.target
-    found = checkpoint.best(run) if config.best else checkpoint.newest(run)
-    if found is None:
-        kind = "a validation" if config.best else "a checkpoint"
-        raise FileNotFoundError(
-            f"expected a run with {kind} in {run}, found none: let train.py reach its first one"
-        )
-    return found
+    own = subject.find(config.target, config.best)
+    data = open_data(config, own) if config.loss and not config.interactive else None
+    questions = {path.stem: choices.read(path) for path in config.choices}
+    if len(questions) < len(config.choices) or (config.hellaswag and "hellaswag" in questions):
+        raise ValueError("expected files of different names with --choices: rename one of them")
+    if config.hellaswag is not None:
+        questions["hellaswag"] = choices.read(config.hellaswag, hellaswag=True)
+    has_text = questions or config.num_samples or config.interactive
+    coder = open_tokenizer(data) if has_text else None
+    document = config.out or (own.run and own.run / "eval.md")
+    return Asked(
+        config=config,
+        subject=own,
+        reference=subject.find(config.reference) if config.reference else None,
+        data=data,
+        coder=coder,
+        exam=Exam(questions, coder.encode, coder.eot, document) if coder and questions else None,
+        prompts=read_prompts(config),
+        document=document,
+    )
 
 
-def open_dataset(folder: Path | None, state: dict[str, Any]) -> Manifest:
-    """The dataset that the checkpoint was trained on; ValueError for any other."""
-    if folder is None:
+def open_data(config: EvalConfig, subject: Subject) -> Mixture:
+    """The dataset that the model was trained on, any other is a ValueError; of models that do not
+    say what they were trained on, the one that is asked for.
+    """
+    if subject.config is None:
+        return Mixture.load(config.data or [str(only_dataset())])
+    if not (specs := config.data or subject.config.data):
         raise ValueError("the checkpoint does not say where its dataset lay: give --data FOLDER")
-    manifest = Manifest.load(folder, state["generation"])
-    if manifest.fingerprint != state["fingerprint"]:
+    data = Mixture.load(specs, runs.generations_of(subject.state))
+    expected = subject.state["fingerprint"]
+    if data.fingerprint != expected:
         raise ValueError(
-            f"expected the dataset {state['fingerprint'][:12]}, on which the checkpoint was "
-            f"trained, found {manifest.fingerprint[:12]} in {folder}: give its folder with --data"
+            f"expected the dataset {expected[:12]}, on which the checkpoint was trained, found "
+            f"{data.fingerprint[:12]} in {' '.join(specs)}: give its folder with --data"
         )
-    return manifest
+    return data
 
 
-def open_tokenizer(manifest: Manifest) -> Tokenizer:
-    """The tokenizer of the dataset; ValueError if the one installed here is another."""
+def open_tokenizer(data: Mixture | None) -> Tokenizer:
+    """GPT-2's tokenizer, or the dataset's; ValueError if the one installed here is another."""
     from shards import tokenizer
 
-    coder = tokenizer.load(manifest.tokenizer.name)
-    if coder.hash != manifest.tokenizer.hash:
+    coder = tokenizer.load(data.tokenizer.name if data else "gpt2")
+    if data and coder.hash != data.tokenizer.hash:
         raise ValueError(
-            f"expected the tokenizer {manifest.tokenizer.hash[:12]}, that of the dataset, found "
+            f"expected the tokenizer {data.tokenizer.hash[:12]}, that of the dataset, found "
             f"{coder.hash[:12]}: --num-samples 0 evaluates without sampling"
         )
     return coder
@@ -161,46 +146,171 @@ def read_prompts(config: EvalConfig) -> list[str]:
     return prompts or [""]
 
 
-def samples(
-    config: EvalConfig, model: GPT, coder: Tokenizer, prompts: list[str]
-) -> list[dict[str, str]]:
-    """Texts that the model writes: `num_samples` for each prompt, in the prompts' order."""
-    from mygpt.generate import generate
+def evaluate(asked: Asked, ranks: Ranks) -> None:
+    """Measure on all ranks; on the main one print, sample and write the files."""
+    from mygpt.measurement import measure, setting
+    from shards.documents import DocumentWindows
 
-    prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
-    written = generate(
-        model,
+    config = asked.config
+    model = load(asked.subject, asked, ranks)
+    block_size = config.block_size or model.config.block_size
+    data = asked.data
+    windows = DocumentWindows(data.manifests, "val", block_size) if data else None
+    how = (windows, asked.exam, config.batch_size or None, sys.stderr.isatty())
+    report = asked.subject.facts(model) | setting(block_size, ranks.device)
+    theirs = None
+    if asked.reference is not None:
+        del model  # there may be no room for two
+        other = load(asked.reference, asked, ranks)
+        report["reference"] = asked.reference.facts(other)
+        theirs = measure(other, block_size, ranks, *how)
+        del other
+        model = load(asked.subject, asked, ranks)
+    own = measure(model, block_size, ranks, *how)
+    if ranks.is_main:
+        if windows is not None and data is not None:
+            report |= of_split(own, windows, data)
+        report |= own.figures(windows)
+        if theirs is not None:
+            report["reference"] |= theirs.figures(windows) | own.against(theirs)
+        publish(report, model, asked)
+
+
+def load(subject: Subject, asked: Asked, ranks: Ranks) -> GPT:
+    """The model on its device. Raises ValueError if the dataset's tokens are unknown to it."""
+    model = subject.load().to(ranks.device)
+    known = model.config.vocab_size
+    if asked.data is not None and known < asked.data.tokenizer.n_vocab:
+        raise ValueError(
+            f"expected a model of the dataset's {asked.data.tokenizer.n_vocab} token ids, found "
+            f"one of {known} in {subject.name}: they have different tokenizers"
+        )
+    return model
+
+
+def of_split(own: Measured, windows: DocumentWindows, data: Mixture) -> dict[str, Any]:
+    """The figures of the validation split, and of what needs no training."""
+    from mygpt import figures
+    from mygpt.evaluate import Loss, unigram_loss
+
+    assert own.losses is not None, "there are windows"
+    unigram = unigram_loss(frequencies(data), windows)
+    uniform = Loss(unigram.tokens * math.log(data.tokenizer.n_vocab), unigram.tokens)
+    text_bytes = windows.text_bytes
+    parts = data.components
+    names = [part.name for part in parts]
+    specs = [f"{part.name}={part.weight:g}:{part.folder}" for part in parts]
+    sources = [
+        f"{name}: {source.name}" if len(parts) > 1 else source.name
+        for name, manifest in zip(names, data.manifests, strict=True)
+        for source in manifest.sources
+    ]
+    return {
+        "data": " ".join(specs) if len(parts) > 1 else parts[0].folder,
+        "fingerprint": data.fingerprint,
+        "generations": data.generations,
+        "unigram_loss": unigram.mean,
+        "uniform_loss": uniform.mean,
+        "baselines": {
+            "unigram": figures.of_baseline(unigram, int(text_bytes.sum())),
+            "uniform": figures.of_baseline(uniform, int(text_bytes.sum())),
+        },
+        "components": figures.by_group(own.losses, text_bytes, windows.dataset, names),
+        "sources": figures.by_group(own.losses, text_bytes, windows.source, sources),
+        "positions": figures.by_position(own.losses),
+    }
+
+
+def frequencies(data: Mixture) -> np.ndarray:
+    """How often each token occurs in training, where each dataset has its weight, (n_vocab,).
+
+    Of a dataset much larger than `COUNTED` tokens, evenly spaced shards are counted.
+    """
+    import numpy as np
+
+    from shards.reader import token_counts
+
+    counted = []
+    for manifest in data.manifests:
+        train = manifest.splits["train"]
+        some = Split(train.shards[:: max(1, train.tokens // COUNTED)])
+        counted.append(token_counts(replace(manifest, splits={"train": some}), "train"))
+    counts = np.array(counted)
+    if len(counts) == 1:
+        return counts[0]
+    shares = np.array(data.weights) / sum(data.weights)
+    return counts.sum() * (shares @ (counts / counts.sum(1, keepdims=True)))
+
+
+def publish(report: dict[str, Any], model: GPT, asked: Asked) -> None:
+    """Print what was found, draw the samples, write the files."""
+    from mygpt import summary
+
+    config, document = asked.config, asked.document
+    if not config.json:
+        print(summary.text(report))
+    report["samples"] = samples(report, model, asked)
+    if config.json:
+        print(orjson.dumps(report).decode())
+    if document is not None and (config.loss or config.out):
+        write_json(document.with_suffix(".json"), report)
+        with atomic_file(document) as file:
+            file.write(summary.markdown(report).encode())
+        if not config.json:
+            print(f"\nwritten  {document}, {document.with_suffix('.json')}")
+
+
+def samples(report: dict[str, Any], model: GPT, asked: Asked) -> list[dict[str, Any]]:
+    """Texts that the model writes, for each prompt in turn; printed too, unless JSON is asked for.
+
+    On a terminal a single sample of a prompt is printed as it comes.
+    """
+    from mygpt import summary
+    from mygpt.completion import continuations
+    from mygpt.quantize import with_weights
+
+    config, coder = asked.config, asked.coder
+    if coder is None or not config.num_samples:
+        return []
+    writer, vocabulary, how = with_weights(model, config.weights), coder.vocabulary(), drawn(config)
+    live = sys.stdout.isatty() and config.num_samples == 1 and not config.json
+    label = {"checkpoint": report["checkpoint"], "step": report["step"], "weights": config.weights}
+    found: list[dict[str, Any]] = []
+    for prompt in asked.prompts:
         # Every document of the training began with <|endoftext|>, and so does every prompt.
-        [[coder.eot, *coder.encode(prompt)] for prompt in prompts],
-        config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k or None,
-        top_p=config.top_p,
-        seed=config.seed,
-        stop=coder.eot,
+        ids = [coder.eot, *coder.encode(prompt)]
+        if live:
+            first = {"prompt": prompt, **label, **asdict(how)}
+            print(f"\n--- {summary.title(first, len(found) + 1)}\n{prompt}", end="", flush=True)
+        for text in continuations(
+            writer, ids, config.num_samples, how, vocabulary, coder.eot, live
+        ):
+            found.append({"prompt": prompt, "text": prompt + text, **label, **asdict(how)})
+            if not live and not config.json:
+                print(f"\n--- {summary.title(found[-1], len(found))}\n{prompt}{text}")
+    return found
+
+
+def talk(asked: Asked, ranks: Ranks) -> None:
+    """Complete what is typed, until the input ends."""
+    from mygpt.completion import Completer, converse
+    from mygpt.quantize import with_weights
+
+    if ranks.world_size > 1 or asked.coder is None:
+        raise ValueError("--interactive is for one process: start eval.py without torchrun")
+    model = with_weights(load(asked.subject, asked, ranks), asked.config.weights)
+    vocabulary = asked.coder.vocabulary()
+    completer = Completer(model, drawn(asked.config))
+    converse(completer, asked.coder.encode, vocabulary, asked.coder.eot)
+
+
+def drawn(config: EvalConfig) -> Sampling:
+    """How text is drawn."""
+    from mygpt.completion import Sampling
+
+    return Sampling(
+        config.temperature, config.top_k, config.top_p, config.seed, config.max_new_tokens
     )
-    # A model may have more ids than its tokenizer: those past the end stand for no text.
-    texts = [coder.decode([token for token in ids if token < coder.n_vocab]) for ids in written]
-    return [
-        {"prompt": prompt, "text": prompt + text}
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-
-
-def text_of(report: dict[str, Any]) -> str:
-    """The report for people."""
-    lines = [
-        f"checkpoint     {report['checkpoint']}, step {report['step']} of {report['max_steps']}",
-        f"data           {report['data']}, whole validation split, {report['tokens']:,} targets",
-        f"loss           {report['loss']:.4f} nats a token",
-        f"perplexity     {report['perplexity']:.2f}",
-        f"bits per byte  {report['bits_per_byte']:.4f}, <|endoftext|> included",
-        f"unigram loss   {report['unigram_loss']:.4f}, knowing only how often each token occurs",
-        f"uniform loss   {report['uniform_loss']:.4f}, knowing nothing",
-    ]
-    for number, sample in enumerate(report["samples"], start=1):
-        lines += ["", f"--- sample {number}, prompt {sample['prompt']!r}", sample["text"]]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

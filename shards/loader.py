@@ -76,9 +76,6 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         self.wait_seconds = 0.0
         self._position = 0
         self._pinned = PinnedRows(self._rows, self.device) if self.device.type == "cuda" else None
-        # Fresh memory for every batch would take as long as filling it.
-        self._narrow = torch.empty((batch_size, block_size + 1), dtype=torch.uint16)
-        self._in_place = self._narrow.numpy().reshape(-1)
 
     @property
     def windows_per_epoch(self) -> int:
@@ -100,8 +97,7 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         if self._pinned:
             window = self._pinned.next()
         else:
-            self._rows.read(self._in_place)
-            window = widened(self._narrow, self.device)  # (B, T + 1)
+            window = widened(torch.from_numpy(self._rows.read()), self.device)  # (B, T + 1)
         self._position += self.batch_size * self.world_size
         self.wait_seconds += time.perf_counter() - started
         return window[:, :-1], window[:, 1:]
@@ -170,10 +166,7 @@ class PinnedRows:
 
     def _read(self) -> torch.Tensor:
         # torch gives pinned memory out again only when the copy from it is done.
-        shape = (self._rows.batch_size, self._rows.width)
-        narrow = torch.empty(shape, dtype=torch.uint16, pin_memory=True)
-        self._rows.read(narrow.numpy().reshape(-1))
-        return narrow
+        return torch.from_numpy(self._rows.read()).pin_memory()
 
 
 def widened(narrow: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """The rows that one rank reads of the global stream, batch after batch, as they lie on disk."""
 
-from collections import deque
-
 import numpy as np
 
 from shards import cache
@@ -10,9 +8,10 @@ from shards.reader import ShardReader
 from shards.stream import MixedStream
 from shards.sweep import Sweep
 
-# Rows whose places are worked out at once: the permutation's cost per call is that of one row.
-PLANNED_ROWS = 4096
-# Rows after which the memory of what was read is given back, at most 64 KB each.
+# Tokens read at once, shard by shard: a call for each row would take as long as the row. The first
+# time it is one batch, then twice as many each time, so that the first one need not wait.
+READ_TOKENS = 1 << 22
+# Rows after which the memory of the maps is given back, at most 64 KB each.
 HELD_ROWS = 1 << 14
 
 
@@ -40,45 +39,60 @@ class RankRows:
         self.stream = MixedStream(mixture, split, block_size, seed, shuffle_shards)
         _check_cache(self._readers, shuffle_shards)
         self._sweep: Sweep | None = None
-        self._planned: deque[tuple[list[int], ...]] = deque()
-        self._position = 0
+        self._position = self._next = 0
+        self._rows = np.empty((0, self.width), np.uint16)
+        self._most = max(1, READ_TOKENS // (batch_size * self.width))
+        self._batches = 1
         self._rows_held = 0
 
     def seek(self, position: int) -> None:
         """Go to a position of the stream, counted in windows of all ranks."""
         self._position = position
-        self._planned.clear()
+        self._next, self._rows, self._batches = 0, self._rows[:0], 1
 
-    def read(self, out: np.ndarray) -> None:
-        """Put the next batch into `out`, (batch_size * (T + 1),) uint16."""
-        if not self._planned:
-            self._plan()
+    def read(self) -> np.ndarray:
+        """The next batch, (batch_size, T + 1) uint16, in memory that the next one may take."""
         if self._sweep is not None:
             self._sweep.check()
-        readers, width = self._readers, self.width
-        rows = [
-            readers[source].tokens(shard)[start : start + width]
-            for source, shard, start in zip(*self._planned.popleft(), strict=True)
-        ]
-        np.concatenate(rows, out=out)
+        if self._next == len(self._rows):
+            self._read_ahead()
+        batch = self._rows[self._next : self._next + self.batch_size]
+        self._next += self.batch_size
+        return batch
 
-    def _plan(self) -> None:
-        """Work out the places of this rank's rows in the next batches."""
+    def _read_ahead(self) -> None:
+        """Bring this rank's rows of the next batches into memory."""
         if self._sweep is None:
             # Each rank looks at a share of the shards: what one finds ends all.
             own = slice(self.rank, None, self.world_size)
             self._sweep = Sweep([(reader.manifest, reader.shards[own]) for reader in self._readers])
         self._house_keeping()
-        batches = max(1, PLANNED_ROWS // self.batch_size)
         step = self.batch_size * self.world_size
         own_rows = self._position + self.rank * self.batch_size + np.arange(self.batch_size)
-        positions = (np.arange(batches)[:, None] * step + own_rows).ravel()
-        columns = [column.tolist() for column in self.stream.locate(positions)]
-        for first in range(0, len(positions), self.batch_size):
-            last = first + self.batch_size
-            self._planned.append(tuple(column[first:last] for column in columns))
-        self._position += batches * step
+        positions = (np.arange(self._batches)[:, None] * step + own_rows).ravel()
+        if len(self._rows) != len(positions):
+            self._rows = np.empty((len(positions), self.width), np.uint16)
+        self._gather(*self.stream.locate(positions))
+        self._position += self._batches * step
+        self._next, self._batches = 0, min(2 * self._batches, self._most)
         self._rows_held += len(positions)
+
+    def _gather(self, sources: np.ndarray, shards: np.ndarray, starts: np.ndarray) -> None:
+        """Copy rows from where they lie, those of a shard together, to their places."""
+        order = np.lexsort((starts, shards, sources))
+        sources, shards, starts = sources[order], shards[order], starts[order]
+        is_first = (np.diff(shards, prepend=-1) != 0) | (np.diff(sources, prepend=-1) != 0)
+        firsts = np.flatnonzero(is_first)
+        ends = [*firsts[1:].tolist(), len(order)]
+        parts = zip(
+            sources[firsts].tolist(), shards[firsts].tolist(), firsts.tolist(), ends, strict=True
+        )
+        for source, shard, first, end in parts:
+            tokens = self._readers[source].tokens(shard)
+            # Every place as the beginning of a row, without a copy.
+            shape, strides = (len(tokens) - self.width + 1, self.width), tokens.strides * 2
+            windows = np.ndarray(shape, tokens.dtype, tokens, 0, strides)
+            self._rows[order[first:end]] = windows[starts[first:end]]
 
     def _house_keeping(self) -> None:
         """Fetch what comes next, and give back what was used."""

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -10,11 +10,18 @@ import torch
 
 from mygpt.config import GPTConfig
 from mygpt.distributed import Ranks
-from mygpt.evaluate import Loss, evaluate, unigram_loss
+from mygpt.evaluate import Loss, evaluate, evaluate_documents, token_losses, unigram_loss
 from mygpt.model import GPT
+from tests.training import one_thread
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 SHAPE = GPTConfig(block_size=8, vocab_size=19, n_layers=2, n_heads=2, n_embed=16, dropout=0.5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +41,21 @@ def some_windows(*lengths: int) -> list[np.ndarray]:
 WINDOWS = some_windows(9, 9, 2, 9, 5, 9, 3, 9, 9, 9, 4)
 
 
-def one_at_a_time(model: GPT, windows: Sequence[np.ndarray]) -> float:
-    """Nats of all targets, each from a forward pass of its own over what precedes it."""
-    total = 0.0
+def target_losses(model: GPT, window: np.ndarray) -> list[float]:
+    """Nats of each target, from a forward pass of its own over what precedes it."""
+    ids, found = torch.from_numpy(window.astype(np.int64)), []
     model.eval()
-    with torch.no_grad():
-        for window in windows:
-            ids = torch.from_numpy(window.astype(np.int64))
-            for place in range(1, len(ids)):
-                logits, _ = model(ids[None, :place])
-                assert logits is not None
-                total -= logits[0, -1].double().log_softmax(0)[ids[place]].item()
-    return total
+    for place in range(1, len(ids)):
+        with torch.no_grad():
+            logits, _ = model(ids[None, :place])
+        assert logits is not None
+        found.append(-logits[0, -1].double().log_softmax(0)[ids[place]].item())
+    return found
+
+
+def one_at_a_time(model: GPT, windows: Sequence[np.ndarray]) -> float:
+    """Nats of all targets."""
+    return sum(sum(target_losses(model, window)) for window in windows)
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 2, 3, 7, 100])
@@ -80,6 +90,64 @@ def test_the_model_stays_in_its_mode_and_dropout_is_off(model: GPT, training: bo
 def test_nothing_to_evaluate_is_an_error(model: GPT) -> None:
     with pytest.raises(ValueError, match="no windows"):
         evaluate(model, [], ALONE)
+
+
+class Owned(list[np.ndarray]):
+    """Windows whose targets belong to documents of one to seven of them."""
+
+    def __init__(self, windows: Sequence[np.ndarray]) -> None:
+        super().__init__(windows)
+        lengths = np.random.default_rng(1).integers(1, 8, 100)
+        owners = np.repeat(np.arange(100), lengths)[: sum(len(w) - 1 for w in windows)]
+        self.block_size = SHAPE.block_size
+        self.n_documents = int(owners[-1]) + 2  # the last has no target at all
+        self.text_bytes = np.ones(self.n_documents, np.int64)
+        self.owners = np.split(owners, np.cumsum([len(w) - 1 for w in windows])[:-1])
+
+    def documents(self, index: int) -> np.ndarray:
+        return self.owners[index]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_documents_and_positions_are_those_of_a_naive_loop(model: GPT, batch_size: int) -> None:
+    windows = Owned(WINDOWS)
+    nats, tokens = np.zeros(windows.n_documents), np.zeros(windows.n_documents)
+    at, count = np.zeros(8), np.zeros(8)
+    for i, window in enumerate(windows):
+        for place, loss in enumerate(target_losses(model, window)):
+            nats[windows.owners[i][place]] += loss
+            tokens[windows.owners[i][place]] += 1
+            at[place] += loss
+            count[place] += 1
+    found = evaluate_documents(model, windows, ALONE, batch_size)
+    np.testing.assert_allclose(found.nats, nats, rtol=1e-4, atol=1e-4)
+    assert found.tokens.tolist() == tokens.tolist()
+    np.testing.assert_allclose(found.position_nats, at, rtol=1e-4, atol=1e-4)
+    assert found.position_tokens.tolist() == count.tolist()
+    assert found.total.nats == pytest.approx(evaluate(model, WINDOWS, ALONE).nats, rel=1e-6)
+    assert found.position_nats.sum() == pytest.approx(found.total.nats, rel=1e-12)
+
+
+def test_a_batch_without_room_is_taken_in_halves(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, sizes, whole = evaluate(model, WINDOWS, ALONE), [], GPT.token_losses
+
+    def small(self: GPT, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(idx))
+        if len(idx) > room:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return whole(self, idx, targets)
+
+    monkeypatch.setattr(GPT, "token_losses", small)
+    room = 3
+    found = evaluate(model, WINDOWS, ALONE, batch_size=10)
+    assert found.nats == pytest.approx(expected.nats, rel=1e-6)
+    assert found.tokens == expected.tokens
+    assert sizes[:3] == [10, 5, 2] and max(sizes[3:]) == 2  # what did not fit is not tried again
+    room = 0
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        list(token_losses(model, WINDOWS, ALONE))
 
 
 def test_the_unigram_baseline_counts_and_adds_one() -> None:

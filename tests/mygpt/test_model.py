@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mygpt import head
 from mygpt.config import GPTConfig, GPTConfigSmall
-from mygpt.model import GPT, HeadLoss, KeyValueCache, head_losses
+from mygpt.head import HeadLoss, head_losses
+from mygpt.model import GPT, KeyValueCache
 
 SHAPE = {"block_size": 16, "vocab_size": 131, "n_layers": 2, "n_heads": 3, "n_embed": 24}
 
@@ -156,15 +158,16 @@ def test_loss_and_gradients_equal_cross_entropy_on_all_logits():
     assert_same_gradients(model, oracle)
 
 
+@pytest.mark.parametrize("function", [None, head.row_gradients], ids=["in place", "to compile"])
 @pytest.mark.parametrize("rows", [1, 255, 256, 257, 600])
-@pytest.mark.parametrize("vocab", [64, 65, 127])
-def test_any_number_of_rows_and_words(rows, vocab):
+@pytest.mark.parametrize("vocab", [64, 65, 127, 128])
+def test_any_number_of_rows_and_words(rows, vocab, function):
     """Rows below, at and above one chunk; vocabularies that need padding and that do not."""
     x = torch.randn(rows, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(vocab, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(-1, vocab, (rows,))
     targets[0] = vocab - 1
-    loss = HeadLoss.apply(x, weight, targets)
+    loss = HeadLoss.apply(x, weight, targets, function)
     expected = F.cross_entropy(x @ weight.T, targets, ignore_index=-1)
     torch.testing.assert_close(loss, expected)
     gradients = torch.autograd.grad(loss, (x, weight))
@@ -176,7 +179,16 @@ def test_logits_of_any_size():
     x, weight = torch.eye(3), torch.tensor([[900.0, -900, 0], [0, 0, 0], [-900, 900, 0]])
     for targets in (torch.tensor([2, 0, 1]), torch.tensor([0, 2, -1])):
         expected = F.cross_entropy(x @ weight.T, targets, ignore_index=-1, reduction="none")
-        torch.testing.assert_close(head_losses(x, weight, targets), expected)
+        for function in (None, head.row_losses):
+            torch.testing.assert_close(head_losses(x, weight, targets, function), expected)
+
+
+def test_the_vocabulary_is_padded_for_the_product_alone():
+    weight = torch.randn(131, 24)
+    wide = head.padded(weight)
+    assert wide.shape == (256, 24)
+    assert torch.equal(wide[:131], weight) and wide[131:].eq(0).all()
+    assert head.padded(wide) is wide
 
 
 def test_nothing_to_learn_is_no_loss():
@@ -227,6 +239,25 @@ def test_under_autocast_the_loss_is_fp32_and_the_gradients_are_close(dtype, scal
         assert (a.grad / scale - b.grad).norm() < 0.05 * b.grad.norm()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activations_computed_twice_give_the_same_gradients(dropout):
+    """Bit for bit, with the same dropout the second time; without gradients nothing is repeated."""
+    model, (idx, targets) = make(dropout=dropout), batch()
+    results, passes = [], []
+    model.h[0].register_forward_pre_hook(lambda *_: passes.append(model.recompute))
+    for model.recompute in (False, True):
+        torch.manual_seed(5)
+        _, loss = model(idx, targets)
+        model.zero_grad()
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert passes == [False, True, True]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    with torch.no_grad():
+        model(idx, targets)
+    assert len(passes) == 4
+
+
 def test_gradients_accumulate():
     model, (idx, targets) = make(), batch()
     oracle = copy.deepcopy(model)
@@ -268,9 +299,14 @@ def test_compiled_it_computes_the_same():
     model, (idx, targets) = make(), batch()
     oracle = copy.deepcopy(model)
     model.compile(backend="aot_eager")
+    assert {name: p.shape for name, p in model.state_dict().items()} == {
+        name: p.shape for name, p in oracle.state_dict().items()
+    }
     _, loss = model(idx, targets)
     _, expected = oracle(idx, targets)
     torch.testing.assert_close(loss, expected)
+    losses = model.token_losses(idx, targets)
+    torch.testing.assert_close(losses, oracle.token_losses(idx, targets))
     loss.backward()
     expected.backward()
     assert_same_gradients(model, oracle)
@@ -300,19 +336,55 @@ def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return idx, torch.tensor([len(row) for row in rows])
 
 
-def test_cached_logits_equal_those_of_the_whole_text():
-    """Rows of different lengths, continued by one and by several tokens, up to the full block."""
+UNEVEN = [[3, 1, 5], [4, 2, 6], [5, 3, 7], [9, 7, 11], [14, 12, 16]]
+EVEN = [[3, 3, 3], [4, 4, 4], [9, 9, 9], [10, 10, 10], [16, 16, 16]]
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("ends", [UNEVEN, EVEN, EVEN[:2] + UNEVEN[3:]])
+def test_cached_logits_equal_those_of_the_whole_text(ends, flash, static):
+    """Rows continued by one and by several tokens, up to the full block, alike or not."""
     model = make().eval()
+    if not flash:
+        manual = GPT(model.config, flash=False).eval()
+        manual.load_state_dict(model.state_dict())
+        model = manual
     texts = torch.randint(0, 131, (3, 16)).tolist()
-    ends = [[3, 1, 5], [4, 2, 6], [5, 3, 7], [9, 7, 11], [14, 12, 16]]
-    cache, starts = KeyValueCache(model, 3, capacity=16), [0, 0, 0]
+    cache, starts = KeyValueCache(model, 3, capacity=16, static=static), [0, 0, 0]
     for stop in ends:
         piece = [text[a:b] for text, a, b in zip(texts, starts, stop, strict=True)]
-        logits = model.next_logits(*padded(piece), cache)
+        idx, lengths = padded(piece)
+        is_whole = lengths.min() == lengths.max()
+        logits = model.next_logits(idx, None if is_whole else lengths, cache)
         for row, end in enumerate(stop):
             expected = model(torch.tensor([texts[row][:end]]))[0][0, -1]
             torch.testing.assert_close(logits[row], expected)
         starts = stop
+
+
+def test_a_static_step_can_be_repeated_in_the_same_memory():
+    """What a CUDA graph asks of a step: the same operators on the same shapes, nothing replaced."""
+    model = make().eval()
+    cache = KeyValueCache(model, 2, capacity=16, static=True)
+    model.next_logits(*padded([[1, 2, 3], [4]]), cache)
+    kept = (cache.keys, cache.values, cache.lengths)
+    traces: list[list[object]] = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            shapes = [tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor)]
+            numbers = [arg for arg in args if isinstance(arg, int)]
+            traces[-1].append((str(function), shapes, numbers))
+            return function(*args, **(kwargs or {}))
+
+    for _ in range(3):
+        traces.append([])
+        with Calls():
+            model.next_logits(torch.tensor([[5], [6]]), None, cache)
+    assert traces[0] == traces[1] == traces[2]
+    assert all(a is b for a, b in zip(kept, (cache.keys, cache.values, cache.lengths), strict=True))
+    assert cache.lengths.tolist() == [6, 4]
 
 
 def test_a_full_cache_is_an_error():

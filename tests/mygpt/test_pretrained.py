@@ -136,6 +136,14 @@ def test_a_folder_without_weights(tmp_path):
         from_pretrained(tmp_path)
 
 
+def test_a_damaged_file(tmp_path):
+    save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged .* fetch or export it"):
+        from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["gpt2-medium", "no/such/folder"])
 def test_a_name_without_the_hub(name, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.manifest import FILE_NAME, Manifest, Shard, Source, Split
+from shards.manifest import FILE_NAME, Manifest, Shard, Source, Split, _checksum
+from shards.verify import verify
 from tests.shards.support import arange_dataset, grown
 
 
@@ -24,6 +25,17 @@ def edit(manifest: Manifest, change: Callable[[dict[str, Any]], object]) -> None
     raw = json.loads(path.read_text("utf-8"))
     change(raw)
     path.write_text(json.dumps(raw), "utf-8")
+
+
+def sign(raw: dict[str, Any]) -> None:
+    """Let the checksum be that of what the manifest says now."""
+    raw["checksum"] = _checksum(raw)
+
+
+def as_version_1(raw: dict[str, Any]) -> None:
+    """As it was written before there was a checksum."""
+    raw["version"] = 1
+    del raw["checksum"]
 
 
 def refused(manifest: Manifest, words: str) -> None:
@@ -77,7 +89,7 @@ def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", '{"format": 1', "\ufffd", "[]", "null", "3", '"x"'])
 def test_what_is_no_manifest(manifest: Manifest, content: str) -> None:
     (manifest.folder / FILE_NAME).write_text(content, "utf-8")
-    refused(manifest, "expected JSON|expected format mygpt-shards version 1")
+    refused(manifest, "expected JSON|expected format mygpt-shards version 2")
 
 
 def test_bytes_that_are_not_text(manifest: Manifest) -> None:
@@ -85,10 +97,26 @@ def test_bytes_that_are_not_text(manifest: Manifest) -> None:
     refused(manifest, "expected JSON")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_another_version(manifest: Manifest, version: object) -> None:
     edit(manifest, lambda raw: raw.update(version=version))
-    refused(manifest, f"expected format mygpt-shards version 1 .*found .* version {version}")
+    refused(manifest, f"expected format mygpt-shards version 2 .*found .* version {version}")
+
+
+def test_version_1_is_read(manifest: Manifest) -> None:
+    edit(manifest, as_version_1)
+    loaded = Manifest.load(manifest.folder)
+    assert loaded == manifest and loaded.fingerprint == manifest.fingerprint
+    loaded.save(manifest.folder)
+    assert json.loads((manifest.folder / FILE_NAME).read_text("utf-8"))["version"] == 2
+
+
+def test_what_was_released_is_read() -> None:
+    released = Manifest.load(Path(__file__).parents[1] / "released/v1/dataset")
+    assert released.splits["train"].tokens and released.fingerprint
+    assert list(verify(released)) == [
+        (shard, []) for split in released.splits.values() for shard in split.shards
+    ]
 
 
 def alterations() -> Iterator[tuple[str, Callable[[dict[str, Any]], object]]]:
@@ -115,7 +143,17 @@ def test_an_altered_manifest(
     manifest: Manifest, change: Callable[[dict[str, Any]], object]
 ) -> None:
     edit(manifest, change)
+    refused(manifest, "expected the checksum .* the file was altered")
+    edit(manifest, sign)
     refused(manifest, "expected the fingerprint .* the file was altered")
+    edit(manifest, as_version_1)
+    refused(manifest, "expected the fingerprint .* the file was altered")
+
+
+@pytest.mark.parametrize("field", ["documents", "text_bytes", "index_sha256", "generation"])
+def test_an_altered_count_or_index(manifest: Manifest, field: str) -> None:
+    edit(manifest, lambda raw: raw["splits"]["val"]["shards"][0].update({field: 7}))
+    refused(manifest, "expected the checksum .* the file was altered")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +162,7 @@ def test_an_altered_manifest(
 @pytest.mark.parametrize("field", ["file", "index"])
 def test_a_file_name_that_leaves_the_folder(manifest: Manifest, name: str, field: str) -> None:
     edit(manifest, lambda raw: raw["splits"]["val"]["shards"][0].update({field: name}))
+    edit(manifest, sign)
     refused(manifest, "expected plain file names .* don't use this one")
 
 
@@ -135,7 +174,8 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from paths(value[key], (*path, key))
 
 
-def test_damage_anywhere_is_refused_in_words_or_harmless(manifest: Manifest) -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_damage_anywhere_is_refused_in_words(manifest: Manifest, signed: bool) -> None:
     raw = json.loads((manifest.folder / FILE_NAME).read_text("utf-8"))
     for *way, last in list(paths(raw))[1:]:
         for other in ("absent", None, 5, -1.5, "text", [], {}, [1], True):
@@ -147,12 +187,15 @@ def test_damage_anywhere_is_refused_in_words_or_harmless(manifest: Manifest) -> 
                 inside.pop(last)
             else:
                 inside[last] = other
+            if signed and last != "checksum":
+                sign(damaged)
             (manifest.folder / FILE_NAME).write_text(json.dumps(damaged), "utf-8")
             try:
                 loaded = Manifest.load(manifest.folder)
             except ValueError as error:
-                assert FILE_NAME in str(error)
-            else:  # what the fingerprint does not cover
+                assert FILE_NAME in str(error) and "\n" not in str(error)
+            else:  # what the fingerprint does not cover, by somebody who signs it
+                assert signed or json.dumps(damaged) == json.dumps(raw)
                 assert loaded.fingerprint == manifest.fingerprint
 
 

@@ -208,3 +208,19 @@ def test_a_dataset_can_be_moved(manifest: Manifest, tmp_path: Path) -> None:
     assert again.fingerprint == manifest.fingerprint
     assert ShardReader(again, "train").tokens(0).tolist() == list(range(100))
     assert read_index(again, again.splits["train"].shards[0]).num_rows == 1
+
+
+def test_memory_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "LARGE_TOKENS", 100)
+    shards = ShardReader(arange_dataset(tmp_path, (5000,)), "train")
+    view = shards.tokens(0)
+    assert view[::64].sum() == np.arange(0, 5000, 64).sum()
+    shards.let_go()
+    assert view.tolist() == list(range(5000)), "what is still held is read again"
+
+
+def test_a_shard_that_is_not_there_is_refused_at_open(manifest: Manifest) -> None:
+    manifest.path("val_00000.npy").unlink()
+    assert ShardReader(manifest, "train")
+    with pytest.raises(FileNotFoundError, match=r"val_00000.npy, found no such file \(1 of 1"):
+        EvalWindows(manifest, "val", 4)
