@@ -21,7 +21,7 @@ ARGS ?=
 data_flag = $(if $(DATA),--data $(DATA))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo train-small train-gpu4 eval test test-all lint
+.PHONY: help setup doctor data demo train-small train-gpu4 eval report export verify-resume test test-all lint
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ $(VENV)/core: pyproject.toml constraints.txt
 $(VENV)/dev: $(VENV)/core
 	$(RUN_PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,plots,dev]'
 	@touch $@
+
+doctor: $(VENV)/core ## what of this machine works, and what to do about the rest
+	@$(RUN_PYTHON) -m mygpt.doctor $(ARGS)
 
 data: $(VENV)/core ## prepare a dataset: INPUT=file|folder|glob|uri, NAME=... (ARGS=... more flags)
 	$(RUN_PYTHON) -m prepare '$(INPUT)' --out data/$(NAME) $(ARGS)
@@ -63,6 +66,17 @@ train-gpu4: $(VENV)/core ## train GPT-2 124M on four GPUs: NPROC=n, DEVICE=cpu, 
 
 eval: $(VENV)/core ## evaluate and sample from the newest checkpoint: RUN=log/NAME (ARGS=... more flags)
 	$(RUN_PYTHON) eval.py $(RUN) $(data_flag) $(ARGS)
+
+report: $(VENV)/core ## write RUN/report.html, everything about a run on one page: RUN=log/NAME
+	$(RUN_PYTHON) -m mygpt.report $(or $(RUN),$(error give the run: make report RUN=log/NAME)) $(ARGS)
+
+export: $(VENV)/core ## a run's model for Hugging Face's library: RUN=log/NAME OUT=FOLDER
+	$(RUN_PYTHON) -m mygpt.pretrained export $(or $(RUN),$(error give the run: make export RUN=log/NAME)) \
+	  $(or $(OUT),exported/$(notdir $(RUN:/=))) $(ARGS)
+
+verify-resume: $(VENV)/core ## does a resumed run equal one never stopped, here? DATA=, PRESET=tiny, STEPS=10
+	$(RUN_PYTHON) -m mygpt.verify_resume $(or $(PRESET),tiny) $(data_flag) --device $(DEVICE) \
+	  --steps $(or $(STEPS),10) $(ARGS)
 
 test: $(VENV)/dev ## all tests but the slow ones
 	$(RUN_PYTHON) -m pytest -n auto -m 'not slow' $(ARGS)

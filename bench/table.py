@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Key = TypeVar("Key")
+Figure = TypeVar("Figure")
 
 
 def alternately(
-    contenders: Mapping[str, Callable[[], Mapping[Key, float]]], rounds: int
-) -> dict[Key, list[float]]:
+    contenders: Mapping[str, Callable[[], Mapping[Key, Figure]]], rounds: int
+) -> dict[Key, list[Figure]]:
     """Measure each contender once a round, all in turn, so that what drifts drifts for all.
 
     A contender returns its figures by name; of each the rounds' values are returned in order. Says
     on stderr what is under way.
     """
-    found: dict[Key, list[float]] = {}
+    found: dict[Key, list[Figure]] = {}
     for number in range(1, rounds + 1):
         for name, measure in contenders.items():
             print(
@@ -37,11 +38,11 @@ def ratio(these: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(these, others, strict=True))
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float], digits: int = 1) -> dict[str, Any]:
     """Median, lowest, highest and all of some values, rounded for people."""
-    rounded = [round(value, 1) for value in values]
+    rounded = [round(value, digits) for value in values]
     return {
-        "median": round(statistics.median(values), 1),
+        "median": round(statistics.median(values), digits),
         "low": min(rounded),
         "high": max(rounded),
         "runs": rounded,

@@ -3,7 +3,7 @@
 B: prompts, T: tokens of the longest one, V: vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -71,6 +71,7 @@ def stream(
     contexts = [list(prompt) for prompt in prompts]
     ended = [False] * len(prompts)
     cache, device = None, model.wte.weight.device
+    step: Callable[[Tensor], Tensor] | None = None
     was_training = model.training
     model.eval()
     try:
@@ -79,10 +80,11 @@ def stream(
                 break
             if cache is None or cache.longest == cache.capacity:
                 logits, cache = _begin(model, contexts, left)
+                step = None
             else:
-                last = torch.tensor([context[-1:] for context in contexts], device=device)  # (B, 1)
-                logits = model.next_logits(last, torch.ones_like(last[:, 0]), cache)  # (B, V)
-            uniform = torch.tensor([1 - rng.random() for rng in chance])  # in (0, 1]
+                step = step or (Recorded if cache.static else Step)(model, cache)
+                logits = step(torch.tensor([[context[-1]] for context in contexts]))  # (B, V)
+            uniform = torch.tensor([1 - rng.random() for rng in chance], device=device)  # (0, 1]
             tokens = sample(logits, uniform, temperature, top_k, top_p).tolist()
             for context, token in zip(contexts, tokens, strict=True):
                 context.append(token)
@@ -127,9 +129,62 @@ def _begin(model: GPT, contexts: list[list[int]], left: int) -> tuple[Tensor, Ke
             del context[: len(context) - max(1, block // 2)]
     rows = [torch.tensor(context) for context in contexts]
     idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T)
-    lengths = torch.tensor([len(context) for context in contexts], device=device)
-    cache = KeyValueCache(model, len(contexts), min(block, idx.size(1) + left))
+    ends = [len(context) for context in contexts]
+    lengths = None if min(ends) == max(ends) else torch.tensor(ends, device=device)
+    capacity = min(block, idx.size(1) + left)
+    cache = KeyValueCache(model, len(contexts), capacity, static=device.type == "cuda")
     return model.next_logits(idx, lengths, cache), cache
+
+
+class Step:
+    """One token more for every row of a cache: tokens (B, 1) to the logits (B, V) after them."""
+
+    def __init__(self, model: GPT, cache: KeyValueCache) -> None:
+        self.model, self.cache = model, cache
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """`tokens` may lie on any device."""
+        device = self.cache.lengths.device
+        return self.model.next_logits(tokens.to(device), None, self.cache)
+
+
+class Recorded(Step):
+    """The same as a CUDA graph: recorded once, then started as a whole for every token.
+
+    A token takes some 200 kernels, each shorter than it takes Python to start it. The cache must
+    be static. The logits lie in the same memory every time.
+    """
+
+    def __init__(self, model: GPT, cache: KeyValueCache) -> None:
+        super().__init__(model, cache)
+        self.tokens = torch.zeros_like(cache.lengths)[:, None]  # (B, 1)
+        self.graph = torch.cuda.CUDAGraph()
+        # As torch's documentation on CUDA graphs has it: first run on another stream, so that
+        # libraries set themselves up, then record. What the runs wrote is written over by the
+        # first true token, once the lengths are what they were.
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._dry_run()
+        current.wait_stream(side)
+        with torch.cuda.graph(self.graph):
+            self.logits = self._dry_run()
+
+    def _dry_run(self) -> Tensor:
+        """The step, after which the cache is as long as it was."""
+        logits = super().__call__(self.tokens)
+        self.cache.longest -= 1
+        self.cache.lengths -= 1
+        return logits
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """As `Step`."""
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        self.cache.lengths += 1
+        self.cache.longest += 1
+        return self.logits
 
 
 def sample(

@@ -3,21 +3,19 @@
 The layers have nanoGPT's names. Nothing here reads files, knows of ranks or prints.
 
 Shapes: B batch, T tokens, C n_embed, H n_heads, D = C / H, S cached tokens, V vocab_size,
-N = B * T, R rows of one chunk.
+N = B * T.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from mygpt.config import GPTConfig
-
-IGNORED = -1  # a target that does not count
+from mygpt.head import HeadLoss, Rows, head_losses, mean, row_gradients, row_losses
 
 
 class GPT(nn.Module):
@@ -34,6 +32,9 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embed, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
         self._init_weights()
+        self.recompute = False  # a block's activations in the backward pass, instead of kept
+        self._row_gradients: Rows | None = None  # compiled, see `compile`
+        self._row_losses: Rows | None = None
 
     def _init_weights(self) -> None:
         # The stream sums 2 * n_layers branches: each starts that much smaller, so that the sum
@@ -60,14 +61,15 @@ class GPT(nn.Module):
             return self.lm_head(x), None
         x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
         if torch.is_grad_enabled():
-            return None, HeadLoss.apply(x, self.lm_head.weight, targets)
-        return None, _mean(head_losses(x, self.lm_head.weight, targets), targets)
+            return None, HeadLoss.apply(x, self.lm_head.weight, targets, self._row_gradients)
+        losses = head_losses(x, self.lm_head.weight, targets, self._row_losses)
+        return None, mean(losses, targets)
 
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy in nats of each target: (B, T), 0 where the target is -1."""
-        x = self._final(idx).flatten(0, 1)  # (N, C)
-        return head_losses(x, self.lm_head.weight, targets.flatten()).view_as(targets)
+        x, flat = self._final(idx).flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        return head_losses(x, self.lm_head.weight, flat, self._row_losses).view_as(targets)
 
     def _final(self, idx: Tensor) -> Tensor:
         """What the head reads: tokens (B, T) to (B, T, C)."""
@@ -80,30 +82,36 @@ class GPT(nn.Module):
         x = self.wte(idx) + self.wpe(torch.arange(tokens, device=idx.device))  # (B, T, C)
         x = self.drop(x)
         for block in self.h:
-            x = block(x)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return self.ln_f(x)
 
     @torch.no_grad()
-    def next_logits(self, idx: Tensor, lengths: Tensor, cache: "KeyValueCache") -> Tensor:
+    def next_logits(self, idx: Tensor, lengths: Tensor | None, cache: "KeyValueCache") -> Tensor:
         """Logits (B, V) of the token that follows each row, computing only what `cache` lacks.
 
         Row b of `idx` (B, T) continues row b of the cache with its first `lengths[b]` tokens,
-        at least one; the rest of the row is padding.
+        at least one; the rest of the row is padding. None says that there is no padding, which
+        is faster: as long as all rows are equally long, no mask is needed.
         """
-        positions = cache.advance(lengths, idx.size(1))  # (B, T)
+        positions = cache.advance(idx.size(1), lengths)  # (T,) or (B, T)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.h):
-            x = block(x, cache, layer)
-        last = x[torch.arange(len(x), device=x.device), lengths - 1]  # (B, C)
+            x = block.forward(x, cache, layer)  # never the compiled one: it is for training
+        if lengths is None:
+            last = x[:, -1]  # (B, C)
+        else:
+            last = x[torch.arange(len(x), device=x.device), lengths - 1]
         return self.lm_head(self.ln_f(last))
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """`torch.compile` for the blocks, in place: one is compiled, all use it.
-
-        The head and loss stay as they are: they write in place, which a compiler would undo.
-        """
+        """`torch.compile`, in place: one block is compiled and all use it; the loss by itself."""
         for block in self.h:
             block.compile(*args, **options)
+        self._row_gradients = torch.compile(row_gradients, *args, **options)
+        self._row_losses = torch.compile(row_losses, *args, **options)
 
     def num_params(self, non_embedding: bool = False) -> int:
         """Parameters, the tied matrix counted once; or only those outside `wte` and `wpe`."""
@@ -153,11 +161,12 @@ class CausalSelfAttention(nn.Module):
         """As in `Block`."""
         qkv = self.c_attn(x).unflatten(2, (3, self.n_heads, -1))  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        mask = None
+        mask, causal = None, True
         if cache is not None:
-            k, v, mask = cache.extend(layer, k, v)  # (B, H, S, D), (B, H, S, D), (B, 1, T, S)
+            k, v = cache.extend(layer, k, v)  # (B, H, S, D) each
+            mask, causal = cache.mask, cache.causal
         dropout = self.dropout if self.training else 0.0
-        y = self.attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        y = self.attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -192,137 +201,62 @@ class MLP(nn.Module):
 class KeyValueCache:
     """Keys and values of `batch` rows of up to `capacity` tokens, each row as long as it is.
 
-    Allocated once, in the dtype and on the device of `model`.
+    Allocated once, in the dtype and on the device of `model`. While all rows are equally long they
+    are read and written in slices. A `static` cache never looks at lengths that lie on the host:
+    every step reads all of it through a mask, with the same shapes and in the same memory, so that
+    a CUDA graph can repeat the step.
     """
 
-    def __init__(self, model: GPT, batch: int, capacity: int) -> None:
+    def __init__(self, model: GPT, batch: int, capacity: int, static: bool = False) -> None:
         c, weight = model.config, model.wte.weight
-        self.capacity = capacity
+        self.capacity, self.static = capacity, static
         shape = (c.n_layers, batch, c.n_heads, capacity, c.n_embed // c.n_heads)
         # Zeros, since what a mask hides still gets multiplied by 0.
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         self.longest = 0  # no row is longer: known without asking the device
+        self.even = not static  # whether all rows are as long as the longest
+        self.mask: Tensor | None = None  # (B, 1, T, S) or (T, S): what the tokens at hand may see
+        self.causal = False  # without a mask: whether they may not see each other's future
 
-    def advance(self, lengths: Tensor, tokens: int) -> Tensor:
-        """Make room for `tokens` more, of which row b keeps `lengths[b]`: positions (B, T)."""
-        self.longest += tokens
+    def advance(self, tokens: int, lengths: Tensor | None) -> Tensor:
+        """Make room for `tokens` more, of which row b keeps `lengths[b]`, all of them if None.
+
+        Returns their positions: (T,) where they are the same for all rows, else (B, T).
+        """
+        start, self.longest = self.longest, self.longest + tokens
         if self.longest > self.capacity:
             raise ValueError(
                 f"expected at most {self.capacity} tokens, the cache's capacity, found "
                 f"{self.longest}: begin a new cache with the last of them"
             )
-        self.positions = self.lengths[:, None] + torch.arange(tokens, device=lengths.device)
-        seen = torch.arange(self.longest, device=lengths.device)  # (S,)
-        self.mask = (seen <= self.positions[..., None])[:, None]  # (B, 1, T, S)
-        self.lengths = self.lengths + lengths
+        self.even = self.even and lengths is None
+        steps = torch.arange(tokens, device=self.lengths.device)
+        self.positions = start + steps if self.even else self.lengths[:, None] + steps
+        self.causal = self.even and start == 0 and tokens > 1
+        self.mask = None if self.even and (start == 0 or tokens == 1) else self._mask()
+        self.lengths += tokens if lengths is None else lengths
         return self.positions
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store k and v (B, H, T, D) of one layer: all keys and values so far, and the mask."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        # Padding is stored too; the row's next token takes its place before any token sees it.
-        self.keys[layer, rows, :, self.positions] = k.transpose(1, 2)
-        self.values[layer, rows, :, self.positions] = v.transpose(1, 2)
+    def _mask(self) -> Tensor:
+        """Each token sees what lies in its row up to its own position: (B, 1, T, S) or (T, S)."""
+        seen = torch.arange(self._span(), device=self.lengths.device)  # (S,)
+        mask = seen <= self.positions[..., None]
+        return mask if self.even else mask[:, None]
+
+    def _span(self) -> int:
+        return self.capacity if self.static else self.longest
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, H, T, D) of one layer; returns all keys and values so far."""
         keys, values = self.keys[layer], self.values[layer]
-        return keys[:, :, : self.longest], values[:, :, : self.longest], self.mask
-
-
-class HeadLoss(torch.autograd.Function):
-    """Mean cross entropy of x @ weight.T, both gradients taken while a chunk's logits exist.
-
-    The backward pass only scales them, so the loss can be differentiated once. The idea is
-    Liger Kernel's FusedLinearCrossEntropy.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """x (N, C), weight (V, C) and targets (N,), -1 where nothing counts, to a loss ()."""
-        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
-        x, weight = _operands(x, weight)
-        counted = (targets != IGNORED)[:, None]  # (N, 1)
-        losses = []
-        for rows, probs, loss in _chunks(x, weight, targets):
-            losses.append(loss)
-            # The gradient of the logits is probs - 1[target]. It is kept at that scale, which
-            # fp16 holds whatever the batch and the loss scale, until the backward pass.
-            target = _index(targets[rows])
-            probs.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
-            grad = probs.to(x.dtype)  # (R, V)
-            x_grad[rows] = (grad @ weight) * counted[rows]
-            _add_product(weight_grad, grad.T, x[rows] * counted[rows])
-        ctx.save_for_backward(x_grad, weight_grad, targets)
-        return _mean(torch.cat(losses), targets)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """The gradients of x and weight."""
-        x_grad, weight_grad, targets = ctx.saved_tensors
-        scale = _mean(grad, targets)
-        return x_grad.mul_(scale), weight_grad.mul_(scale), None
-
-
-def head_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each row of x @ weight.T: (N,), 0 where the target is -1."""
-    return torch.cat([loss for _, _, loss in _chunks(*_operands(x, weight), targets)])
-
-
-def _operands(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype in which autocast multiplies; it leaves alone what writes in place."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return x, weight
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype)
-
-
-def _chunks(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows, their probabilities (R, V) and losses (R,), chunk by chunk in one buffer.
-
-    256 rows keep a CPU's matrix product busy; a GPU's buffers stay below 1 GiB with 4096.
-    """
-    size = min(len(x), 256 if x.device.type == "cpu" else 4096)
-    vocab = len(weight)
-    # Rows that begin at a multiple of 64 numbers: a CPU writes 50257 wide ones 1.5 x slower.
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    buffer = torch.empty(size, vocab + -vocab % 64, dtype=dtype, device=x.device)
-    for start in range(0, len(x), size):
-        rows = slice(start, start + size)
-        padded = buffer[: len(x) - start]  # (R, V and a little more)
-        padded[:, vocab:] = -math.inf
-        logits = padded[:, :vocab]  # (R, V)
-        _set_product(logits, x[rows], weight.T)
-        target_logit = logits.gather(1, _index(targets[rows]))  # (R, 1)
-        largest = padded.amax(1, keepdim=True)
-        torch.softmax(padded, 1, out=padded)
-        # The likeliest token's probability is at least 1 / V, so its logarithm is exact where
-        # the target's own may have underflowed.
-        loss = largest - padded.amax(1, keepdim=True).log() - target_logit
-        yield rows, logits, loss.squeeze(1).masked_fill(targets[rows] == IGNORED, 0.0)
-
-
-def _index(targets: Tensor) -> Tensor:
-    """Targets (R,) as columns (R, 1), any column where a target does not count."""
-    return targets.masked_fill(targets == IGNORED, 0)[:, None]
-
-
-def _set_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b; where the dtypes allow without a temporary, which a CPU would page in anew."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, likewise."""
-    if out.dtype == a.dtype:
-        out.addmm_(a, b)
-    else:
-        out.add_(a @ b)
-
-
-def _mean(losses: Tensor, targets: Tensor) -> Tensor:
-    return losses.sum() / (targets != IGNORED).sum().clamp(min=1)
+        if self.even:
+            keys[:, :, self.longest - k.size(2) : self.longest] = k
+            values[:, :, self.longest - k.size(2) : self.longest] = v
+        else:
+            # Padding is stored too; the row's next token takes its place before any token sees it.
+            rows = torch.arange(len(k), device=k.device)[:, None]
+            keys[rows, :, self.positions] = k.transpose(1, 2)
+            values[rows, :, self.positions] = v.transpose(1, 2)
+        return keys[:, :, : self._span()], values[:, :, : self._span()]

@@ -1,15 +1,28 @@
-"""GPT-2's published weights, or any GPT-2 saved by Hugging Face's library, as our GPT."""
+"""Models in and out: Hugging Face's GPT-2 folders, and nanoGPT's checkpoints.
+
+    python -m mygpt.pretrained export log/demo exported     a folder for AutoModelForCausalLM
+    python -m mygpt.pretrained import ckpt.pt imported      nanoGPT's file as such a folder
+
+What reads such a folder: `from_pretrained` below, so `train.py --init-from` and `eval.py` too.
+"""
+
+# torch is imported inside the functions, after the flags are read: `--help` must not wait for it.
+from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
 
 from mygpt.config import GPTConfig
-from mygpt.model import GPT
+
+if TYPE_CHECKING:
+    from mygpt.model import GPT
 
 # Settings that would change the numbers, with the values under which the model is ours. The first
 # is what a config.json that lacks the key means.
@@ -21,10 +34,6 @@ _SAME_MODEL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-# Hugging Face's Conv1D holds these the other way round, (in, out).
-_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-# Old files hold the causal mask as well; the head is the embedding.
-_LEFT_OUT = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 
 
 def from_pretrained(
@@ -36,15 +45,10 @@ def from_pretrained(
     `block_size` keeps only that many positions. The weights are float32, on the CPU. Raises
     FileNotFoundError or ValueError, in one line, for what is not there or no GPT-2.
     """
+    from mygpt import hf
+
     folder = _folder(name_or_folder)
-    config = read_config(folder, block_size, dropout)
-    tensors = _tensors(folder, config)
-    with torch.device("meta"):  # the shapes alone: no time goes into weights to be replaced
-        model = GPT(config)
-    _check(folder, model, tensors)
-    model.load_state_dict({**tensors, "lm_head.weight": tensors["wte.weight"]}, assign=True)
-    model.lm_head.weight = model.wte.weight
-    return model
+    return hf.load(folder, read_config(folder, block_size, dropout))
 
 
 def read_config(folder: Path, block_size: int | None = None, dropout: float = 0.0) -> GPTConfig:
@@ -73,6 +77,7 @@ def read_config(folder: Path, block_size: int | None = None, dropout: float = 0.
         n_embed=values.get("n_embd", 768),
         n_hidden=values.get("n_inner") or 0,
         dropout=dropout,
+        bias=values.get("bias", True),  # only an export of ours has the key
     )
 
 
@@ -92,30 +97,63 @@ def _folder(name_or_folder: str | Path) -> Path:
         ) from error
 
 
-def _tensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
-    """All tensors of the folder under our names, in our layout."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            f"{folder} holds no model.safetensors: save the model there with save_pretrained"
-        )
-    tensors = {}
-    for file in files:
-        for name, tensor in load_file(file).items():
-            if not name.endswith(_LEFT_OUT):
-                tensor = tensor.T if name.endswith(_TRANSPOSED) else tensor
-                tensors[name.removeprefix("transformer.")] = tensor.float().contiguous()
-    if "wpe.weight" in tensors:
-        tensors["wpe.weight"] = tensors["wpe.weight"][: config.block_size].clone()
-    return tensors
+@dataclass(frozen=True)
+class Export:
+    """Write a run's model as a folder that Hugging Face's library opens, and prove it equal."""
+
+    run: Positional[Path]  # run, whose newest checkpoint is taken, or checkpoint
+    out: Positional[Path]  # the new folder
+    best: bool = False  # take the best checkpoint by validation, not the newest
+    data: UseAppendAction[tuple[str, ...]] = ()  # the dataset, if it has moved; as in train.py
+
+    def start(self) -> int:
+        """Export, and say what was made."""
+        from mygpt import export
+
+        print("\n".join(export.export(self.run, self.out, self.best, self.data)))
+        return 0
 
 
-def _check(folder: Path, model: GPT, tensors: dict[str, Tensor]) -> None:
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ValueError(
-                f"{folder}: tensor {name}: expected shape {expected.get(name, 'none')}, found "
-                f"{found.get(name, 'none')}: its config.json describes another model"
-            )
+@dataclass(frozen=True)
+class Import:
+    """Write nanoGPT's checkpoint as such a folder, for train.py --init-from and eval.py."""
+
+    checkpoint: Positional[Path]  # nanoGPT's ckpt.pt, or the folder it lies in
+    out: Positional[Path]  # the new folder
+
+    def start(self) -> int:
+        """Import, and say what was made."""
+        from mygpt import export
+
+        print("\n".join(export.convert(self.checkpoint, self.out)))
+        return 0
+
+
+class Command(Protocol):
+    """A subcommand: its fields are its flags."""
+
+    def start(self) -> int:
+        """Do it; returns the exit code."""
+
+
+COMMANDS: dict[str, Callable[..., Command]] = {"export": Export, "import": Import}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Parse the command line and run its command; returns the exit code."""
+    command: Command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="python -m mygpt.pretrained",
+        description=__doc__,
+        args=args,
+        config=(FlagCreatePairsOff,),
+    )
+    try:
+        return command.start()
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
