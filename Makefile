@@ -39,6 +39,10 @@ $(VENV)/dev: $(VENV)/core
 	$(RUN_PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,plots,dev]'
 	@touch $@
 
+$(VENV)/all: $(VENV)/dev
+	$(RUN_PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,plots,dev,ray,lm-eval,bench]'
+	@touch $@
+
 doctor: $(VENV)/core ## what of this machine works, and what to do about the rest
 	@$(RUN_PYTHON) -m mygpt.doctor $(ARGS)
 
@@ -81,7 +85,7 @@ verify-resume: $(VENV)/core ## does a resumed run equal one never stopped, here?
 test: $(VENV)/dev ## all tests but the slow ones
 	$(RUN_PYTHON) -m pytest -n auto -m 'not slow' $(ARGS)
 
-test-all: $(VENV)/dev ## the slow tests too
+test-all: $(VENV)/all ## the slow tests too, and those that need Ray, lm-eval or another project
 	$(RUN_PYTHON) -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/dev ## ruff and mypy

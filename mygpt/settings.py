@@ -239,7 +239,7 @@ def parse(args: Sequence[str], description: str) -> TrainConfig:
         default=_Flags(
             **(shallow(base) | {"model": _ModelFlags(**(shallow(base.model) | {"n_hidden": 0}))})
         ),
-        prog=f"train.py [{'|'.join(PRESETS)}]",
+        prog="train.py",
         description=f"{description}\n\nPresets: {_presets()}.\n\nThe defaults below: {preset}.",
         config=(tyro.conf.OmitArgPrefixes,),
     )
