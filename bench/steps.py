@@ -18,7 +18,6 @@ from mygpt.build import assemble
 from mygpt.config import GPTConfig
 from mygpt.distributed import Ranks, compute_dtype
 from mygpt.evaluate import autocast
-from mygpt.fp8 import check_fp8, use_fp8
 from mygpt.model import GPT
 from mygpt.runs import RunRecord
 from mygpt.settings import PRESETS
@@ -100,12 +99,10 @@ def ours(size: Size, compiled: bool, fp8: bool = False) -> Step:
         beta2=BETAS[1],
         grad_clip=CLIP,
         compile=False,
+        fp8=fp8,
     )
     ranks = Ranks(0, 0, 1, torch.device(size.device))
     job = assemble(RunRecord(config, "", {}), ranks, Batches(size), [], fresh=True)
-    if fp8:
-        check_fp8(ranks.device)
-        use_fp8(job.model)
     if compiled:
         job.model.compile()
     stop = Stop(ranks)

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mygpt import settings, sharding
 from mygpt.distributed import Ranks, compute_dtype, peak_flops
+from mygpt.fp8 import check_fp8, use_fp8
 from mygpt.job import Job, Stream
 from mygpt.model import GPT
 from mygpt.optim import configure_optimizers
@@ -26,6 +27,9 @@ def assemble(
     config, device = record.config, ranks.device
     model, shard = first_model(config, fresh), config.shard if ranks.world_size > 1 else "none"
     model.recompute = config.gradient_checkpointing
+    if config.fp8:
+        check_fp8(device)
+        use_fp8(model)
     if shard == "full":
         sharding.shard_model(model, ranks)
     model.to(device)

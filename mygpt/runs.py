@@ -25,7 +25,7 @@ FREE = {
     *("data", "generation", "verify", "log_dir", "stop_at", "max_time", "micro_batch"),
     *("skip_spikes", "log_interval", "val_interval", "checkpoint_interval", "keep", "keep_every"),
     *("sample_interval", "sample_prompt", "tensorboard", "wandb"),
-    *("device", "compile", "deterministic", "gradient_checkpointing", "shard"),
+    *("device", "compile", "deterministic", "gradient_checkpointing", "shard", "attention"),
 }
 
 
@@ -125,6 +125,8 @@ def continued(stored: TrainConfig, asked: TrainConfig) -> TrainConfig:
             raise _refusal(stored, asked, name, value, wanted[name])
     left_open = [name for name in OPEN if not wanted[name] and name != "stop_at"]
     filled = {name: getattr(stored, name) for name in left_open}
+    if asked.attention == "auto":
+        filled["attention"] = stored.attention
     return replace(asked, data=asked.data or stored.data, **filled)
 
 

@@ -106,6 +106,8 @@ class TrainConfig:
     wandb: str = ""  # send the figures to this project of Weights & Biases
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
     compile: bool = True  # torch.compile; on CUDA only
+    attention: Literal["auto", "torch", "flash", "cudnn"] = "auto"  # GPU's kernel; auto: measured
+    fp8: bool = False  # multiply the blocks' matrices in 8 bits: Ada, Hopper and later GPUs
     deterministic: bool = False  # bitwise repeatable on CUDA as well, which costs speed
 
     def __post_init__(self) -> None:

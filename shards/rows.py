@@ -70,15 +70,20 @@ class RankRows:
         step = self.batch_size * self.world_size
         own_rows = self._position + self.rank * self.batch_size + np.arange(self.batch_size)
         positions = (np.arange(self._batches)[:, None] * step + own_rows).ravel()
-        if len(self._rows) != len(positions):
-            self._rows = np.empty((len(positions), self.width), np.uint16)
-        self._gather(*self.stream.locate(positions))
+        rows = self._rows
+        if len(rows) != len(positions):
+            rows = np.empty((len(positions), self.width), np.uint16)
+        self._gather(rows, *self.stream.locate(positions))
+        # Only now: who tries again after an error gets the same batch.
+        self._rows = rows
         self._position += self._batches * step
         self._next, self._batches = 0, min(2 * self._batches, self._most)
         self._rows_held += len(positions)
 
-    def _gather(self, sources: np.ndarray, shards: np.ndarray, starts: np.ndarray) -> None:
-        """Copy rows from where they lie, those of a shard together, to their places."""
+    def _gather(
+        self, rows: np.ndarray, sources: np.ndarray, shards: np.ndarray, starts: np.ndarray
+    ) -> None:
+        """Copy rows from where they lie, those of a shard together, to their places in `rows`."""
         order = np.lexsort((starts, shards, sources))
         sources, shards, starts = sources[order], shards[order], starts[order]
         is_first = (np.diff(shards, prepend=-1) != 0) | (np.diff(sources, prepend=-1) != 0)
@@ -92,7 +97,7 @@ class RankRows:
             # Every place as the beginning of a row, without a copy.
             shape, strides = (len(tokens) - self.width + 1, self.width), tokens.strides * 2
             windows = np.ndarray(shape, tokens.dtype, tokens, 0, strides)
-            self._rows[order[first:end]] = windows[starts[first:end]]
+            rows[order[first:end]] = windows[starts[first:end]]
 
     def _house_keeping(self) -> None:
         """Fetch what comes next, and give back what was used."""

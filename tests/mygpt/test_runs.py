@@ -58,6 +58,13 @@ def test_what_is_left_open_is_as_the_run_has_it() -> None:
     assert runs.continued(stored, asked) == replace(stored, stop_at=0)
 
 
+def test_a_kernel_that_was_measured_is_not_measured_again() -> None:
+    stored = replace(RUN, attention="cudnn")
+    assert runs.continued(stored, replace(RUN, attention="auto")) == stored
+    asked = replace(RUN, attention="flash")
+    assert runs.continued(stored, asked) == asked
+
+
 def test_the_shape_of_a_model_that_came_from_elsewhere_is_not_asked_for_again() -> None:
     shape = GPTConfig(block_size=128, n_layers=2, n_heads=2, n_embed=32, dropout=0.1)
     stored = replace(RUN, model=shape, init_from="folder")

@@ -2,8 +2,9 @@
 
 import json
 import time
+import tracemalloc
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from re import escape
 
@@ -427,6 +428,48 @@ def test_memory_is_given_back_and_nothing_changes(
     assert calls
 
 
+def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
+    arange_dataset(tmp_path, [500] * 40)
+    loader = TokenLoader(tmp_path, "train", 4, 16, shuffle_shards=7)
+    epoch = loader.windows_per_epoch // 4
+    rows(loader, epoch)
+    tracemalloc.start()
+    try:
+        rows(loader, epoch)
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(4):
+            rows(loader, epoch)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 100_000, "a window a byte would be more"
+
+
+def test_after_an_error_the_same_batch_is_served(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = stream(folders["many"], 120, 8).reshape(-1, 2, 9)
+    monkeypatch.setattr(rows_module, "READ_TOKENS", 200)
+    loader = TokenLoader(folders["many"], "train", 2, 8)
+    tokens, calls = rows_module.ShardReader.tokens, count()
+
+    def failing(self: rows_module.ShardReader, index: int) -> np.ndarray:
+        if next(calls) in (0, 30, 31, 90):
+            raise OSError("the network is gone")
+        return tokens(self, index)
+
+    monkeypatch.setattr(rows_module.ShardReader, "tokens", failing)
+    failed = 0
+    for batch in whole:
+        while True:
+            try:
+                assert np.array_equal(rows(loader, 1), batch)
+                break
+            except OSError:
+                failed += 1
+    assert failed == 4
+
+
 def test_val_is_served_too_and_apart(tmp_path: Path) -> None:
     arange_dataset(tmp_path, train=(50, 50), val=(40,))
     loader = TokenLoader(tmp_path, "val", 1, 13)
@@ -479,6 +522,20 @@ def test_a_state_of_version_1_is_read(folders: dict[str, Path]) -> None:
     assert loader.state_dict() == state | {"position": 40}
     with pytest.raises(ValueError, match=r"with generations \[0\], found \[1\]"):
         loader.load_state_dict(old | {"version": 1, "generation": 1})
+
+
+def test_a_state_that_was_released_is_read() -> None:
+    released = Path(__file__).parents[1] / "released/v1"
+    checkpoint = max((released / "run/checkpoints").iterdir())
+    state = json.loads((checkpoint / "state.json").read_text("utf-8"))["loader"]
+    assert state["version"] == 1 and state["position"] > 0
+    sizes = {"block_size": state["block_size"], "seed": state["seed"]}
+    loader = TokenLoader(released / "dataset", "train", 4, **sizes)
+    loader.load_state_dict(state)
+    assert loader.state_dict()["position"] == state["position"]
+    x, _ = next(loader)
+    whole = TokenLoader(released / "dataset", "train", state["position"] + 4, **sizes)
+    assert torch.equal(x, next(whole)[0][state["position"] :])
 
 
 def test_a_state_of_an_altered_dataset_is_refused(tmp_path: Path) -> None:

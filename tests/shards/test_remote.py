@@ -335,3 +335,31 @@ def test_room_is_waited_for_while_another_fetches(
         assert thread.is_alive()
     thread.join(60)
     assert cached(tmp_path / "cache") == {second.sha256}
+
+
+@pytest.mark.slow
+def test_a_run_reads_a_mixture_from_a_store(
+    uri: str, bucket: fs.FileSystem, tmp_path: Path
+) -> None:
+    for name in ("web", "code"):
+        long = [[f"the {name} is {i} " * 300] for i in range(3)]
+        text_dataset(tmp_path / name, long, [[f"val {name} " * 300]])
+        upload(bucket, tmp_path / name, f"{tmp_path.name}-{name}")
+    run = tmp_path / "log"
+    sizes = "--block-size 64 --total-batch-size 512 --micro-batch 4 --n-layers 1 --n-embed 32"
+    train = [
+        *("train.py", "tiny", "--data", f"web=0.7:{uri}-web", "--data", f"code=0.3:{uri}-code"),
+        *("--log-dir", str(run), "--device", "cpu", "--n-heads", "2", *sizes.split()),
+    ]
+    for command in (
+        [*train, "--max-steps", "6", "--stop-at", "3"],
+        [*train, "--max-steps", "6"],
+        ["eval.py", str(run), "--num-samples", "0"],
+        ["-m", "shards", "explain", "--run", str(run), "--step", "5", "--row", "3"],
+        ["-m", "shards", "verify", f"{uri}-web"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=280,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
