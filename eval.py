@@ -28,7 +28,7 @@ import orjson
 import tyro
 
 from mygpt import runs
-from mygpt.eval_settings import EvalConfig
+from mygpt.evaluation.settings import EvalConfig
 from mygpt.settings import only_dataset
 from shards.atomic import atomic_file, write_json
 from shards.cli import one_line_errors
@@ -38,11 +38,11 @@ from shards.mixture import Mixture
 if TYPE_CHECKING:
     import numpy as np
 
-    from mygpt.completion import Sampling
     from mygpt.distributed import Ranks
-    from mygpt.measurement import Exam, Measured
+    from mygpt.evaluation.completion import Sampling
+    from mygpt.evaluation.measurement import Exam, Measured
+    from mygpt.evaluation.subject import Subject
     from mygpt.model import GPT
-    from mygpt.subject import Subject
     from shards.documents import DocumentWindows
     from shards.tokenizer import Tokenizer
 
@@ -82,8 +82,8 @@ class Asked:
 
 def find(config: EvalConfig) -> Asked:
     """Raises FileNotFoundError or ValueError for what is not there or does not fit together."""
-    from mygpt import choices, subject
-    from mygpt.measurement import Exam
+    from mygpt.evaluation import choices, subject
+    from mygpt.evaluation.measurement import Exam
 
     own = subject.find(config.target, config.best)
     data = open_data(config, own) if config.loss and not config.interactive else None
@@ -148,7 +148,7 @@ def read_prompts(config: EvalConfig) -> list[str]:
 
 def evaluate(asked: Asked, ranks: Ranks) -> None:
     """Measure on all ranks; on the main one print, sample and write the files."""
-    from mygpt.measurement import measure, setting
+    from mygpt.evaluation.measurement import measure, setting
     from shards.documents import DocumentWindows
 
     config = asked.config
@@ -190,8 +190,8 @@ def load(subject: Subject, asked: Asked, ranks: Ranks) -> GPT:
 
 def of_split(own: Measured, windows: DocumentWindows, data: Mixture) -> dict[str, Any]:
     """The figures of the validation split, and of what needs no training."""
-    from mygpt import figures
     from mygpt.evaluate import Loss, unigram_loss
+    from mygpt.evaluation import figures
 
     assert own.losses is not None, "there are windows"
     unigram = unigram_loss(frequencies(data), windows)
@@ -244,7 +244,7 @@ def frequencies(data: Mixture) -> np.ndarray:
 
 def publish(report: dict[str, Any], model: GPT, asked: Asked) -> None:
     """Print what was found, draw the samples, write the files."""
-    from mygpt import summary
+    from mygpt.evaluation import summary
 
     config, document = asked.config, asked.document
     if not config.json:
@@ -265,8 +265,8 @@ def samples(report: dict[str, Any], model: GPT, asked: Asked) -> list[dict[str, 
 
     On a terminal a single sample of a prompt is printed as it comes.
     """
-    from mygpt import summary
-    from mygpt.completion import continuations
+    from mygpt.evaluation import summary
+    from mygpt.evaluation.completion import continuations
     from mygpt.quantize import with_weights
 
     config, coder = asked.config, asked.coder
@@ -293,7 +293,7 @@ def samples(report: dict[str, Any], model: GPT, asked: Asked) -> list[dict[str, 
 
 def talk(asked: Asked, ranks: Ranks) -> None:
     """Complete what is typed, until the input ends."""
-    from mygpt.completion import Completer, converse
+    from mygpt.evaluation.completion import Completer, converse
     from mygpt.quantize import with_weights
 
     if ranks.world_size > 1 or asked.coder is None:
@@ -306,7 +306,7 @@ def talk(asked: Asked, ranks: Ranks) -> None:
 
 def drawn(config: EvalConfig) -> Sampling:
     """How text is drawn."""
-    from mygpt.completion import Sampling
+    from mygpt.evaluation.completion import Sampling
 
     return Sampling(
         config.temperature, config.top_k, config.top_p, config.seed, config.max_new_tokens

@@ -23,10 +23,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mygpt import plot, runs, settings, trackers
+from mygpt import plot, runs, settings
 from mygpt.log import Meter, RunLog, baseline_line, step_line, val_line
 from mygpt.runs import RunRecord
 from mygpt.settings import TrainConfig
+from mygpt.training import trackers
 from shards.atomic import write_json
 from shards.cli import one_line_errors
 from shards.mixture import Mixture
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 
     from mygpt.config import GPTConfig
     from mygpt.distributed import Ranks
-    from mygpt.job import Job
-    from mygpt.stopping import Stop
+    from mygpt.training.job import Job
+    from mygpt.training.stopping import Stop
     from shards.tokenizer import Tokenizer
 
 FEW_TOKENS = 2**28  # beyond, counting them for the baseline would hold up the start
@@ -141,10 +142,11 @@ def train(record: RunRecord, dataset: Mixture, begun: float) -> int:
 
     `begun` is when the program was started, by `time.monotonic()`.
     """
-    from mygpt import announce, checkpoint
+    from mygpt import checkpoint
     from mygpt.distributed import start
-    from mygpt.job import save
-    from mygpt.stopping import EXIT_STOPPED, Stop, Stopped
+    from mygpt.training import announce
+    from mygpt.training.job import save
+    from mygpt.training.stopping import EXIT_STOPPED, Stop, Stopped
 
     config, run = record.config, record.config.log_dir
     with (
@@ -188,7 +190,7 @@ def train(record: RunRecord, dataset: Mixture, begun: float) -> int:
 
 def with_micro_batch(record: RunRecord, dataset: Mixture, ranks: Ranks, log: RunLog) -> RunRecord:
     """The record with the rows that --micro-batch auto stands for, found if need be."""
-    from mygpt import fit
+    from mygpt.training import fit
 
     config = record.config
     if config.micro_batch:
@@ -225,7 +227,7 @@ def with_length(
     record: RunRecord, dataset: Mixture, ranks: Ranks, stop: Stop, log: RunLog
 ) -> RunRecord:
     """The record with its number of steps, measured if need be, and all that follows from it."""
-    from mygpt.calibrate import measured_steps
+    from mygpt.training.calibrate import measured_steps
 
     config = record.config
     windows = None
@@ -251,8 +253,9 @@ def was_cut_off(config: TrainConfig, step: int) -> bool:
 
 def take_up(job: Job, newest: int, dataset: Mixture, stop: Stop, log: RunLog) -> None:
     """Bring a new job to where its run stands, `newest` being its last checkpoint or -1."""
-    from mygpt import announce, checkpoint
-    from mygpt.job import restore, save
+    from mygpt import checkpoint
+    from mygpt.training import announce
+    from mygpt.training.job import restore, save
 
     config, of, is_main = job.config, job.config.max_steps, job.ranks.is_main
     if is_main:
@@ -277,10 +280,10 @@ def take_steps(
     job: Job, last: int, coder: Tokenizer | None, stop: Stop, log: RunLog, track: trackers.Track
 ) -> None:
     """The training loop. Raises `Stopped` at a step boundary if asked to stop."""
-    from mygpt import announce
-    from mygpt.job import save
-    from mygpt.samples import write_samples
-    from mygpt.step import train_step
+    from mygpt.training import announce
+    from mygpt.training.job import save
+    from mygpt.training.samples import write_samples
+    from mygpt.training.step import train_step
 
     config, of = job.config, job.config.max_steps
     meter = Meter(config.total_batch_size, job.ideal_seconds, lambda: job.loader.wait_seconds)
@@ -313,7 +316,7 @@ def take_steps(
 
 def validation(job: Job, stop: Stop, log: RunLog) -> tuple[float, bool]:
     """Validate, log it and draw the picture: the loss, and whether it is the best so far."""
-    from mygpt.step import validate
+    from mygpt.training.step import validate
 
     found = validate(job, stop)
     log.write(val_line(job.step, job.config.max_steps, found.mean, found.tokens))
@@ -329,7 +332,7 @@ def build(record: RunRecord, dataset: Mixture, ranks: Ranks, fresh: bool = True)
 
     `fresh` tells that the weights are those to begin with; else a checkpoint will replace them.
     """
-    from mygpt.build import assemble
+    from mygpt.training.build import assemble
     from shards.loader import TokenLoader
 
     config = record.config

@@ -45,7 +45,7 @@ def from_pretrained(
     `block_size` keeps only that many positions. The weights are float32, on the CPU. Raises
     FileNotFoundError or ValueError, in one line, for what is not there or no GPT-2.
     """
-    from mygpt import hf
+    from mygpt.hub import hf
 
     folder = _folder(name_or_folder)
     return hf.load(folder, read_config(folder, block_size, dropout))
@@ -108,7 +108,7 @@ class Export:
 
     def start(self) -> int:
         """Export, and say what was made."""
-        from mygpt import export
+        from mygpt.hub import export
 
         print("\n".join(export.export(self.run, self.out, self.best, self.data)))
         return 0
@@ -123,7 +123,7 @@ class Import:
 
     def start(self) -> int:
         """Import, and say what was made."""
-        from mygpt import export
+        from mygpt.hub import export
 
         print("\n".join(export.convert(self.checkpoint, self.out)))
         return 0

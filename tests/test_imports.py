@@ -16,7 +16,7 @@ SCRIPTS = ("train", "eval")
 # The model and what it is trained by stand alone: of the project they import each other only.
 STANDALONE = {"mygpt.config", "mygpt.head", "mygpt.model", "mygpt.optim"}
 # The commands of mygpt that need data.
-READ_SHARDS = {"mygpt.export", "mygpt.facts", "mygpt.report", "mygpt.doctor"}
+READ_SHARDS = {"mygpt.hub.export", "mygpt.facts", "mygpt.report.__main__", "mygpt.doctor.__main__"}
 MAY_IMPORT = {
     "prepare": {"prepare", "shards"},
     "shards": {"shards"},

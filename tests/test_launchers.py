@@ -44,7 +44,7 @@ DIES_ONCE = """
 import os, signal, sys
 from pathlib import Path
 import train
-from mygpt import step
+from mygpt.training import step
 take_step, mark = step.train_step, Path(sys.argv[1])
 
 def take_step_or_die(job, stop):
@@ -144,7 +144,7 @@ def test_slurm_queues_again_what_was_asked_to_stop(tmp_path: Path, slurm: dict[s
 
 FAULTY = """
 import sys, train
-from mygpt import step
+from mygpt.training import step
 take_step = step.train_step
 
 def take_step_or_fail(job, stop):

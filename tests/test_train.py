@@ -18,10 +18,10 @@ import torch
 
 import train
 from mygpt import checkpoint, log, optim, runs
-from mygpt import step as steps
 from mygpt.evaluate import Loss
-from mygpt.job import Job
-from mygpt.stopping import EXIT_STOPPED, Stop
+from mygpt.training import step as steps
+from mygpt.training.job import Job
+from mygpt.training.stopping import EXIT_STOPPED, Stop
 from shards.loader import TokenLoader
 from shards.manifest import Manifest
 from tests.dataset import VOCABULARY, write_dataset
@@ -81,7 +81,7 @@ def test_resume_is_bitwise_with_muon(data: Path, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys, train
-from mygpt import step
+from mygpt.training import step
 take_step = step.train_step
 def take_step_or_die(job, stop):
     if job.step == 13:

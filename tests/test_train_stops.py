@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from mygpt import checkpoint, log
-from mygpt import step as steps
 from mygpt.evaluate import Loss
-from mygpt.job import Job
-from mygpt.stopping import EXIT_STOPPED, Stop
+from mygpt.training import step as steps
+from mygpt.training.job import Job
+from mygpt.training.stopping import EXIT_STOPPED, Stop
 from tests.dataset import write_dataset
 from tests.training import ROOT, arguments, environment, final_bytes, on_ranks, one_thread, start
 
@@ -158,7 +158,7 @@ def test_a_signal_right_after_a_checkpoint_writes_no_other(
 
 RANKS = """
 import hashlib, os, signal, sys, train
-from mygpt import step
+from mygpt.training import step
 
 out, rank, jobs = sys.argv[1], int(os.environ["RANK"]), []
 take_step = step.train_step
@@ -230,7 +230,8 @@ def test_a_signal_to_torchrun_reaches_its_ranks_in_time(data: Path, tmp_path: Pa
 
 KILLED = """
 import os, random, signal, sys, torch, train
-from mygpt import checkpoint, evaluate, job, optim, plot, step
+from mygpt import checkpoint, evaluate, optim, plot
+from mygpt.training import job, step
 
 sys.modules["matplotlib.figure"] = None
 torch.set_num_threads(1)
@@ -266,7 +267,8 @@ def test_kills_at_random_moments_change_nothing(data: Path, straight: Path, tmp_
 
 INSIDE = """
 import os, signal, sys, torch, train
-from mygpt import checkpoint, evaluate, job, optim, plot, step
+from mygpt import checkpoint, evaluate, optim, plot
+from mygpt.training import job, step
 
 sys.modules["matplotlib.figure"] = None
 torch.set_num_threads(1)

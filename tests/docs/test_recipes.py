@@ -12,7 +12,9 @@ from torch.distributed.run import get_args_parser
 
 import eval as evaluation
 import shards.__main__
-from mygpt import distributed, doctor, pretrained, report, settings
+from mygpt import distributed, pretrained, settings
+from mygpt.doctor import __main__ as doctor
+from mygpt.report import __main__ as report
 from prepare.options import Options
 
 ROOT = Path(__file__).parents[2]

@@ -12,11 +12,12 @@ from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train
-from mygpt import fit, settings
+from mygpt import settings
 from mygpt.distributed import Ranks
-from mygpt.job import Job
-from mygpt.step import train_step, validate
-from mygpt.stopping import Stop
+from mygpt.training import fit
+from mygpt.training.job import Job
+from mygpt.training.step import train_step, validate
+from mygpt.training.stopping import Stop
 from tests.dataset import VOCABULARY, write_dataset
 from tests.ranks import run_ranks
 
