@@ -261,11 +261,15 @@ def test_without_a_prompt_documents_are_begun(
     assert f"{found['loss']:.4f}" in text
 
 
-def test_what_an_older_version_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(ROOT / "tests" / "released" / "v1", tmp_path / "v1")
-    found = report(capsys, tmp_path / "v1" / "run", "--data", tmp_path / "v1" / "dataset")
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_what_an_older_version_trained(
+    version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = tmp_path / "run", ROOT / "tests" / "released" / version / "dataset"
+    shutil.copytree(ROOT / "tests" / "released" / version / "run", run)
+    found = report(capsys, run, "--data", data)
     assert found["step"] == 6
-    nats, targets = one_token_at_a_time(tmp_path / "v1" / "run", tmp_path / "v1" / "dataset")
+    nats, targets = one_token_at_a_time(run, data)
     assert found["loss"] == pytest.approx(nats / targets, rel=1e-6)
 
 

@@ -195,14 +195,15 @@ def test_samples_are_written_and_change_nothing(
 # --- what older versions wrote
 
 
-def test_a_run_of_version_1_goes_on(tmp_path: Path) -> None:
-    run, data = tmp_path / "run", RELEASED / "v1" / "dataset"
-    shutil.copytree(RELEASED / "v1" / "run", run)
+@pytest.mark.parametrize(("version", "name"), [(1, "data"), (2, "dataset")])
+def test_a_run_of_an_older_version_goes_on(version: int, name: str, tmp_path: Path) -> None:
+    run, data = tmp_path / "run", RELEASED / f"v{version}" / "dataset"
+    shutil.copytree(RELEASED / f"v{version}" / "run", run)
     state = checkpoint.read_state(checkpoint.folder_of(run, 6))
-    assert (state["version"], state["generations"]) == (1, {"data": 0})
+    assert (state["version"], state["generations"]) == (version, {name: 0})
     record = runs.read_run(run)
     assert record is not None
-    assert (record.config.data, record.generations) == (("dataset",), {"data": 0})
+    assert (record.config.data, record.generations) == (("dataset",), {name: 0})
     stored = record.config
     flags = f"""--vocab-size 64 --block-size 16 --n-layers 1 --n-heads 2 --n-embed 8
         --total-batch-size 64 --micro-batch 4 --device cpu --max-steps {stored.max_steps}

@@ -524,11 +524,12 @@ def test_a_state_of_version_1_is_read(folders: dict[str, Path]) -> None:
         loader.load_state_dict(old | {"version": 1, "generation": 1})
 
 
-def test_a_state_that_was_released_is_read() -> None:
-    released = Path(__file__).parents[1] / "released/v1"
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_state_that_was_released_is_read(version: int) -> None:
+    released = Path(__file__).parents[1] / f"released/v{version}"
     checkpoint = max((released / "run/checkpoints").iterdir())
     state = json.loads((checkpoint / "state.json").read_text("utf-8"))["loader"]
-    assert state["version"] == 1 and state["position"] > 0
+    assert state["version"] == version and state["position"] > 0
     sizes = {"block_size": state["block_size"], "seed": state["seed"]}
     loader = TokenLoader(released / "dataset", "train", 4, **sizes)
     loader.load_state_dict(state)

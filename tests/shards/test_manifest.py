@@ -111,8 +111,9 @@ def test_version_1_is_read(manifest: Manifest) -> None:
     assert json.loads((manifest.folder / FILE_NAME).read_text("utf-8"))["version"] == 2
 
 
-def test_what_was_released_is_read() -> None:
-    released = Manifest.load(Path(__file__).parents[1] / "released/v1/dataset")
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_what_was_released_is_read(version: str) -> None:
+    released = Manifest.load(Path(__file__).parents[1] / f"released/{version}/dataset")
     assert released.splits["train"].tokens and released.fingerprint
     assert list(verify(released)) == [
         (shard, []) for split in released.splits.values() for shard in split.shards
