@@ -76,6 +76,9 @@ def open_run(asked: TrainConfig) -> tuple[RunRecord, Mixture]:
     """
     begun = runs.read_run(asked.log_dir)
     config = runs.continued(begun.config, asked) if begun else asked
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if not asked.micro_batch and not settings.shares_out(config, world_size):
+        config = replace(config, micro_batch=0)  # found on another number of ranks: find it anew
     if not config.data:
         config = replace(config, data=(str(settings.only_dataset()),))
         if os.environ.get("RANK", "0") == "0":
@@ -125,13 +128,17 @@ def shape_of(config: TrainConfig) -> GPTConfig:
 
 
 def check_hashes(dataset: Mixture) -> None:
-    """Raise ValueError if a shard is not what its manifest says, after reading all of them."""
+    """Raise ValueError if a shard is not what its manifest says, after reading all of them.
+
+    The ranks of a machine share them out: one that waited for another would give it up for lost.
+    """
     from shards.verify import check
 
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of this machine wait for it
-        for manifest in dataset.manifests:
-            for split in manifest.splits:
-                check(manifest, split)
+    rank, ranks = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
+    own = slice(rank, None, ranks or 1)
+    for manifest in dataset.manifests:
+        for split in manifest.splits:
+            check(manifest, split, own)
 
 
 # --- training
@@ -144,7 +151,7 @@ def train(record: RunRecord, dataset: Mixture, begun: float) -> int:
     """
     from mygpt import checkpoint
     from mygpt.distributed import start
-    from mygpt.training import announce
+    from mygpt.training import agree, announce
     from mygpt.training.job import save
     from mygpt.training.stopping import EXIT_STOPPED, Stop, Stopped
 
@@ -154,6 +161,7 @@ def train(record: RunRecord, dataset: Mixture, begun: float) -> int:
         checkpoint.locked(run) if ranks.is_main else nullcontext(),
         Stop(ranks, config.max_time, begun).watch() as stop,
     ):
+        agree.check(record, ranks)
         log = RunLog(run, enabled=ranks.is_main)
         record = with_micro_batch(record, dataset, ranks, log)
         record = with_attention(record, ranks)
@@ -199,9 +207,9 @@ def with_micro_batch(record: RunRecord, dataset: Mixture, ranks: Ranks, log: Run
     sizes = fit.sizes(config.total_batch_size, block_size, ranks.world_size)
     if ranks.device.type == "cuda":
         log.write("trying how many rows fit into the memory")
-        trial = replace(config.resolved(1), micro_batch=sizes[0], compile=False)
+        trial = replace(config, micro_batch=sizes[0], compile=False)
         job = build(replace(record, config=trial), dataset, ranks)
-        found = fit.by_trying(job.model, job.optimizers, sizes, ranks)
+        found = fit.by_trying(job.model, job.optimizers, sizes, ranks, job.own_parameters)
     else:
         found = fit.by_rule(sizes, block_size)
     return replace(record, config=replace(config, micro_batch=found))
@@ -237,7 +245,8 @@ def with_length(
     steps = settings.steps_of(config, windows)
     if not steps:
         log.write(f"measuring how many steps fit into {config.time_budget:g} seconds")
-        trial = replace(record, config=config.resolved(1000))  # any horizon takes as long
+        horizon = max(1000, config.warmup_steps)  # any takes as long
+        trial = replace(record, config=config.resolved(horizon))
         steps = measured_steps(lambda: build(trial, dataset, ranks), stop)
     return replace(record, config=config.resolved(steps))
 
@@ -359,7 +368,8 @@ def validation_windows(config: TrainConfig, dataset: Mixture) -> list[np.ndarray
     for manifest, weight in zip(dataset.manifests, dataset.weights, strict=True):
         windows = EvalWindows(manifest, "val", config.model.block_size)
         tokens = config.val_tokens * weight // sum(dataset.weights)
-        chosen += [windows[i] for i in windows.spread(tokens)]
+        # Copies: a view would keep its shard's map, and the file behind it, for the whole run.
+        chosen += [windows[i].copy() for i in windows.spread(tokens)]
     return chosen
 
 

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Value = TypeVar("Value")
 
 # How long a rank waits for the others before it takes them for lost. What the main rank does alone,
 # such as writing a checkpoint, must take less.
@@ -90,6 +93,14 @@ class Ranks:
 
         return result
 
+    def of_each(self, value: Value) -> list[Value]:
+        """Every rank's value, in the order of the ranks; from CPU to CPU."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def of_main(self, value: int) -> int:
         """The main rank's value, on every rank."""
         return round(self.sums([value if self.is_main else 0])[0])
@@ -150,7 +161,8 @@ def start(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if os.environ.get("RANK") is None:
-        yield Ranks(0, 0, 1, torch.device(kind))
+        # With its number: some of torch's functions ask for it.
+        yield Ranks(0, 0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind))
         return
     rank, local_rank, world_size = (
         int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")

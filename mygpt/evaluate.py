@@ -234,7 +234,7 @@ def _chunks(windows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """The targets of many windows at a time: a count per window would cost a vocabulary each."""
     held: list[np.ndarray] = []
     for window in windows:
-        held.append(window[1:])
+        held.append(window[1:].copy())  # a view would keep its shard mapped
         if len(held) == 1024:
             yield np.concatenate(held)
             held.clear()

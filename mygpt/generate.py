@@ -208,9 +208,16 @@ def sample(
         logits, tokens = logits.sort(descending=True)  # (B, V)
     probs = logits.softmax(1)
     if top_p < 1:
-        before = probs.cumsum(1) - probs  # what the likelier tokens have together
+        before = _cumulative(probs) - probs  # what the likelier tokens have together
         probs = probs.masked_fill(before >= top_p, 0.0)
-    cumulative = probs.cumsum(1)
+    cumulative = _cumulative(probs)
     threshold = uniform.to(probs)[:, None] * cumulative[:, -1:]  # above 0: falls on no gap
     drawn = torch.searchsorted(cumulative, threshold)  # (B, 1)
     return (drawn if tokens is None else tokens.gather(1, drawn)).squeeze(1)
+
+
+def _cumulative(probs: Tensor) -> Tensor:
+    """Sums from the left, (B, V). CUDA has no deterministic kernel for them, and says so."""
+    if probs.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return probs.cpu().cumsum(1).to(probs.device)
+    return probs.cumsum(1)

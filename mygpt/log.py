@@ -11,7 +11,9 @@ line (or `start 0/400`) says from where, and readers drop what was replayed. Lin
 kind are for people.
 """
 
+import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,7 +60,7 @@ class RunLog:
             return
         for line in lines:
             if shown:
-                print(line, flush=True)
+                _show(line)
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(line + "\n")
@@ -67,6 +69,14 @@ class RunLog:
                     f"cannot write {self.path} ({error}): make room, and the same command goes on "
                     "from the last checkpoint"
                 ) from error
+
+
+def _show(line: str) -> None:
+    """Print a line. Where nobody reads along any more, a run goes on: log.txt has every line."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @dataclass(frozen=True)

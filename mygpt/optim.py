@@ -5,7 +5,7 @@ The training loop calls `learning_rate` before every step and sets, in every par
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -142,11 +142,15 @@ def state_tensors(optimizers: Iterable[Optimizer], model: GPT) -> dict[str, Tens
 
 
 def load_state_tensors(
-    optimizers: Iterable[Optimizer], model: GPT, tensors: Mapping[str, Tensor]
+    optimizers: Iterable[Optimizer],
+    model: GPT,
+    tensors: Mapping[str, Tensor],
+    own: Collection[Tensor] | None = None,
 ) -> None:
     """Give the optimizers what `state_tensors` returned: bit for bit, copied to their devices.
 
-    Raises ValueError, and changes nothing, if a tensor is missing, left over or of another shape.
+    With `own`, only the state of the parameters in there is given; all of it is checked. Raises
+    ValueError, and changes nothing, if a tensor is missing, left over or of another shape.
     """
     owned = list(_owned(optimizers, model))
     expected = {
@@ -162,10 +166,26 @@ def load_state_tensors(
                 f"{found.get(name, 'none')}: resume with the model and optimizer that wrote it"
             )
     for name, parameter, optimizer in owned:
-        optimizer.state[parameter] = {
-            key: tensors[f"{name}.{key}"].to(parameter.device, copy=True)
-            for key in _STATE[type(optimizer)]
-        }
+        if own is None or parameter in own:
+            optimizer.state[parameter] = {
+                key: tensors[f"{name}.{key}"].to(parameter.device, copy=True)
+                for key in _STATE[type(optimizer)]
+            }
+
+
+def begin_state(
+    optimizers: Iterable[Optimizer], model: GPT, own: Collection[Tensor] | None = None
+) -> None:
+    """Give the optimizers the zeros they begin with, of the parameters in `own` or of all.
+
+    The memory that steps need is then taken without a step, in which ranks wait for one another.
+    """
+    for _, parameter, optimizer in _owned(optimizers, model):
+        if own is None or parameter in own:
+            optimizer.state[parameter] = {
+                key: parameter.new_zeros(() if key == "step" else parameter.shape)
+                for key in _STATE[type(optimizer)]
+            }
 
 
 def _owned(optimizers: Iterable[Optimizer], model: GPT) -> Iterator[tuple[str, Tensor, Optimizer]]:

@@ -21,8 +21,7 @@ LENGTHS = ("max_steps", "max_tokens", "epochs", "time_budget")
 # Where 0 says "not decided": a run that goes on has them already, `resolved` works them out.
 OPEN = (
     *LENGTHS,
-    *("stop_at", "warmup_steps", "val_interval", "checkpoint_interval", "skip_spikes"),
-    "micro_batch",
+    *("stop_at", "warmup_steps", "val_interval", "checkpoint_interval", "micro_batch"),
 )
 
 
@@ -113,7 +112,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("total_batch_size", "log_interval", "val_tokens", "keep"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in (*OPEN, "max_time", "shuffle_shards", "keep_every", "sample_interval"):
+        others = ("max_time", "shuffle_shards", "keep_every", "sample_interval", "skip_spikes")
+        for name in (*OPEN, *others):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, "0 or more", value)
         for name in ("max_lr", "grad_clip"):
@@ -246,7 +246,7 @@ def parse(args: Sequence[str], description: str) -> TrainConfig:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     values = shallow(flags) | {"model": type(base.model)(**shallow(flags.model))}
-    return TrainConfig(**(values | _length(flags, base)))
+    return TrainConfig(**(values | _length(flags, rest)))
 
 
 def _presets() -> str:
@@ -264,16 +264,22 @@ def _preset_name(args: Sequence[str]) -> tuple[str, Sequence[str]]:
     )
 
 
-def _length(flags: _Flags, base: TrainConfig) -> dict[str, int]:
+def _length(flags: _Flags, args: Sequence[str]) -> dict[str, int]:
     """What of the preset is put aside when a flag says anew how long the run is."""
-    given = [name for name in LENGTHS if getattr(flags, name) != getattr(base, name)]
+    given = [name for name in LENGTHS if _is_given(name, args)]
     said = [name for name in given if getattr(flags, name)]
     if len(said) > 1:
         raise ValueError(f"{_flags_of(said)} each say how long: give one of them")
     if not given:
         return {}
     aside = dict.fromkeys((name for name in LENGTHS if name not in said), 0)
-    return aside if flags.warmup_steps != base.warmup_steps else aside | {"warmup_steps": 0}
+    return aside if _is_given("warmup_steps", args) else aside | {"warmup_steps": 0}
+
+
+def _is_given(name: str, args: Sequence[str]) -> bool:
+    """Whether a flag is among the words of the command, be it with the value it has anyway."""
+    flags = {f"--{name}", f"--{name.replace('_', '-')}"}
+    return any(word.partition("=")[0] in flags for word in args)
 
 
 def shallow(config: GPTConfig | TrainConfig) -> dict[str, Any]:
@@ -296,6 +302,12 @@ def steps_of(config: TrainConfig, windows_per_epoch: int | None) -> int:
     windows = config.epochs * windows_per_epoch
     # Rounded first: 0.1 * 300 is a little more than 30.
     return math.ceil(round(windows * config.model.block_size / config.total_batch_size, 6))
+
+
+def shares_out(config: TrainConfig, world_size: int) -> bool:
+    """Whether so many ranks make a step of whole micro-batches."""
+    piece = config.micro_batch * config.model.block_size * world_size
+    return not piece or config.total_batch_size % piece == 0
 
 
 def accumulation(config: TrainConfig, world_size: int) -> int:

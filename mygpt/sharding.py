@@ -4,11 +4,13 @@
     torchrun --standalone --nproc_per_node=4 train.py gpt2-xl --shard full
 
 Bytes a parameter and card, of n, in fp32 with AdamW: plain 16, "optimizer" 8 + 8 / n, "full" 16 / n
-and one block's weights. Checkpoints hold whole tensors under plain names whatever wrote them, so a
-run may go on with another --shard, or with another number of ranks.
+and one block's weights, and on a GPU about 2 more, whatever n: autocast keeps the 16-bit copies of
+the weights it multiplied with until the backward pass has used them. Checkpoints hold whole tensors
+under plain names whatever wrote them, so a run may go on with another --shard, or with another
+number of ranks.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -36,6 +38,12 @@ def shard_optimizers(optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
         optimizer.register_step_post_hook(partial(_send_own, owners))
 
 
+def own_parameters(optimizers: Iterable[Optimizer], ranks: Ranks) -> set[Tensor]:
+    """Those that this rank moves, and alone remembers, once `shard_optimizers` was called."""
+    owners = [_owners(optimizer, ranks.world_size) for optimizer in optimizers]
+    return {p for each in owners for p, owner in each.items() if owner == ranks.rank}
+
+
 def _owners(optimizer: Optimizer, world_size: int) -> dict[Tensor, int]:
     """Parameter → the rank that moves it: the largest first, each to whom has least so far."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -46,12 +54,11 @@ def _owners(optimizer: Optimizer, world_size: int) -> dict[Tensor, int]:
     return owners
 
 
-def _keep_own(owners: Mapping[Tensor, int], rank: int, optimizer: Optimizer, *_: Any) -> None:
+def _keep_own(owners: Mapping[Tensor, int], rank: int, *_: Any) -> None:
     """Optimizers pass over a parameter without a gradient, and remember nothing of it."""
     for p, owner in owners.items():
         if owner != rank:
             p.grad = None
-            optimizer.state.pop(p, None)  # a checkpoint gave all of it to everyone
 
 
 def _send_own(owners: Mapping[Tensor, int], *_: Any) -> None:
@@ -63,9 +70,11 @@ def _send_own(owners: Mapping[Tensor, int], *_: Any) -> None:
 def shard_model(model: GPT, ranks: Ranks) -> None:
     """Cut every parameter over the ranks, in place; a block is whole only while it is at work.
 
-    PyTorch's FSDP2. Gradients are averaged and cut at every backward pass, so that none is ever
-    whole. A model on the CPU moves to the ranks' device one block at a time. Raises ValueError
-    where fp16 would be computed in: its loss scaler looks at each rank's share by itself.
+    PyTorch's FSDP2. Gradients are averaged and cut block by block in every backward pass. What is
+    kept whole on a GPU are the 16-bit copies of the weights that autocast makes in the forward
+    pass, for the backward pass. A model on the CPU moves to the ranks' device one block at a time.
+    Raises ValueError where fp16 would be computed in: its loss scaler looks at each rank's share by
+    itself.
     """
     if compute_dtype(ranks.device) == torch.float16:
         raise ValueError("--shard full needs bfloat16, this GPU has none: give --shard optimizer")
@@ -105,9 +114,7 @@ def gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """
     if ranks.world_size == 1:
         return dict(tensors)
-    held: list[Any] = [None] * ranks.world_size
-    described = {name: (t.shape, t.dtype) for name, t in tensors.items()}
-    dist.all_gather_object(held, described, group=ranks.control)
+    held = ranks.of_each({name: (t.shape, t.dtype) for name, t in tensors.items()})
     result = {}
     for owner, names in enumerate(held):
         for name, (shape, dtype) in names.items():

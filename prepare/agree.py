@@ -60,6 +60,7 @@ def _agree_to_append(
     if stored is not None and begun > manifest.generation:
         _compare(workspace, stored, plan.record())
     else:
+        workspace.close()  # of the generation before, were it killed at its very end
         workspace.begin(plan)
     return plan, False
 

@@ -39,7 +39,8 @@ class Slice:
     """A part of a file: row groups of parquet, else bytes of its (decompressed) text; end -1: all.
 
     `side` is set where the split does not depend on the documents in it. `begins` is False where
-    the slice goes on with the document of the slice before.
+    the slice goes on with the document of the slice before. `digest` is the content hash, two
+    uint64, of a text that is one document in several slices.
     """
 
     file: int
@@ -47,6 +48,7 @@ class Slice:
     end: int = -1
     side: str | None = None
     begins: bool = True
+    digest: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _read_small_texts(files: Sequence[InputFile], parts: list[Slice]) -> Batch:
 
 def _read_text(file: InputFile, part: Slice) -> Iterator[Batch]:
     """One large or compressed text file, or a range of one: a single document, in pieces."""
-    hashes = None
+    hashes = None if part.digest is None else np.array([part.digest], np.uint64)
     if part.side is None:
         found = survey(file)
         if found.error:

@@ -5,10 +5,10 @@ from typing import Any
 
 from prepare.plan import Plan
 from prepare.unit import Record
+from prepare.workspace import QUARANTINE
 from shards.manifest import SPLITS, Manifest, Source, Split, TokenizerIdentity
 from shards.tokenizer import Tokenizer
 
-QUARANTINE = "quarantine.jsonl"
 # How many documents may be bad unless --max-bad says: so many, or this share of them if more.
 BAD_DOCUMENTS = 10
 BAD_SHARE = 0.001

@@ -9,17 +9,18 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
-import pyarrow as pa
+import xxhash
 
 from prepare.plan import Plan, Unit
-from prepare.split import content_hashes
+from prepare.split import digest_array
 from prepare.work import HELD_OUT, load_array, save_array
 from prepare.workspace import Workspace
 from shards import tokenizer
-from shards.manifest import Manifest, Shard
+from shards.manifest import Manifest
 from shards.reader import open_tokens, read_index
 
 OF_UNITS = "held_out"
+HASHED_AT_ONCE = 1 << 18  # tokens
 
 
 def validation_units(plan: Plan) -> Iterator[Unit]:
@@ -40,17 +41,31 @@ def note_held_out(plan: Plan, workspace: Workspace, units: Sequence[Unit]) -> No
     if plan.generation:
         manifest = workspace.manifest()
         assert manifest is not None
-        found += [_of_shard(manifest, shard) for shard in manifest.splits["val"].shards]
+        digests = b"".join(_digests_of(manifest))
+        found.append(digest_array(digests))
     save_array(workspace, HELD_OUT, np.unique(np.concatenate(found), axis=0))
 
 
-def _of_shard(manifest: Manifest, shard: Shard) -> np.ndarray:
-    """Content hashes of the documents that begin in a shard; their tokens spell their text."""
-    index, tokens = read_index(manifest, shard), open_tokens(manifest, shard)
+def _digests_of(manifest: Manifest) -> Iterator[bytes]:
+    """Content hashes of a dataset's validation documents, 16 bytes each: their tokens spell them.
+
+    A document may go on in the shards after the one that it begins in.
+    """
     vocabulary = tokenizer.load().vocabulary()
-    begins = index["offset"].to_numpy()[~index["continued"].to_numpy()]
-    texts = [
-        b"".join(vocabulary[token] for token in tokens[start + 1 : end].tolist())
-        for start, end in pairwise([*begins.tolist(), len(tokens)])
-    ]
-    return content_hashes(pa.array(texts, pa.large_binary()))
+    hasher = None
+    for shard in manifest.splits["val"].shards:
+        index, tokens = read_index(manifest, shard), open_tokens(manifest, shard)
+        offsets = [*index["offset"].to_pylist(), len(tokens)]
+        for (start, end), goes_on in zip(
+            pairwise(offsets), index["continued"].to_pylist(), strict=True
+        ):
+            if not goes_on:
+                if hasher is not None:
+                    yield hasher.digest()
+                hasher, start = xxhash.xxh3_128(), start + 1  # without its <|endoftext|>
+            assert hasher is not None, "the first row of a dataset begins a document"
+            for at in range(start, end, HASHED_AT_ONCE):
+                part = tokens[at : min(at + HASHED_AT_ONCE, end)].tolist()
+                hasher.update(b"".join([vocabulary[token] for token in part]))
+    if hasher is not None:
+        yield hasher.digest()

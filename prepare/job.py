@@ -20,8 +20,8 @@ from prepare.request import Request
 from prepare.split import GIVEN
 from prepare.storage import Folder
 from prepare.unit import Record
-from prepare.work import HashDocuments, WriteShards, publish_meanwhile
-from prepare.workspace import Workspace
+from prepare.work import HELD_OUT, HashDocuments, WriteShards, publish_meanwhile
+from prepare.workspace import QUARANTINE, WORK, Workspace
 from shards import tokenizer
 from shards.manifest import FILE_NAME
 
@@ -53,7 +53,8 @@ def run(options: Options) -> None:
     with workspace.locked(f"-{task[0]}-of-{task[1]}" if task else ""):
         plan, done = agree(request, workspace, planned)
         if done:
-            workspace.close()
+            if not workspace.is_growing():
+                workspace.close()
             print(f"{options.out} is complete: nothing to do.")
             return
         if not options.finish:
@@ -99,7 +100,7 @@ def _run_units(
     if waiting and plan.dedup:
         _hash(units, engine, HashDocuments(plan, workspace, HASHES))
         find_duplicates(workspace, units)
-    elif waiting and plan.rule.rule == GIVEN:
+    elif waiting and plan.rule.rule == GIVEN and not workspace.holds(HELD_OUT):
         held_out = list(validation_units(plan))
         _hash(held_out, engine, HashDocuments(plan, workspace, OF_UNITS))
         note_held_out(plan, workspace, held_out)
@@ -111,8 +112,10 @@ def _run_units(
 
 
 def _hash(units: Sequence[Unit], engine: Engine[int], work: HashDocuments) -> None:
-    """Hash the documents of units, showing progress."""
-    for _ in tqdm(engine(work, units), total=len(units), desc="hash", unit="unit"):
+    """Hash the documents of the units for which that was not done yet, showing progress."""
+    there = set(work.workspace.folder.names(f"{WORK}/{work.folder}"))
+    left = [unit for unit in units if f"{unit.number:05d}.npy" not in there]
+    for _ in tqdm(engine(work, left), total=len(left), desc="hash", unit="unit"):
         pass
 
 
@@ -155,10 +158,10 @@ def _finish(plan: Plan, workspace: Workspace, max_bad: int | None, started: floa
     records = [done[unit.number] for unit in plan.units]
     base = workspace.manifest() if plan.generation else None
     manifest = finish.build_manifest(plan, records, tokenizer.load(), base)
-    before = (workspace.folder.read(finish.QUARANTINE) or b"").splitlines()
+    before = (workspace.folder.read(QUARANTINE) or b"").splitlines()
     entries = finish.quarantine(plan, records, [json.loads(line) for line in before])
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
-    workspace.folder.write(finish.QUARANTINE, "".join(lines).encode())
+    workspace.folder.write(QUARANTINE, "".join(lines).encode())
     finish.check_bad(manifest, entries, max_bad)
     try:
         finish.check_splits(manifest)

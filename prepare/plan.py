@@ -146,7 +146,9 @@ def _slices(
         else:
             val = file.val if rule.rule == GIVEN else rule.is_val(found.digest)[0]
             side = "val" if val else "train"
-            yield from _text_ranges(source, file, 0, found.size, side, target)
+            digest = (int(found.digest[0, 0]), int(found.digest[0, 1]))
+            for part, weight in _text_ranges(source, file, 0, found.size, side, target):
+                yield replace(part, digest=digest), weight
     else:
         yield Slice(source), _weight(file)
 

@@ -54,7 +54,7 @@ class Record:
 @dataclass(frozen=True)
 class Unwanted:
     """Documents to leave out as duplicates: those at some `places` of the unit, (n,) int64, and
-    training text with one of some content `hashes`, (n, 2) uint64."""
+    training text with one of some content `hashes`, (n, 2) uint64, in order."""
 
     places: np.ndarray | None = None
     hashes: np.ndarray | None = None
@@ -65,9 +65,10 @@ class Unwanted:
         if self.places is not None:
             found |= np.isin(places, self.places)
         if self.hashes is not None:
-            suspects = ~is_val & np.isin(hashes[:, 0], self.hashes[:, 0])
-            for row in np.flatnonzero(suspects):
-                found[row] |= (self.hashes == hashes[row]).all(axis=1).any()
+            first = np.searchsorted(self.hashes[:, 0], hashes[:, 0], "left")
+            end = np.searchsorted(self.hashes[:, 0], hashes[:, 0], "right")
+            for row in np.flatnonzero(~is_val & (first < end)):
+                found[row] |= hashes[row, 1] in self.hashes[first[row] : end[row], 1]
         return found
 
 

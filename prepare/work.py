@@ -111,7 +111,7 @@ class HashDocuments:
             hashes = content_hashes(batch.texts) if batch.hashes is None else batch.hashes
             # Nobody's duplicate: an empty document, dropped anyway, and a part of the one text.
             alone = np.diff(string_buffers(batch.texts)[0]) == 0
-            alone |= batch.side is not None
+            alone |= batch.side is not None and batch.hashes is None
             parts.append(np.where(alone[:, None], np.uint64(0), hashes))
         check_unchanged(self.plan, unit)
         save_array(self.workspace, f"{self.folder}/{unit.number:05d}.npy", np.concatenate(parts))

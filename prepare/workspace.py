@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ WORK = ".prepare"
 PLAN = f"{WORK}/plan.json"
 UNITS = f"{WORK}/units"
 STAGING = f"{WORK}/staging"
-LOG = "prepare.log"
+LOG, QUARANTINE = "prepare.log", "quarantine.jsonl"
 WORK_FOLDERS = {"units", "hashes", "drops", "held_out", "staging"}
 # A run that is just ending lets go within moments; so do the workers of one that was killed, where
 # they inherit the lock.
@@ -72,20 +72,33 @@ class Workspace:
     def refuse_strangers(self) -> None:
         """Raise ValueError where the folder holds something that is not a dataset of ours."""
         names = self.folder.names()
-        if names and WORK not in names and FILE_NAME not in names:
+        others = [name for name in names if name not in (QUARANTINE, LOG)]
+        if others and WORK not in names and FILE_NAME not in names:
             raise ValueError(
                 f"expected a new or empty folder in {self.folder}, found other files there "
-                f"({names[0]}, ...): give another --out"
+                f"({others[0]}, ...): give another --out"
             )
 
     def manifest(self) -> Manifest | None:
         """The manifest of what is complete in the folder, or None."""
         raw = self.folder.read_json(FILE_NAME)
-        return None if raw is None else Manifest.from_json(raw, Path(self.folder.path))
+        if raw is None:
+            return None
+        found = Manifest.from_json(raw, Path(self.folder.path))
+        return replace(found, uri=self.folder.path.rstrip("/")) if self.folder.remote else found
 
     def stored_plan(self) -> dict[str, Any] | None:
         """The record of the plan that was last begun here, or None."""
         return self.folder.read_json(PLAN)
+
+    def holds(self, name: str) -> bool:
+        """Whether a file of that name lies in the work area."""
+        return self.folder.exists(f"{WORK}/{name}")
+
+    def is_growing(self) -> bool:
+        """Whether an append was begun that is not in the manifest yet."""
+        plan, manifest = self.stored_plan(), self.manifest()
+        return bool(plan and manifest and plan["generation"] > manifest.generation)
 
     def begin(self, plan: Plan) -> None:
         """Record the plan, so that every later run can be held to it."""

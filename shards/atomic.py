@@ -2,6 +2,7 @@
 
 import glob
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,11 @@ TEMPORARY_SUFFIX = ".tmp"
 def atomic_file(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
     """Open a binary file that appears under `path` whole, on leaving the block, or not at all.
 
-    The temporary name carries the process id, so two writers never share one; a rename replaces
-    what was there. Raises OSError as the file system does; the temporary is then removed. Unless
-    `durable`, the content is left for somebody else to bring to the disk.
+    The temporary name is a new one each time, so two writers, on two machines, never share one; a
+    rename replaces what was there. Raises OSError as the file system does; the temporary is then
+    removed. Unless `durable`, the content is left for somebody else to bring to the disk.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "w+b") as file:
             yield file
@@ -35,7 +36,7 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
 
 def move_durably(file: Path, target: Path) -> None:
     """Bring a file's content to the disk, then rename it: what lies under `target` is whole."""
-    with open(file, "rb") as content:
+    with open(file, "rb+") as content:  # Windows flushes only what is open for writing
         os.fsync(content.fileno())
     os.replace(file, target)
 

@@ -25,12 +25,12 @@ REMEDY = "restore it, or prepare the dataset again"
 
 
 class ShardReader:
-    """The shards of one split, memory-mapped when first used; at most `max_open()` at a time.
+    """The shards of one split, memory-mapped when first used; so many `readers` share `max_open()`.
 
     Raises ValueError for a split without shards, FileNotFoundError where one is not in the folder.
     """
 
-    def __init__(self, manifest: Manifest, split: str) -> None:
+    def __init__(self, manifest: Manifest, split: str, readers: int = 1) -> None:
         if split not in manifest.splits or not manifest.splits[split].shards:
             raise ValueError(
                 f"expected shards for the split {split!r} in {manifest.where}, found none: "
@@ -41,7 +41,7 @@ class ShardReader:
         if not manifest.uri:
             _check_presence(manifest, self.shards)
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._max_open = max_open()
+        self._max_open = max(1, max_open() // readers)
         self._is_large = sum(shard.tokens for shard in self.shards) > LARGE_TOKENS
 
     def tokens(self, index: int) -> np.ndarray:
@@ -74,7 +74,7 @@ class ShardReader:
 
 
 def max_open() -> int:
-    """How many maps a reader may hold: no more than half of the files that a process may open."""
+    """How many maps readers may hold together: at most half of the files a process may open."""
     try:
         import resource
     except ImportError:  # Windows

@@ -35,7 +35,8 @@ class RankRows:
     ) -> None:
         self.batch_size, self.width = batch_size, block_size + 1
         self.rank, self.world_size = rank, world_size
-        self._readers = [ShardReader(manifest, split) for manifest in mixture.manifests]
+        count = len(mixture.manifests)
+        self._readers = [ShardReader(manifest, split, count) for manifest in mixture.manifests]
         self.stream = MixedStream(mixture, split, block_size, seed, shuffle_shards)
         _check_cache(self._readers, shuffle_shards)
         self._sweep: Sweep | None = None

@@ -10,7 +10,7 @@ from typing import cast
 
 import numpy as np
 
-from shards.manifest import Manifest, Shard
+from shards.manifest import Manifest, Shard, Split
 from shards.reader import open_tokens, read_index
 
 
@@ -25,9 +25,10 @@ def verify(manifest: Manifest) -> Iterator[tuple[Shard, list[str]]]:
         yield from zip(shards, pool.map(lambda shard: faults(manifest, shard), shards), strict=True)
 
 
-def check(manifest: Manifest, split: str) -> None:
-    """Raise ValueError for the first shard of a split that is not what the manifest says."""
-    only = replace(manifest, splits={split: manifest.splits[split]})
+def check(manifest: Manifest, split: str, part: slice = slice(None)) -> None:
+    """Raise ValueError for the first shard of a split, or of a part of its shards, that is not what
+    the manifest says."""
+    only = replace(manifest, splits={split: Split(manifest.splits[split].shards[part])})
     for _, found in verify(only):
         if found:
             raise ValueError(f"{found[0]}: restore the shard, or prepare the dataset again")

@@ -47,11 +47,6 @@ def quick() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "random").folder
-
-
-@pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on tokens of no real tokenizer: quick, but nothing can be sampled from it."""
     folder = tmp_path_factory.mktemp("log") / "run"

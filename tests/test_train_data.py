@@ -36,11 +36,6 @@ def thread() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "random").folder
-
-
 def config_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "config.json").read_text())
 

@@ -30,19 +30,6 @@ def thread() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "random").folder
-
-
-@pytest.fixture(scope="module")
-def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 20 steps that nothing interrupted."""
-    run = tmp_path_factory.mktemp("straight")
-    assert start(data, run) == 0
-    return run
-
-
 def last_lines(run: Path, count: int) -> list[str]:
     return (run / "log.txt").read_text("utf-8").splitlines()[-count:]
 

@@ -4,13 +4,15 @@ Where memory runs out with an error, on CUDA, sizes are tried with real passes t
 Elsewhere the system would rather end the process: there a rule decides, and speed decided the rule.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
+from mygpt import optim
 from mygpt.distributed import Ranks
 from mygpt.evaluate import autocast
 from mygpt.model import GPT
@@ -45,26 +47,28 @@ def by_rule(sizes: Sequence[int], block_size: int) -> int:
 
 
 def by_trying(
-    model: GPT, optimizers: Sequence[Optimizer], sizes: Sequence[int], ranks: Ranks
+    model: GPT,
+    optimizers: Sequence[Optimizer],
+    sizes: Sequence[int],
+    ranks: Ranks,
+    own: Collection[Tensor] | None = None,
 ) -> int:
     """The largest of ascending sizes with which no rank runs out of memory, the same on all.
 
-    Model and optimizers have moved afterwards and are of no further use. The model should be
-    uncompiled: compiled it needs less. Raises ValueError if not even the first size fits.
+    Optimizers will remember something of the parameters in `own`; of all, if None. They and the
+    model are of no further use afterwards. The model should be uncompiled: compiled it needs less.
+    Raises ValueError if not even the first size fits.
     """
 
     def fits(rows: int) -> bool:
-        # No rank talks to others while it may run out: they would wait for it. Gradients stay
-        # where they are, and so does what the optimizers remember: a step has all of them.
-        if ranks.sums([has_room(model, rows, ranks.device)])[0] < ranks.world_size:
-            return False
-        for optimizer in optimizers:
-            optimizer.step()
-        return True
+        # No rank talks to others while it may run out: they would wait for it.
+        return ranks.sums([has_room(model, rows, ranks.device)])[0] == ranks.world_size
 
     with _less_memory(ranks.device):
-        # The first size is tried once more when the optimizers have filled their part.
-        fitting = list(takewhile(fits, [sizes[0], *sizes]))[1:]
+        # A step has all of it at once: the optimizers fill their part first, and the first size is
+        # tried once more when the gradients are there, which stay.
+        begun = ranks.sums([has_room_for_state(optimizers, model, own)])[0] == ranks.world_size
+        fitting = list(takewhile(fits, [sizes[0], *sizes]))[1:] if begun else []
     if not fitting:
         raise ValueError(
             f"not even --micro-batch {sizes[0]} fits into the memory of {ranks.device}: give "
@@ -81,6 +85,17 @@ def has_room(model: GPT, rows: int, device: torch.device) -> bool:
         with autocast(device):
             _, loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def has_room_for_state(
+    optimizers: Sequence[Optimizer], model: GPT, own: Collection[Tensor] | None
+) -> bool:
+    """Whether what optimizers remember of those parameters fits into memory; if so, it is there."""
+    try:
+        optim.begin_state(optimizers, model, own)
     except torch.OutOfMemoryError:
         return False
     return True

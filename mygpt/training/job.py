@@ -67,6 +67,13 @@ class Job:
         """The settings of the run."""
         return self.record.config
 
+    @property
+    def own_parameters(self) -> set[Tensor] | None:
+        """Those whose optimizer state lies on this rank alone; None where every rank has all."""
+        if self.config.shard != "optimizer":
+            return None
+        return sharding.own_parameters(self.optimizers, self.ranks)
+
 
 def save(job: Job, run: Path, val_loss: float | None) -> None:
     """Write the checkpoint of the steps finished so far, and drop what is no longer to be kept."""
@@ -100,7 +107,7 @@ def restore(job: Job, step: int) -> float | None:
     checkpoint.load_model(folder, job.model, sharding.share)
     tensors = sharding.shares(checkpoint.load_optimizer(folder), job.model)
     if tensors:  # none before the first step
-        optim.load_state_tensors(job.optimizers, job.model, tensors)
+        optim.load_state_tensors(job.optimizers, job.model, tensors, job.own_parameters)
     # Of a dataset that has grown since, the new stream is taken up at the place of the old one.
     own = job.loader.state_dict()
     moved = state["fingerprint"] != job.record.fingerprint

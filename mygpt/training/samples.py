@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from mygpt import runs
+from mygpt import runs, sharding
 from mygpt.generate import generate
 from mygpt.training.job import Job
 
@@ -34,14 +34,15 @@ def write_samples(job: Job, coder: Coder) -> None:
     """
     prompts = job.config.sample_prompt or ("",)
     # All ranks write the same text: a model that is cut over them can't run on one of them alone.
-    written = generate(
-        job.model,
-        [[coder.eot, *coder.encode(prompt)] for prompt in prompts],
-        TOKENS,
-        temperature=0.8,
-        seed=job.config.seed,
-        stop=coder.eot,
-    )
+    with sharding.together(job.model):
+        written = generate(
+            job.model,
+            [[coder.eot, *coder.encode(prompt)] for prompt in prompts],
+            TOKENS,
+            temperature=0.8,
+            seed=job.config.seed,
+            stop=coder.eot,
+        )
     # A model may have more ids than its tokenizer: those past the end stand for no text.
     texts = [coder.decode([token for token in ids if token < coder.n_vocab]) for ids in written]
     if job.ranks.is_main:

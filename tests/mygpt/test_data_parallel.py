@@ -18,7 +18,7 @@ from mygpt.training import fit
 from mygpt.training.job import Job
 from mygpt.training.step import train_step, validate
 from mygpt.training.stopping import Stop
-from tests.dataset import VOCABULARY, write_dataset
+from tests.dataset import VOCABULARY
 from tests.ranks import run_ranks
 
 FLAGS = f"""--vocab-size {VOCABULARY} --block-size 16 --n-layers 1 --n-heads 2 --n-embed 8
@@ -89,11 +89,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "random").folder
 
 
 def flags(data: Path, run: Path, micro_batch: int) -> list[str]:

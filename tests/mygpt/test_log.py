@@ -1,6 +1,9 @@
 """What is written can be read back, and a replayed step counts once."""
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from mygpt import log
 from mygpt.log import Meter, RunLog, read, skip_line, step_line, val_line
 
+ROOT = Path(__file__).parents[2]
 RATES = "ms 250.0  tok/s 2048  mfu n/a  data 0.4%  eta 0:00:02"
 
 
@@ -125,3 +129,26 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_no_log_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"log\.txt is not there"):
         read(tmp_path)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from mygpt.log import RunLog
+log = RunLog(Path(sys.argv[1]))
+for number in range(20_000):
+    log.write(f"line {number}")
+sys.exit(7)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes close otherwise there")
+def test_a_run_outlives_the_reader_of_its_lines(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"line 0\n"
+        process.stdout.close()
+        assert process.wait() == 7
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 20_000

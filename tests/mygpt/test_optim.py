@@ -8,6 +8,7 @@ from mygpt.config import GPTConfig
 from mygpt.model import GPT
 from mygpt.optim import (
     Muon,
+    begin_state,
     configure_optimizers,
     learning_rate,
     load_state_tensors,
@@ -184,8 +185,39 @@ def test_state_is_named_after_the_parameters():
     }
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_goes_to_some_parameters_only(optimizer):
+    model = GPT(GPTConfig(**SHAPE))
+    optimizers = configure_optimizers(model, optimizer=optimizer)
+    train(model, optimizers, 1)
+    saved = dict(state_tensors(optimizers, model))
+    own = {model.wte.weight, model.h[1].mlp.c_fc.weight}
+    kept = ("wte.", "h.1.mlp.c_fc.weight.")
+    for give in (load_state_tensors, begin_state):
+        fresh = configure_optimizers(model, optimizer=optimizer)
+        give(fresh, model, *([saved] if give is load_state_tensors else []), own)
+        assert state_tensors(fresh, model).keys() == {n for n in saved if n.startswith(kept)}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_is_begun_as_a_first_step_begins_it(optimizer):
+    model = GPT(GPTConfig(**SHAPE))
+    other = copy.deepcopy(model)
+    found = []
+    for each in (model, other):
+        optimizers = configure_optimizers(each, optimizer=optimizer)
+        if each is other:
+            begin_state(optimizers, each)
+            begun = {n: (t.shape, t.dtype) for n, t in state_tensors(optimizers, each).items()}
+        train(each, optimizers, 2)
+        found.append(state_tensors(optimizers, each))
+    assert begun == {name: (t.shape, t.dtype) for name, t in found[0].items()}
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+
+
+@pytest.mark.parametrize("own", [None, ()])
 @pytest.mark.parametrize("fault", ["missing", "left over", "shape"])
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(fault):
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(fault, own):
     model = GPT(GPTConfig(**SHAPE))
     optimizers = configure_optimizers(model)
     train(model, optimizers, 1)
@@ -200,5 +232,5 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(fault):
         tensors[name] = torch.zeros(17)
     fresh = configure_optimizers(model)
     with pytest.raises(ValueError, match=name):
-        load_state_tensors(fresh, model, tensors)
+        load_state_tensors(fresh, model, tensors, own)
     assert state_tensors(fresh, model) == {}

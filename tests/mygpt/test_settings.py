@@ -98,6 +98,14 @@ def test_the_length_of_a_run_is_given_once() -> None:
         parse("gpt2", "--epochs", "1", "--max-tokens", "5")
 
 
+def test_a_flag_counts_though_it_says_what_the_preset_says() -> None:
+    config = parse("gpt2", "--max-steps", "5000", "--warmup-steps", "715")
+    assert (config.max_steps, config.warmup_steps) == (5000, 715)
+    for flags in (["--max-steps", "2000"], ["--max_steps=2000"]):
+        with pytest.raises(ValueError, match="each say how long"):
+            parse("small", *flags, "--time-budget", "1h")
+
+
 def test_a_short_run_has_a_warmup_that_fits() -> None:
     assert parse("gpt2", "--max-steps", "40").resolved(40).warmup_steps == 2
     assert parse("gpt2", "--max-steps", "40", "--warmup-steps", "9").warmup_steps == 9

@@ -53,6 +53,7 @@ from mygpt.config import GPTConfig
 from mygpt.distributed import start
 from mygpt.generate import generate
 from mygpt.model import GPT
+from mygpt.training import fit
 
 def build(shard, optimizer):
     torch.manual_seed(1)
@@ -83,6 +84,9 @@ def take_steps(numbers, model, net, optimizers):
             optimizer.zero_grad()
         yield sharding.whole(norm).item()
 
+def full(*_):
+    raise torch.OutOfMemoryError
+
 def copies(tensors):
     return {name: t.clone() for name, t in sharding.gathered(tensors, ranks).items()}
 
@@ -95,7 +99,8 @@ def restored(shard, optimizer, weights, memory):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(sharding.share(weights[name], parameter))
-    optim.load_state_tensors(optimizers, model, sharding.shares(memory, model))
+    own = sharding.own_parameters(optimizers, ranks) if shard == "optimizer" else None
+    optim.load_state_tensors(optimizers, model, sharding.shares(memory, model), own)
     return model, net, optimizers
 
 torch.set_num_threads(1)
@@ -123,6 +128,13 @@ with start("cpu") as ranks:
             found[f"{way} text"] = generate(job[0], [[1], [2, 3]], 9, temperature=0)
         norms = list(take_steps(range(3, 5), *job))
         found[f"{way} straight"] = norms, *state(job[0], job[2])
+    model, _, optimizers = build("optimizer", "adamw")
+    if not ranks.is_main:
+        optim.begin_state = full
+    try:
+        fit.by_trying(model, optimizers, [1, 2], ranks)
+    except ValueError as error:
+        found["no room"] = str(error)
     torch.save(found, out / f"{ranks.rank}.pt")
     distributed.start = lambda *_: nullcontext(ranks)  # runs one after the other, as one process
     for flags in runs:
@@ -194,6 +206,11 @@ def test_each_rank_remembers_its_share(found: list[dict[str, Any]], optimizer: s
         kept = [found[rank][f"{way} {optimizer}"][3] for rank in range(2)]
         assert sum(kept) == pytest.approx(whole, rel=0.02)  # each counts a few steps of its own
         assert max(kept) < 0.55 * whole
+
+
+def test_no_rank_waits_for_one_whose_memory_is_full(found: list[dict[str, Any]]) -> None:
+    for rank in range(2):
+        assert found[rank]["no room"].startswith("not even --micro-batch 1 fits")
 
 
 @pytest.mark.parametrize("way", ["none adamw", "optimizer adamw", "full adamw", "optimizer muon"])

@@ -10,7 +10,6 @@ import pytest
 
 from mygpt import checkpoint, verify_resume
 from mygpt.verify_resume import first_bit, first_loss
-from tests.dataset import write_dataset
 from tests.training import FLAGS, environment, one_thread, start
 
 
@@ -18,11 +17,6 @@ from tests.training import FLAGS, environment, one_thread, start
 def thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "random").folder
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import gzip
 import itertools
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -19,38 +18,21 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from shards import remote
 from tests.prepare.proxy import FAULTS, Proxy
 from tests.prepare.support import contents, make, run, shrink, texts, write_jsonl
+from tests.s3 import s3_server
 
 pytest.importorskip("moto")
 pytest.importorskip("flask_cors")
 
 BUCKET = "corpora"
-CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "nobody",
-    "AWS_SECRET_ACCESS_KEY": "nothing",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[Proxy]:
-    """An S3 server behind a proxy, to which every S3 client of this process talks."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # not a line for each request
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    with (
-        Proxy(server.get_host_and_port()) as proxy,
-        mock.patch.dict(os.environ, CREDENTIALS | {"AWS_ENDPOINT_URL": proxy.url}),
-    ):
+    with s3_server() as proxy:
         yield proxy
-        remote.client.cache_clear()
-    server.stop()
 
 
 @pytest.fixture
@@ -221,11 +203,14 @@ class TestOut:
         assert "Resuming: 3 of" in again.out
         assert objects(s3, "out") == contents(make(tmp_path / "near", corpus))
 
-    def test_append(self, s3: fs.FileSystem, corpus: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("given", [False, True])
+    def test_append(self, given: bool, s3: fs.FileSystem, corpus: Path, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "more.jsonl", texts(50, seed=1))
-        near = make(tmp_path / "near", corpus)
+        write_jsonl(tmp_path / "val.jsonl", texts(60, seed=1)[40:])
+        val = ("--val-source", tmp_path / "val.jsonl") if given else ()
+        near = make(tmp_path / "near", corpus, *val)
         make(near, tmp_path / "more.jsonl", "--append")
-        for arguments in ((corpus,), (tmp_path / "more.jsonl", "--append")):
+        for arguments in ((corpus, *val), (tmp_path / "more.jsonl", "--append")):
             assert run(*arguments, "--out", f"s3://{BUCKET}/out").code == 0
         assert objects(s3, "out") == contents(near)
 

@@ -174,6 +174,31 @@ class TestValidationTextOfOnesOwn:
         assert after["duplicates"] == 22
         assert after["written"] == counts["written"] + 5
 
+    @pytest.mark.parametrize("copy", ["copy.txt", "copy.txt.gz", "copy.jsonl"])
+    def test_a_large_text_too(
+        self, copy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shrink(monkeypatch, PIECE_BYTES=200, READ_BYTES=90, MIN_UNIT_BYTES=300)
+        book, other = "".join(texts(60, 1)), "".join(texts(60, 2))
+        for name, text in (("corpus/a.txt", other), ("val/book.txt", book)):
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).write_text(text, "utf-8", newline="")
+        path = tmp_path / "corpus" / copy
+        if path.suffix == ".jsonl":
+            write_jsonl(path, [book])
+        else:
+            compress = gzip.compress if path.suffix == ".gz" else bytes
+            path.write_bytes(compress(book.encode()))
+        out = make(tmp_path / "out", tmp_path / "corpus", "--val-source", tmp_path / "val")
+        assert len(list(out.glob("val_*.npy"))) > 2, "it lies in several shards"
+        found = held(out)
+        assert [d.tokens for d in found["train"]] == [law(other)]
+        assert [d.tokens for d in found["val"]] == [law(book)]
+        # And when the copy comes later.
+        write_jsonl(tmp_path / "more.jsonl", [book, "something new"])
+        after = held(make(out, tmp_path / "more.jsonl", "--append"))
+        assert [d.tokens for d in after["train"]] == [law(other), law("something new")]
+
     def test_with_dedup_the_validation_text_is_kept(self, tmp_path: Path) -> None:
         own, shared = texts(30, 1), texts(10, 2)
         write_jsonl(tmp_path / "train.jsonl", [*own, *shared, *own])

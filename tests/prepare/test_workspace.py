@@ -154,6 +154,24 @@ class TestTwoAtOnce:
             pass
 
 
+def test_the_first_command_again_leaves_a_begun_append_alone(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch, MIN_UNIT_BYTES=2000)
+    out = make(tmp_path / "out", corpus)
+    write_jsonl(tmp_path / "more.jsonl", texts(150, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr("prepare.job._finish", lambda *_: None)  # as if killed before the end
+        make(out, tmp_path / "more.jsonl", "--append")
+    units = sorted(path.name for path in (out / ".prepare/units").iterdir())
+    assert len(units) > 3
+    assert "nothing to do" in run(corpus, "--out", out).out
+    assert sorted(path.name for path in (out / ".prepare/units").iterdir()) == units
+    outcome = run(tmp_path / "more.jsonl", "--append", "--out", out)
+    assert f"{len(units)} of {len(units)} units are finished" in outcome.out
+    held(out)
+
+
 @pytest.mark.parametrize("arguments", [["no-such.txt"], ["corpus.jsonl", "--text-column", "x"]])
 def test_a_mistyped_command_leaves_no_folder(
     arguments: list[str], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

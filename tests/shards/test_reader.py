@@ -95,6 +95,9 @@ def test_at_most_so_many_maps_are_open(tmp_path: Path, monkeypatch: pytest.Monke
         assert len(shards.tokens(index)) == index + 2
         assert len(shards._open) <= 3
     assert len(opened) == 11, "what is open is not opened again"
+    one_of_two = ShardReader(shards.manifest, "train", 2)
+    assert [len(one_of_two.tokens(index)) for index in range(4)] == [2, 3, 4, 5]
+    assert len(one_of_two._open) == 1
 
 
 def test_tokens_are_a_view_that_can_not_be_written(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Datasets in an object store, through the cache: a real S3 server, and a network that fails."""
 
 import itertools
-import logging
 import os
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,18 +24,13 @@ from shards.rows import RankRows
 from shards.sweep import Sweep
 from shards.verify import verify
 from tests.prepare.proxy import FAULTS, Proxy
+from tests.s3 import s3_server
 from tests.shards.support import arange_dataset, text_dataset
 
 pytest.importorskip("moto")
 pytest.importorskip("flask_cors")
 
 BUCKET = "datasets"
-CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "nobody",
-    "AWS_SECRET_ACCESS_KEY": "nothing",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
 ROOT = Path(__file__).parents[2]
 # Of several sizes, so that what is where can't be told by size.
 LENGTHS = (1000, 3000, 64, 2000, 900, 1500, 2500, 700)
@@ -46,19 +39,8 @@ BLOCK = 16
 
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[Proxy]:
-    """An S3 server behind a proxy, to which every S3 client of this process talks."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # not a line for each request
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    with (
-        Proxy(server.get_host_and_port()) as proxy,
-        mock.patch.dict(os.environ, CREDENTIALS | {"AWS_ENDPOINT_URL": proxy.url}),
-    ):
+    with s3_server() as proxy:
         yield proxy
-        remote.client.cache_clear()
-    server.stop()
 
 
 @pytest.fixture(scope="module")

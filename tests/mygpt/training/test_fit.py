@@ -2,18 +2,23 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import train
-from mygpt import checkpoint, optim
+from mygpt import checkpoint, optim, settings
 from mygpt.config import GPTConfig
 from mygpt.distributed import Ranks
+from mygpt.log import RunLog
 from mygpt.model import GPT
+from mygpt.runs import RunRecord
 from mygpt.training import fit
+from shards.mixture import Mixture
 from tests.dataset import VOCABULARY, write_dataset
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
@@ -68,10 +73,33 @@ def test_no_room_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         fit.by_trying(model, optim.configure_optimizers(model), [1, 2], ALONE)
 
 
+@pytest.mark.parametrize("room", [[], [1]])
+def test_no_room_for_what_the_optimizers_remember_is_refused(
+    room: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this rank, or on another, of which this one hears."""
+    model, tried = model_with_room(monkeypatch, 100)
+    optimizers = optim.configure_optimizers(model)
+    if room:
+        ranks, answers = Ranks(0, 0, 2, torch.device("cpu")), iter(room)
+        monkeypatch.setattr(Ranks, "sums", lambda self, values: [next(answers)])
+    else:
+        ranks = ALONE
+        for name in ("zeros_like", "Tensor.new_zeros"):
+            monkeypatch.setattr(f"torch.{name}", full)
+    with pytest.raises(ValueError, match="not even --micro-batch 1 fits into the memory of cpu"):
+        fit.by_trying(model, optimizers, [1, 2], ranks)
+    assert tried == []
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise torch.OutOfMemoryError
+
+
 def test_the_rank_with_least_room_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """This one has room for everything; of the other it hears that it has none beyond 4 rows."""
     model, tried = model_with_room(monkeypatch, 100)
-    answers: Iterator[float] = iter([2, 2, 2, 2, 1])
+    answers: Iterator[float] = iter([2, 2, 2, 2, 2, 1])  # the first of them of the state
     ranks = Ranks(0, 0, 2, torch.device("cpu"))
     monkeypatch.setattr(Ranks, "sums", lambda self, values: [next(answers)])
     assert fit.by_trying(model, optim.configure_optimizers(model), [1, 2, 4, 8, 16], ranks) == 4
@@ -96,6 +124,27 @@ def test_auto_is_found_once_and_written_down(
         "utf-8"
     )
     assert checkpoint.steps(run)[-1] == 4
+    # What was found for one rank is found anew for four, which it can't be shared out over.
+    for world_size, rows in ((2, 6), (4, 0)):
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        record, _ = train.open_run(settings.parse(command, ""))
+        assert record.config.micro_batch == rows
+
+
+@pytest.mark.parametrize("preset", ["small", "gpt2"])
+def test_every_preset_can_be_tried_on_a_gpu(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the length of the run and its warm-up are known; the trial itself stands in here."""
+    job = SimpleNamespace(model=0, optimizers=[], own_parameters=None)
+    monkeypatch.setattr(train, "build", lambda *_: job)
+    monkeypatch.setattr(fit, "by_trying", lambda model, optimizers, sizes, *_: sizes[-1])
+    config = settings.parse([preset, "--micro-batch", "auto"], "")
+    record = RunRecord(config, "", {})
+    ranks, run = Ranks(0, 0, 1, torch.device("cuda", 0)), RunLog(tmp_path)
+    dataset = Mixture.load([str(write_dataset(tmp_path / "data").folder)])
+    found = train.with_micro_batch(record, dataset, ranks, run).config
+    assert found == replace(config, micro_batch=config.total_batch_size // config.model.block_size)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from mygpt.training import step as steps
 from mygpt.training.job import Job
 from mygpt.training.step import Outcome, train_step, validate
 from mygpt.training.stopping import Stop, Stopped
-from tests.dataset import write_dataset
 from tests.training import ALONE, one_job, one_thread
 
 
@@ -22,11 +21,6 @@ from tests.training import ALONE, one_job, one_thread
 def thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "random").folder
 
 
 def state_of(job: Job) -> dict[str, torch.Tensor]:

@@ -12,7 +12,6 @@ import pytest
 from mygpt import log
 from mygpt.settings import TrainConfig
 from mygpt.training import trackers
-from tests.dataset import write_dataset
 from tests.training import one_thread, refused, start
 
 
@@ -20,11 +19,6 @@ from tests.training import one_thread, refused, start
 def thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "random").folder
 
 
 @pytest.mark.filterwarnings("ignore")  # of TensorBoard's own imports
