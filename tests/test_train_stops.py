@@ -193,7 +193,8 @@ def test_ranks_skip_and_stop_alike(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_signal_to_torchrun_reaches_its_ranks_in_time(data: Path, tmp_path: Path) -> None:
-    endless = ("--micro-batch", "2", "--max-steps", "1000000")
+    # Without validations, whose checkpoints say more in their line than those of other steps.
+    endless = ("--micro-batch", "2", "--max-steps", "1000000", "--val-interval", "1000000")
     command = [*on_ranks(2), str(ROOT / "train.py"), *arguments(data, tmp_path, *endless)]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as process:
         try:

@@ -22,8 +22,8 @@ def check(record: RunRecord, ranks: Ranks) -> None:
             if other.get(name) != value:
                 raise ValueError(
                     f"expected the same run on all ranks, found {name} {value} on rank 0 and "
-                    f"{other.get(name)} on rank {rank}: give all hosts the same command, the same data "
-                    "and the same run folder"
+                    f"{other.get(name)} on rank {rank}: give all hosts the same command, the same "
+                    "data and the same run folder"
                 )
 
 
