@@ -33,16 +33,15 @@ PACKAGES = (
 CEILING, POOL = "gigatoken, in memory", "tiktoken, plain pool *"
 PARQUET, JSONL, TXT = "prepare, parquet", "prepare, jsonl", "prepare, txt"
 NO_AUDIT = "prepare, parquet, no audit"
-# Each with the package that it needs.
 PEERS = {
-    "datatrove": ("datatrove's DocumentTokenizer", "datatrove"),
-    "litdata": ("litdata's optimize", "litdata"),
-    "nanogpt": ("nanoGPT's recipe", "datasets"),
+    "datatrove": "datatrove's DocumentTokenizer",
+    "litdata": "litdata's optimize",
+    "nanogpt": "nanoGPT's recipe",
 }
 COMMAND = "from prepare.__main__ import main; main()"
 WITHOUT_AUDIT = "import prepare.encode as e; e._agrees = lambda *_: True; "
 NOTES = """\
-MB/s of UTF-8 text, the start of processes and encoders left out; in the last column included.
+MB/s of UTF-8 text, the start of interpreters and encoders left out; in the last column included.
 * measured on an eighth of the documents, chosen evenly"""
 
 
@@ -103,8 +102,8 @@ def contenders(text: Corpus, with_peers: bool) -> dict[str, Callable[[], Mapping
         for what, source in ((PARQUET, text.parquet), (JSONL, text.jsonl), (TXT, text.txt)):
             found[f"{what}, {n}"] = partial(_prepare, what, source, n, text)
     found[NO_AUDIT] = partial(_prepare, NO_AUDIT, text.parquet, cores, text, WITHOUT_AUDIT)
-    for name, (what, package) in PEERS.items():
-        if with_peers and table.installed(package):
+    for name, what in PEERS.items():
+        if with_peers and table.installed(peers.PACKAGES.get(name, name)):
             found[what] = partial(_peer, name, what, text, cores)
     return found
 
@@ -119,7 +118,7 @@ def _rival(
 def _peer(name: str, what: str, text: Corpus, processes: int) -> dict[Figure, float]:
     os.sync()
     seconds = peers.seconds(name, text.parquet, processes)
-    return {Figure(what, processes, True): text.text_bytes / 1e6 / seconds}
+    return {Figure(what, processes): text.text_bytes / 1e6 / seconds}
 
 
 def _prepare(
@@ -170,16 +169,16 @@ def marks(rates: Rates) -> list[dict[str, Any]]:
     """What the project asks of prepare, on all cores: what was found, and what is wanted."""
     cores = max(figure.processes for figure in rates)
     wanted = [
-        ("parquet ÷ the encoder in memory", PARQUET, CEILING, 0.75, False),
-        ("jsonl ÷ parquet", JSONL, PARQUET, 0.5, False),
-        ("with the audit ÷ without", PARQUET, NO_AUDIT, 0.9, False),
-        ("parquet ÷ tiktoken's plain pool", PARQUET, POOL, 9, False),
-        ("parquet ÷ nanoGPT's recipe, start-up included", PARQUET, PEERS["nanogpt"][0], 25, True),
-        ("parquet ÷ litdata, start-up included", PARQUET, PEERS["litdata"][0], 12, True),
+        ("parquet ÷ the encoder in memory", PARQUET, CEILING, 0.75),
+        ("jsonl ÷ parquet", JSONL, PARQUET, 0.5),
+        ("with the audit ÷ without", PARQUET, NO_AUDIT, 0.9),
+        ("parquet ÷ tiktoken's plain pool", PARQUET, POOL, 9),
+        ("parquet ÷ nanoGPT's recipe", PARQUET, PEERS["nanogpt"], 25),
+        ("parquet ÷ litdata", PARQUET, PEERS["litdata"], 12),
     ]
     found = []
-    for what, one, other, mark, whole in wanted:
-        these, others = (rates.get(Figure(name, cores, whole)) for name in (one, other))
+    for what, one, other, mark in wanted:
+        these, others = (rates.get(Figure(name, cores)) for name in (one, other))
         if these and others:
             found.append(
                 {"what": what, "found": round(table.ratio(these, others), 2), "at_least": mark}
@@ -192,7 +191,8 @@ def as_text(found: Mapping[str, Any]) -> str:
     machine, text = found["machine"], found["corpus"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     headers = ("", "processes", "MB/s", "low to high", "× encoder", "× pool", "whole MB/s")
-    missing = [package for _, package in PEERS.values() if package not in machine["packages"]]
+    packages = [peers.PACKAGES.get(name, name) for name in PEERS]
+    missing = [package for package in packages if package not in machine["packages"]]
     lines = [
         f"$ {found['command']}",
         f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, "

@@ -1,7 +1,7 @@
 """nanoGPT's `ckpt.pt` (github.com/karpathy/nanoGPT) as our GPT, read without running its code.
 
-The weights are read, the function is ours: today's nanoGPT computes GELU exactly, older versions and
-we by the tanh, as GPT-2 did. The two differ by less than 0.0005, and so its logits from ours.
+The weights are read, the function is ours: today's nanoGPT computes GELU exactly, older ones and we
+by the tanh, as GPT-2 did. The two differ by less than 0.0005, and so its logits from ours.
 """
 
 import pickle

@@ -62,7 +62,7 @@ def test_a_prepare_that_fails_is_no_figure(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", peers.PEERS)
 def test_a_peer(name: str, tmp_path: Path) -> None:
-    if not table.installed(package := prepare.PEERS[name][1]):
+    if not table.installed(package := peers.PACKAGES.get(name, name)):
         pytest.skip(f"{package} is not installed: the extra bench")
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": texts(100)}), path)
