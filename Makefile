@@ -24,7 +24,7 @@ data_flag = $(if $(DATA),--data $(DATA))
 .PHONY: help setup doctor data demo train-small train-gpu4 eval report export verify-resume test test-all lint
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 setup: $(VENV)/core ## create the environment in .venv
 
