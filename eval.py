@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import tyro
 
-from mygpt import runs
 from mygpt.evaluation.settings import EvalConfig
 from mygpt.settings import only_dataset
 from shards.atomic import atomic_file, write_json
@@ -115,7 +114,7 @@ def open_data(config: EvalConfig, subject: Subject) -> Mixture:
         return Mixture.load(config.data or [str(only_dataset())])
     if not (specs := config.data or subject.config.data):
         raise ValueError("the checkpoint does not say where its dataset lay: give --data FOLDER")
-    data = Mixture.load(specs, runs.generations_of(subject.state))
+    data = Mixture.load(specs, subject.state["generations"])
     expected = subject.state["fingerprint"]
     if data.fingerprint != expected:
         raise ValueError(

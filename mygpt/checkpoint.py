@@ -25,6 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mygpt import records
+
 FORMAT, VERSION = "mygpt-checkpoint", 2
 # What wrappers put before the names of parameters: torch.compile, DDP, activation checkpointing.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_checkpoint_wrapped_module)\.")
@@ -132,19 +134,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / "state.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint: it has no state.json")
-    try:
-        state = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): use another checkpoint") from None
-    found = (state.get("format"), state.get("version"))
-    if found not in [(FORMAT, version) for version in range(1, VERSION + 1)]:
-        raise ValueError(
-            f"{path}: expected format {FORMAT} version 1 to {VERSION}, found {found[0]} "
-            f"{found[1]}: read it with the version of myGPT that wrote it"
-        )
-    if found[1] == 1:
-        state |= {"generations": {"data": state.pop("generation")}, "spikes": None}
-    return state
+    remedies = ("use another checkpoint", "read it with the version of myGPT that wrote it")
+    return {"spikes": None} | records.read(path, FORMAT, VERSION, *remedies)
 
 
 def note_val_loss(folder: Path, val_loss: float) -> None:

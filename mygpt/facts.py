@@ -44,7 +44,7 @@ def gather(
     """The facts of the settings `config`; `identity` is the JSON that says which dataset."""
     settings = runs.from_json(config)
     dataset, missing = open_dataset(
-        data or settings.data, identity["fingerprint"], runs.generations_of(identity)
+        data or settings.data, identity["fingerprint"], identity["generations"]
     )
     return Facts(
         run=run,

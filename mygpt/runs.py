@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mygpt import records
 from mygpt.config import GPTConfig
 from mygpt.log import end_torn_line
 from mygpt.settings import LENGTHS, OPEN, TrainConfig, shallow
@@ -53,12 +54,6 @@ def from_json(values: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**{**values, **typed})
 
 
-def generations_of(values: Mapping[str, Any]) -> dict[str, int]:
-    """Source → generation, from a config.json or state.json of any version."""
-    # Version 1 had one dataset; the name of an only one is that of its folder, and not compared.
-    return values["generations"] if "generations" in values else {"data": values["generation"]}
-
-
 @dataclass(frozen=True)
 class RunRecord:
     """What `RUN/config.json` says: the settings as resolved, and the datasets' identity.
@@ -94,18 +89,11 @@ def read_run(folder: Path) -> RunRecord | None:
         if (folder / "checkpoints").is_dir():
             raise ValueError(f"{folder} has checkpoints but no config.json: take another --log-dir")
         return None
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): take another --log-dir") from None
-    found = (raw.get("format"), raw.get("version"))
-    if found not in [(FORMAT, version) for version in range(1, VERSION + 1)]:
-        raise ValueError(
-            f"{path}: expected format {FORMAT} version 1 to {VERSION}, found {found[0]} "
-            f"{found[1]}: use the version of myGPT that wrote it, or take another --log-dir"
-        )
+    other = "take another --log-dir"
+    remedies = (other, f"use the version of myGPT that wrote it, or {other}")
+    raw = records.read(path, FORMAT, VERSION, *remedies)
     earlier = tuple(raw.get("earlier", ()))
-    return RunRecord(from_json(raw["config"]), raw["fingerprint"], generations_of(raw), earlier)
+    return RunRecord(from_json(raw["config"]), raw["fingerprint"], raw["generations"], earlier)
 
 
 def continued(stored: TrainConfig, asked: TrainConfig) -> TrainConfig:

@@ -75,8 +75,8 @@ class Tokenizer:
 
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, (n_vocab,) int64; none for `<|endoftext|>`."""
-        token = self._reference.decode_single_token_bytes
-        lengths = [0 if i == self.eot else len(token(i)) for i in range(self.n_vocab)]
+        lengths = list(map(len, self.vocabulary()))
+        lengths.insert(self.eot, 0)
         return np.array(lengths, np.int64)
 
     def encode_batch(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """For all tests: property tests are judged by what they find, not by how busy the machine is."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,15 @@ from hypothesis import settings
 
 settings.register_profile("steady", deadline=None)
 settings.load_profile("steady")
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """One thread and no pictures, for tests that train or evaluate small models."""
+    from tests.training import one_thread  # torch: not for other tests
+
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 20 steps that nothing interrupted."""
-    from tests.training import start  # torch: not for tests that don't train
+    from tests.training import start
 
     run = tmp_path_factory.mktemp("straight")
     assert start(data, run) == 0

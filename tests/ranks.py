@@ -29,13 +29,18 @@ def start_ranks(count: int, script: str, *arguments: str) -> list[subprocess.Pop
     ]
 
 
-def run_ranks(count: int, script: str, *arguments: str) -> None:
-    """The same, to their end, which must be a good one."""
+def ends_of_ranks(count: int, script: str, *arguments: str) -> list[tuple[int, str]]:
+    """The same, to their end: exit code and stderr of each."""
     processes = start_ranks(count, script, *arguments)
     try:
-        ends = [process.communicate(timeout=LONG) for process in processes]
+        errors = [process.communicate(timeout=LONG)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for process, (_, errors) in zip(processes, ends, strict=True):
-        assert process.returncode == 0, errors
+    return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
+
+
+def run_ranks(count: int, script: str, *arguments: str) -> None:
+    """The same, whose end must be a good one."""
+    for code, errors in ends_of_ranks(count, script, *arguments):
+        assert code == 0, errors

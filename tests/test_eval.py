@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from shards.manifest import Manifest, TokenizerIdentity
 from shards.mixture import Mixture
 from tests.dataset import VOCABULARY, write_dataset
 from tests.sources import write_sources
-from tests.training import one_thread
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 ROOT = Path(script.__file__).parent
 MODEL = "--block-size 16 --n-layers 2 --n-heads 2 --n-embed 32"
@@ -38,12 +38,6 @@ def trained(data: Path, run: Path, *flags: str) -> Path:
     arguments = ["tiny", "--data", str(data), "--log-dir", str(run), *MODEL.split(), *BATCH.split()]
     assert train.main([*arguments, *flags]) == 0
     return run
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,13 @@ from tests.training import (
     arguments,
     final_bytes,
     one_job,
-    one_thread,
     refused,
     start,
 )
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 RELEASED = ROOT / "tests" / "released"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def config_of(run: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +18,11 @@ from mygpt.training import step as steps
 from mygpt.training.job import Job
 from mygpt.training.stopping import EXIT_STOPPED, Stop
 from tests.dataset import write_dataset
-from tests.training import ROOT, arguments, environment, final_bytes, on_ranks, one_thread, start
+from tests.training import ROOT, arguments, environment, final_bytes, on_ranks, start
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="forks, and kills as POSIX does")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def last_lines(run: Path, count: int) -> list[str]:

@@ -1,7 +1,6 @@
 """Several ranks take the steps of one: losses, gradients, and when the ranks talk to each other."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from mygpt.training.step import train_step, validate
 from mygpt.training.stopping import Stop
 from tests.dataset import VOCABULARY
 from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 FLAGS = f"""--vocab-size {VOCABULARY} --block-size 16 --n-layers 1 --n-heads 2 --n-embed 8
     --total-batch-size 256 --max-steps 20 --device cpu --dropout 0 --optimizer adamw""".split()
@@ -81,14 +82,6 @@ def rows_that_fit(job: Job) -> int:
 
     job.model.forward = limited  # type: ignore[method-assign]
     return fit.by_trying(job.model, job.optimizers, [1, 2, 4, 8], job.ranks)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def flags(data: Path, run: Path, micro_batch: int) -> list[str]:

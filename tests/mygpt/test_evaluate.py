@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,25 +12,18 @@ from mygpt.config import GPTConfig
 from mygpt.distributed import Ranks
 from mygpt.evaluate import Loss, evaluate, evaluate_documents, token_losses, unigram_loss
 from mygpt.model import GPT
-from tests.training import one_thread
+from tests.mygpt.support import decided
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 SHAPE = GPTConfig(block_size=8, vocab_size=19, n_layers=2, n_heads=2, n_embed=16, dropout=0.5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
 @pytest.fixture(scope="module")
 def model() -> GPT:
     torch.manual_seed(0)
-    model = GPT(SHAPE)
-    for parameter in model.parameters():
-        parameter.data.mul_(8)  # far from uniform, so that every position matters
-    return model
+    return decided(GPT(SHAPE))
 
 
 def some_windows(*lengths: int) -> list[np.ndarray]:

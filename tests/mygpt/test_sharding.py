@@ -4,7 +4,6 @@ Two processes take every way of sharing in turn and write down what they found; 
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from shards.manifest import Manifest
 from shards.reader import EvalWindows
 from tests.dataset import VOCABULARY, write_dataset
 from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 WAYS = ["none adamw", "optimizer adamw", "full adamw", "none muon", "optimizer muon", "zero adamw"]
 FLAGS = f"""--vocab-size {VOCABULARY} --block-size 16 --n-layers 2 --n-heads 2 --n-embed 16
@@ -160,14 +161,6 @@ def folder(data: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(folder: Path) -> list[dict[str, Any]]:
     """Of each rank: way → norms, weights, optimizer's tensors, ..."""
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def arguments(data: Manifest, run: Path, flags: str) -> list[str]:

@@ -3,20 +3,16 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from mygpt import checkpoint, verify_resume
 from mygpt.verify_resume import first_bit, first_loss
-from tests.training import FLAGS, environment, one_thread, start
+from tests.training import FLAGS, environment, start
 
-
-@pytest.fixture(autouse=True, scope="module")
-def thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Scores of endings against Hugging Face's logits one ending at a time; nothing is scored twice."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,9 @@ from mygpt.evaluation import choices
 from mygpt.evaluation.choices import Answers, Question
 from mygpt.model import GPT
 from shards import tokenizer
-from tests.training import one_thread
+from tests.mygpt.support import decided
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 SHAPE = GPTConfig(block_size=32, vocab_size=50257, n_layers=2, n_heads=2, n_embed=8)
@@ -28,12 +29,6 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
 @pytest.fixture(scope="module")
 def coder() -> tokenizer.Tokenizer:
     return tokenizer.load("gpt2")
@@ -42,10 +37,7 @@ def coder() -> tokenizer.Tokenizer:
 @pytest.fixture(scope="module")
 def model() -> GPT:
     torch.manual_seed(0)
-    model = GPT(SHAPE).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(8)  # far from uniform, so that every token matters
-    return model
+    return decided(GPT(SHAPE).eval())
 
 
 def one_at_a_time(model: GPT, coder: tokenizer.Tokenizer, question: Question) -> list[float]:

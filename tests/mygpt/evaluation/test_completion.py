@@ -20,7 +20,9 @@ from mygpt.evaluation.completion import (
 )
 from mygpt.generate import generate
 from mygpt.model import GPT
-from tests.training import one_thread
+from tests.mygpt.support import decided
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 EOT = 256
 STOP = 257  # which this model never writes
@@ -29,19 +31,10 @@ SHAPE = GPTConfig(block_size=24, vocab_size=260, n_layers=2, n_heads=2, n_embed=
 GREEDY = Sampling(temperature=0, max_new_tokens=9)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
 @pytest.fixture(scope="module")
 def model() -> GPT:
     torch.manual_seed(0)
-    model = GPT(SHAPE).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(8)  # far from uniform, so that every token matters
-    return model
+    return decided(GPT(SHAPE).eval())
 
 
 @given(st.lists(st.one_of(st.binary(max_size=5), st.text(max_size=3).map(str.encode))))

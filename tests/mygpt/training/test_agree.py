@@ -12,7 +12,7 @@ from mygpt import settings
 from mygpt.distributed import Ranks
 from mygpt.runs import RunRecord
 from mygpt.training import agree
-from tests.ranks import LONG, start_ranks
+from tests.ranks import ends_of_ranks
 from tests.training import ALONE, arguments
 
 SCRIPT = """
@@ -24,14 +24,8 @@ sys.exit(train.main(json.loads(sys.argv[1])[int(os.environ["RANK"])]))
 def test_another_seed_on_one_rank_is_refused_on_both(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     commands = [arguments(data, run, "--seed", seed) for seed in ("1", "2")]
-    processes = start_ranks(2, SCRIPT, json.dumps(commands))
-    try:
-        ends = [process.communicate(timeout=LONG) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, ends, strict=True):
-        assert process.returncode == 2
+    for code, errors in ends_of_ranks(2, SCRIPT, json.dumps(commands)):
+        assert code == 2
         assert errors.count("\n") == 1
         assert "found seed 1 on rank 0 and 2 on rank 1: give all hosts the same command" in errors
     assert not (run / "log.txt").exists()

@@ -14,13 +14,9 @@ from mygpt.training import step as steps
 from mygpt.training.job import Job
 from mygpt.training.step import Outcome, train_step, validate
 from mygpt.training.stopping import Stop, Stopped
-from tests.training import ALONE, one_job, one_thread
+from tests.training import ALONE, one_job
 
-
-@pytest.fixture(autouse=True, scope="module")
-def thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def state_of(job: Job) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,9 @@ import pytest
 from mygpt import log
 from mygpt.settings import TrainConfig
 from mygpt.training import trackers
-from tests.training import one_thread, refused, start
+from tests.training import refused, start
 
-
-@pytest.fixture(autouse=True, scope="module")
-def thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.mark.filterwarnings("ignore")  # of TensorBoard's own imports
