@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import tyro
 
+from mygpt.ending import end_with
 from mygpt.evaluation.settings import EvalConfig
 from mygpt.settings import only_dataset
 from shards.atomic import atomic_file, write_json
@@ -313,4 +314,4 @@ def drawn(config: EvalConfig) -> Sampling:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

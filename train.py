@@ -24,6 +24,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mygpt import plot, runs, settings
+from mygpt.ending import end_with
 from mygpt.log import Meter, RunLog, baseline_line, step_line, val_line
 from mygpt.runs import RunRecord
 from mygpt.settings import TrainConfig
@@ -399,4 +400,4 @@ def baseline(job: Job, dataset: Mixture) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

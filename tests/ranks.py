@@ -8,6 +8,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LONG = 250  # seconds: a busy machine, not a slow program
+# As train.py ends.
+RUN = """
+import sys
+from mygpt.ending import end_with
+
+script = sys.argv.pop(1)
+end_with(lambda: exec(script, {"__name__": "__main__"}) or 0)
+"""
 
 
 def start_ranks(count: int, script: str, *arguments: str) -> list[subprocess.Popen[str]]:
@@ -19,7 +27,7 @@ def start_ranks(count: int, script: str, *arguments: str) -> list[subprocess.Pop
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "PYTHONPATH": str(ROOT)}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
+            [sys.executable, "-c", RUN, script, *arguments],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

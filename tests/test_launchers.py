@@ -44,6 +44,7 @@ DIES_ONCE = """
 import os, signal, sys
 from pathlib import Path
 import train
+from mygpt.ending import end_with
 from mygpt.training import step
 take_step, mark = step.train_step, Path(sys.argv[1])
 
@@ -54,7 +55,7 @@ def take_step_or_die(job, stop):
     return take_step(job, stop)
 
 step.train_step = take_step_or_die
-sys.exit(train.main(sys.argv[2:]))
+end_with(lambda: train.main(sys.argv[2:]))
 """
 
 
@@ -144,6 +145,7 @@ def test_slurm_queues_again_what_was_asked_to_stop(tmp_path: Path, slurm: dict[s
 
 FAULTY = """
 import sys, train
+from mygpt.ending import end_with
 from mygpt.training import step
 take_step = step.train_step
 
@@ -153,7 +155,7 @@ def take_step_or_fail(job, stop):
     return take_step(job, stop)
 
 step.train_step = take_step_or_fail
-sys.exit(train.main(sys.argv[2:]))
+end_with(lambda: train.main(sys.argv[2:]))
 """
 
 

@@ -140,6 +140,7 @@ def test_a_signal_right_after_a_checkpoint_writes_no_other(
 
 RANKS = """
 import hashlib, os, signal, sys, train
+from mygpt.ending import end_with
 from mygpt.training import step
 
 out, rank, jobs = sys.argv[1], int(os.environ["RANK"]), []
@@ -160,13 +161,16 @@ def take_step_with_faults(job, stop):
     finally:
         job.model.forward = forward
 
+def main():
+    code, job = train.main(sys.argv[2:]), jobs[0]
+    weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in job.model.parameters()))
+    position = job.loader.state_dict()["position"]
+    with open(f"{out}/{rank}", "w") as file:
+        print(code, job.step, position, weights.hexdigest(), job.spikes.in_a_row, file=file)
+    return 0
+
 step.train_step = take_step_with_faults
-code = train.main(sys.argv[2:])
-job = jobs[0]
-weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in job.model.parameters()))
-position = job.loader.state_dict()["position"]
-with open(f"{out}/{rank}", "w") as file:
-    print(code, job.step, position, weights.hexdigest(), job.spikes.in_a_row, file=file)
+end_with(main)
 """
 
 

@@ -50,9 +50,14 @@ def test_two_tasks_at_once(corpus: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SMALL_UNITS, str(corpus), "--out", str(out), "--workers", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     tasks = [
-        subprocess.Popen([*command, "--task", f"{number}/2"], env=environment) for number in (1, 2)
+        subprocess.Popen(
+            [*command, "--task", f"{number}/2"], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for number in (1, 2)
     ]
-    assert [task.wait() for task in tasks] == [0, 0]
+    for task in tasks:
+        _, errors = task.communicate()
+        assert task.returncode == 0, errors
     make(out, corpus, "--finish")
     assert contents(out) == contents(whole)
 
