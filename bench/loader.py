@@ -164,12 +164,14 @@ def is_measured(name: str, options: Options) -> bool:
 
 def _rates(name: str, feed: Iterator[feeds.Batch], seconds: float) -> dict[Figure, float]:
     """Millions of tokens a second of one feed, over at least so many seconds."""
-    batches, begun, begun_cpu = 0, time.perf_counter(), time.process_time()
-    while (passed := time.perf_counter() - begun) < seconds:
+    batches, passed = 0, 0.0
+    begun, begun_cpu = time.perf_counter(), time.process_time()
+    while not batches or passed < seconds:
         for _ in islice(feed, TIMED_AT_ONCE):
             batches += 1
         if name == ON_GPU:
             torch.cuda.synchronize()
+        passed = time.perf_counter() - begun
     tokens = batches * feeds.BATCH * feeds.BLOCK / 1e6
     spent = time.process_time() - begun_cpu
     return {Figure(name): tokens / spent, Figure(name, True): tokens / passed}

@@ -1,5 +1,6 @@
 """What bench.loader feeds is what it says, and its table says what was measured."""
 
+import itertools
 import json
 from itertools import islice
 from pathlib import Path
@@ -72,6 +73,12 @@ def test_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, row in by_name.items():
         assert f"| {name} " in text and str(row["million_tokens_s"]["median"]) in text
     assert "batches of 16 × 1024" in text and "≥ 400" in text
+
+
+def test_a_machine_at_a_standstill_is_measured_all_the_same() -> None:
+    """No time is so short that it passes without a batch."""
+    rates = loader._rates(NANOGPT, itertools.repeat(None), seconds=0)
+    assert min(rates.values()) > 0
 
 
 def test_options_that_can_not_be() -> None:
