@@ -28,7 +28,11 @@ def profile(shape: GPTConfig, rows: int, device: str, compiled: bool) -> list[di
     for number in range(STEPS):
         step(number)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+    with torch.profiler.profile(
+        activities=activities,
+        record_shapes=True,
+        acc_events=True,  # there is one cycle; torch 2.11 warns without
+    ) as profiler:
         for number in range(STEPS):
             step(number)
     spent: dict[str, float] = defaultdict(float)

@@ -33,9 +33,12 @@ def test_everything(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     wanted = [(what, processes) for processes in (1, 2) for what in both]
     assert set(rows) == {*wanted, (prepare.NO_AUDIT, 2)}
     for what, processes in wanted:
-        row, ceiling = rows[what, processes], rows[prepare.CEILING, processes]
-        ratio = row["mb_s"]["median"] / ceiling["mb_s"]["median"]
-        assert row["of_ceiling"] == pytest.approx(ratio, rel=0.1)
+        row = rows[what, processes]
+        ceiling = rows[prepare.CEILING, processes]["mb_s"]["median"]
+        # Of a machine that does other work, so little is left that what was rounded off counts.
+        rounded_off = 0.05 / ceiling + 0.001
+        ratio = row["mb_s"]["median"] / ceiling
+        assert row["of_ceiling"] == pytest.approx(ratio, rel=0.1, abs=rounded_off)
         # The whole process takes longer than what its log says of the work.
         assert ("mb_s_whole" in row) == what.startswith("prepare")
         assert row.get("mb_s_whole", {"median": 0})["median"] < row["mb_s"]["median"]
