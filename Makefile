@@ -41,6 +41,9 @@ $(VENV)/dev: $(VENV)/core
 
 $(VENV)/all: $(VENV)/dev
 	$(RUN_PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,plots,dev,ray,lm-eval,bench]'
+	@# litdata brings torchvision, made for the index's build of torch. Beside another build it fails to
+	@# be imported, and transformers with it; without it both do what is asked of them here.
+	@$(RUN_PYTHON) -c 'import torchvision' 2>/dev/null || $(RUN_PYTHON) -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
 doctor: $(VENV)/core ## what of this machine works, and what to do about the rest
