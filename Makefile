@@ -67,7 +67,7 @@ train-small: $(VENV)/core ## train GPTConfigSmall: DATA=data/NAME RUN=log/NAME (
 	$(RUN_PYTHON) train.py small $(data_flag) --log-dir $(or $(RUN),log/small) --device $(DEVICE) $(ARGS)
 
 train-gpu4: $(VENV)/core ## train GPT-2 124M on four GPUs: NPROC=n, DEVICE=cpu, DATA=, RUN=
-	@$(RUN_PYTHON) -m mygpt.distributed $(NPROC) --device $(DEVICE)
+	@$(RUN_PYTHON) -m mygpt.distributed --device $(DEVICE) -- $(NPROC)
 	$(VENV)/bin/torchrun --standalone --nproc_per_node=$(NPROC) train.py gpt2 $(data_flag) \
 	  --log-dir $(or $(RUN),log/gpt2) --device $(DEVICE) $(ARGS)
 

@@ -237,6 +237,8 @@ def main() -> int:
     parser.add_argument("ranks", type=int)
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     asked = parser.parse_args()
+    if asked.ranks < 1:
+        parser.exit(2, f"error: expected at least 1 rank, found {asked.ranks}: give NPROC=n\n")
     try:
         check_room(asked.ranks, "cuda" if asked.device == "auto" else asked.device)
     except ValueError as error:

@@ -10,9 +10,7 @@ import sys
 import tyro
 
 from prepare.options import Options
-from shards.cli import one_line_errors
-
-EXIT_INTERRUPTED = 130  # as shells have it for Ctrl-C
+from shards.cli import EXIT_INTERRUPTED, one_line_errors
 
 
 def main() -> None:

@@ -86,10 +86,26 @@ def find_files(sources: Iterable[str], val: bool = False) -> list[InputFile]:
     return list(found.values())
 
 
+def _look_at(source: str) -> tuple[fs.FileSystem, str, fs.FileInfo]:
+    """The filesystem of a source, the path in it, and what lies there.
+
+    Raises OSError where an object store or a hub can't be reached.
+    """
+    try:
+        system, path = filesystem(source)
+        return system, path, system.get_file_info(path)
+    except Exception as error:  # each client has errors of its own
+        if not is_remote(source):
+            raise
+        raise OSError(
+            f"expected to look into {source}, found {type(error).__name__} ({error}): check the "
+            "address, the credentials and the network"
+        ) from None
+
+
 def _expand(source: str, val: bool) -> Iterator[InputFile]:
     """The files of one source."""
-    system, path = filesystem(source)
-    info = system.get_file_info(path)
+    system, path, info = _look_at(source)
     if info.type == fs.FileType.File:
         yield _input_file(source, info, posixpath.basename(path), val)
         return

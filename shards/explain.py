@@ -99,7 +99,7 @@ def _read_run(run: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """A run's identity at a step, and its settings."""
     path = run / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"expected a run's config.json in {run}, found none: give --run")
+        raise FileNotFoundError(f"expected a run's config.json in {run}, found none: name a run")
     try:
         raw = json.loads(path.read_text("utf-8"))
         config = raw["config"]

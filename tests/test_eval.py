@@ -419,7 +419,7 @@ def test_what_is_no_model_is_said(
 ) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    assert "expected a run with a checkpoint" in refused(capsys, tmp_path / "no" / "where")
+    assert "found no such folder: name another" in refused(capsys, tmp_path / "no" / "where")
     shape = {"vocab_size": 60, "n_positions": 20, "n_embd": 8, "n_layer": 1, "n_head": 2}
     GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "model")
     error = refused(capsys, tmp_path / "model", "--data", data, "--num-samples", "0")

@@ -57,6 +57,8 @@ def find(target: str | None, best: bool = False) -> Subject:
         return Subject(str(run))
     found = checkpoint.best(run) if best else checkpoint.newest(run)
     if found is None:
+        if target is not None and not run.exists():
+            raise FileNotFoundError(f"expected a run in {run}, found no such folder: name another")
         kind = "a validation" if best else "a checkpoint"
         raise FileNotFoundError(
             f"expected a run with {kind} in {run}, found none: let train.py reach its first one"

@@ -125,5 +125,6 @@ def _configs(config: GPTConfig, eot: int | None) -> tuple[dict[str, Any], dict[s
         "dtype": "float32",
     }
     dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
-    # Without a token for padding, every call of generate would warn and take this one.
-    return shape | dropout | ids, ids | {"pad_token_id": eot}
+    # Without a length, text that is to be generated would run past the positions there are; without
+    # a token for padding, every call of generate would warn and take this one.
+    return shape | dropout | ids, ids | {"pad_token_id": eot, "max_length": config.block_size}

@@ -129,9 +129,10 @@ def test_the_check_is_a_command(capfd: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "mygpt.distributed"]
     assert subprocess.run([*command, "3", "--device", "cpu"], check=False).returncode == 0
     gpus = torch.cuda.device_count()
-    refused = subprocess.run([*command, str(gpus + 1)], check=False)
-    assert refused.returncode == 2
-    assert capfd.readouterr().err.count("\n") == 1
+    for ranks in (str(gpus + 1), "0", "-1"):
+        refused = subprocess.run([*command, "--", ranks], check=False)
+        assert refused.returncode == 2
+        assert capfd.readouterr().err.count("\n") == 1
 
 
 def test_devices_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,3 +159,20 @@ def test_input_files_are_values(corpus: Path) -> None:
     first, second = (find_files([str(corpus / "a.txt")])[0] for _ in range(2))
     assert first == second
     assert isinstance(first, InputFile)
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its client raises."""
+
+    class ConnectError(Exception):
+        pass
+
+    class Unreachable:
+        def get_file_info(self, path: str) -> None:
+            raise ConnectError("Name or service not known")
+
+    monkeypatch.setattr("prepare.sources.filesystem", lambda _: (Unreachable(), "datasets/a"))
+    with pytest.raises(OSError, match=r"hf://datasets/a, found ConnectError \(Name or .* network"):
+        find_files(["hf://datasets/a"])
+    with pytest.raises(ConnectError):
+        find_files(["a.txt"])

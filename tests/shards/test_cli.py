@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from shards.cli import EXIT_BAD_INPUT, one_line_errors
+from shards.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, one_line_errors
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,13 @@ def test_bad_input_is_one_line(error: Exception, capsys: pytest.CaptureFixture[s
     assert exit_.value.__suppress_context__ or exit_.value.__cause__ is None
     out, err = capsys.readouterr()
     assert (out, err) == ("", "error: expected a, found b: do c\n")
+
+
+def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_, one_line_errors():
+        raise KeyboardInterrupt
+    assert exit_.value.code == EXIT_INTERRUPTED == 130
+    assert capsys.readouterr() == ("", "\ninterrupted\n")
 
 
 @pytest.mark.parametrize("error", [TypeError("x"), KeyError("x"), RuntimeError("x"), SystemExit(3)])

@@ -64,6 +64,8 @@ def test_names_on_the_hub_are_told_from_paths(
     (tmp_path / "log").mkdir()
     for name in ("gpt2", "owner/model"):
         assert subject.find(name).name == name
-    for path in ("log", "log/typo", "a/b/c", str(tmp_path / "typo"), "../typo"):
-        with pytest.raises(FileNotFoundError, match="expected a run with a checkpoint in"):
+    with pytest.raises(FileNotFoundError, match="expected a run with a checkpoint in log, found"):
+        subject.find("log")
+    for path in ("log/typo", "a/b/c", str(tmp_path / "typo"), "../typo"):
+        with pytest.raises(FileNotFoundError, match=r"expected a run in .*(typo|c), found no such"):
             subject.find(path)

@@ -15,7 +15,7 @@ from mygpt.pretrained import from_pretrained
 from shards import tokenizer
 from shards.manifest import Manifest
 from tests.dataset import write_dataset
-from tests.mygpt.support import STEPS, gpt2_dataset, write_run
+from tests.mygpt.support import GPT2_TINY, STEPS, gpt2_dataset, write_run
 
 TEXTS = ["", "Hello, world!", "  it's 3.14\r\n\tnaïve 東京 🙂 \u200b x", "\x00\x7f\xa0\xad"]
 
@@ -68,8 +68,9 @@ def test_the_pipeline_needs_nothing_said(exported: Path) -> None:
     from transformers import pipeline
 
     write = pipeline("text-generation", str(exported))
-    [found] = write("Once upon", max_new_tokens=3)
+    [found] = write("Once upon")  # as far as the context goes, and not beyond
     assert found["generated_text"].startswith("Once upon")
+    assert len(write.tokenizer(found["generated_text"])["input_ids"]) <= GPT2_TINY["block_size"]
 
 
 def test_the_way_out_and_back_is_bitwise(run: tuple[Path, GPT], exported: Path) -> None:
