@@ -129,7 +129,9 @@ def find_device(name: str) -> str:
 
 
 def check_room(ranks_here: int, device: str) -> None:
-    """Raise ValueError if more ranks are asked for on this machine than it has GPUs."""
+    """Raise ValueError if no ranks are asked for on this machine, or more than it has GPUs."""
+    if ranks_here < 1:
+        raise ValueError(f"expected at least 1 rank, found {ranks_here}: give NPROC=n")
     gpus = torch.cuda.device_count()
     if find_device(device) == "cuda" and ranks_here > gpus:
         raise ValueError(
@@ -237,8 +239,6 @@ def main() -> int:
     parser.add_argument("ranks", type=int)
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     asked = parser.parse_args()
-    if asked.ranks < 1:
-        parser.exit(2, f"error: expected at least 1 rank, found {asked.ranks}: give NPROC=n\n")
     try:
         check_room(asked.ranks, "cuda" if asked.device == "auto" else asked.device)
     except ValueError as error:

@@ -15,6 +15,7 @@ from shards.manifest import Manifest, TokenizerIdentity
 from tests.dataset import write_dataset
 
 STEPS = 40
+GPT2_TINY = {"block_size": 24, "vocab_size": 50257, "n_layers": 2, "n_heads": 2, "n_embed": 16}
 
 
 def decided(model: GPT) -> GPT:
@@ -22,9 +23,6 @@ def decided(model: GPT) -> GPT:
     for parameter in model.parameters():
         parameter.data.mul_(8)
     return model
-
-
-GPT2_TINY = {"block_size": 24, "vocab_size": 50257, "n_layers": 2, "n_heads": 2, "n_embed": 16}
 
 
 def gpt2_dataset(folder: Path) -> Manifest:
