@@ -19,12 +19,14 @@ import torch
 import torch.distributed as dist
 
 dist.init_process_group("gloo")
+dist.barrier()  # the other still asks this one's store for addresses
 if os.environ["RANK"] == "1":
     time.sleep(1)
     with suppress(RuntimeError):  # the other has gone
         dist.all_reduce(torch.ones(3))
         time.sleep(6)
 else:
+    time.sleep(0.5)
     tensor = torch.ones(3)
     work = dist.all_reduce(tensor, async_op=True)
     del work, tensor
