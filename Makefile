@@ -82,7 +82,7 @@ export: $(VENV)/core ## a run's model for Hugging Face's library: RUN=log/NAME O
 	  $(or $(OUT),exported/$(notdir $(RUN:/=))) $(ARGS)
 
 verify-resume: $(VENV)/core ## does a resumed run equal one never stopped, here? DATA=, PRESET=tiny, STEPS=10
-	$(RUN_PYTHON) -m mygpt.verify_resume $(or $(PRESET),tiny) $(data_flag) --device $(DEVICE) \
+	$(RUN_PYTHON) -m mygpt.doctor.verify_resume $(or $(PRESET),tiny) $(data_flag) --device $(DEVICE) \
 	  --steps $(or $(STEPS),10) $(ARGS)
 
 test: $(VENV)/dev ## all tests but the slow ones

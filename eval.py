@@ -27,23 +27,22 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import tyro
 
-from mygpt.ending import end_with
-from mygpt.evaluation.settings import EvalConfig
+from mygpt.eval.options import EvalConfig
 from mygpt.settings import only_dataset
-from shards.atomic import atomic_file, write_json
-from shards.cli import one_line_errors
+from shards.cli import end_with, one_line_errors
+from shards.files import atomic_file, write_json
 from shards.manifest import Split
-from shards.mixture import Mixture
+from shards.stream import Mixture
 
 if TYPE_CHECKING:
     import numpy as np
 
     from mygpt.distributed import Ranks
-    from mygpt.evaluation.completion import Sampling
-    from mygpt.evaluation.measurement import Exam, Measured
-    from mygpt.evaluation.subject import Subject
+    from mygpt.eval.completion import Sampling
+    from mygpt.eval.measurement import Exam, Measured
+    from mygpt.eval.target import Subject
     from mygpt.model import GPT
-    from shards.documents import DocumentWindows
+    from shards.reader import DocumentWindows
     from shards.tokenizer import Tokenizer
 
 COUNTED = 10**9  # training tokens for the unigram baseline: frequencies no longer change
@@ -71,7 +70,7 @@ class Asked:
     """What the flags name, found and checked; nothing slow has happened yet."""
 
     config: EvalConfig
-    subject: Subject
+    target: Subject
     reference: Subject | None
     data: Mixture | None  # None where no loss is asked for
     coder: Tokenizer | None  # None where no text is read or written
@@ -82,23 +81,23 @@ class Asked:
 
 def find(config: EvalConfig) -> Asked:
     """Raises FileNotFoundError or ValueError for what is not there or does not fit together."""
-    from mygpt.evaluation import choices, subject
-    from mygpt.evaluation.measurement import Exam
+    from mygpt.eval import multiple_choice, target
+    from mygpt.eval.measurement import Exam
 
-    own = subject.find(config.target, config.best)
+    own = target.find(config.target, config.best)
     data = open_data(config, own) if config.loss and not config.interactive else None
-    questions = {path.stem: choices.read(path) for path in config.choices}
+    questions = {path.stem: multiple_choice.read(path) for path in config.choices}
     if len(questions) < len(config.choices) or (config.hellaswag and "hellaswag" in questions):
         raise ValueError("expected files of different names with --choices: rename one of them")
     if config.hellaswag is not None:
-        questions["hellaswag"] = choices.read(config.hellaswag, hellaswag=True)
+        questions["hellaswag"] = multiple_choice.read(config.hellaswag, hellaswag=True)
     has_text = questions or config.num_samples or config.interactive
     coder = open_tokenizer(data) if has_text else None
     document = config.out or (own.run and own.run / "eval.md")
     return Asked(
         config=config,
-        subject=own,
-        reference=subject.find(config.reference) if config.reference else None,
+        target=own,
+        reference=target.find(config.reference) if config.reference else None,
         data=data,
         coder=coder,
         exam=Exam(questions, coder.encode, coder.eot, document) if coder and questions else None,
@@ -107,16 +106,16 @@ def find(config: EvalConfig) -> Asked:
     )
 
 
-def open_data(config: EvalConfig, subject: Subject) -> Mixture:
+def open_data(config: EvalConfig, target: Subject) -> Mixture:
     """The dataset that the model was trained on, any other is a ValueError; of models that do not
     say what they were trained on, the one that is asked for.
     """
-    if subject.config is None:
+    if target.config is None:
         return Mixture.load(config.data or [str(only_dataset())])
-    if not (specs := config.data or subject.config.data):
+    if not (specs := config.data or target.config.data):
         raise ValueError("the checkpoint does not say where its dataset lay: give --data FOLDER")
-    data = Mixture.load(specs, subject.state["generations"])
-    expected = subject.state["fingerprint"]
+    data = Mixture.load(specs, target.state["generations"])
+    expected = target.state["fingerprint"]
     if data.fingerprint != expected:
         raise ValueError(
             f"expected the dataset {expected[:12]}, on which the checkpoint was trained, found "
@@ -148,16 +147,16 @@ def read_prompts(config: EvalConfig) -> list[str]:
 
 def evaluate(asked: Asked, ranks: Ranks) -> None:
     """Measure on all ranks; on the main one print, sample and write the files."""
-    from mygpt.evaluation.measurement import measure, setting
-    from shards.documents import DocumentWindows
+    from mygpt.eval.measurement import measure, setting
+    from shards.reader import DocumentWindows
 
     config = asked.config
-    model = load(asked.subject, asked, ranks)
+    model = load(asked.target, asked, ranks)
     block_size = config.block_size or model.config.block_size
     data = asked.data
     windows = DocumentWindows(data.manifests, "val", block_size) if data else None
     how = (windows, asked.exam, config.batch_size or None, sys.stderr.isatty())
-    report = asked.subject.facts(model) | setting(block_size, ranks.device)
+    report = asked.target.facts(model) | setting(block_size, ranks.device)
     theirs = None
     if asked.reference is not None:
         del model  # there may be no room for two
@@ -165,7 +164,7 @@ def evaluate(asked: Asked, ranks: Ranks) -> None:
         report["reference"] = asked.reference.facts(other)
         theirs = measure(other, block_size, ranks, *how)
         del other
-        model = load(asked.subject, asked, ranks)
+        model = load(asked.target, asked, ranks)
     own = measure(model, block_size, ranks, *how)
     if ranks.is_main:
         if windows is not None and data is not None:
@@ -176,22 +175,22 @@ def evaluate(asked: Asked, ranks: Ranks) -> None:
         publish(report, model, asked)
 
 
-def load(subject: Subject, asked: Asked, ranks: Ranks) -> GPT:
+def load(target: Subject, asked: Asked, ranks: Ranks) -> GPT:
     """The model on its device. Raises ValueError if the dataset's tokens are unknown to it."""
-    model = subject.load().to(ranks.device)
+    model = target.load().to(ranks.device)
     known = model.config.vocab_size
     if asked.data is not None and known < asked.data.tokenizer.n_vocab:
         raise ValueError(
             f"expected a model of the dataset's {asked.data.tokenizer.n_vocab} token ids, found "
-            f"one of {known} in {subject.name}: they have different tokenizers"
+            f"one of {known} in {target.name}: they have different tokenizers"
         )
     return model
 
 
 def of_split(own: Measured, windows: DocumentWindows, data: Mixture) -> dict[str, Any]:
     """The figures of the validation split, and of what needs no training."""
+    from mygpt.eval import metrics
     from mygpt.evaluate import Loss, unigram_loss
-    from mygpt.evaluation import figures
 
     assert own.losses is not None, "there are windows"
     unigram = unigram_loss(frequencies(data), windows)
@@ -212,12 +211,12 @@ def of_split(own: Measured, windows: DocumentWindows, data: Mixture) -> dict[str
         "unigram_loss": unigram.mean,
         "uniform_loss": uniform.mean,
         "baselines": {
-            "unigram": figures.of_baseline(unigram, int(text_bytes.sum())),
-            "uniform": figures.of_baseline(uniform, int(text_bytes.sum())),
+            "unigram": metrics.of_baseline(unigram, int(text_bytes.sum())),
+            "uniform": metrics.of_baseline(uniform, int(text_bytes.sum())),
         },
-        "components": figures.by_group(own.losses, text_bytes, windows.dataset, names),
-        "sources": figures.by_group(own.losses, text_bytes, windows.source, sources),
-        "positions": figures.by_position(own.losses),
+        "components": metrics.by_group(own.losses, text_bytes, windows.dataset, names),
+        "sources": metrics.by_group(own.losses, text_bytes, windows.source, sources),
+        "positions": metrics.by_position(own.losses),
     }
 
 
@@ -244,7 +243,7 @@ def frequencies(data: Mixture) -> np.ndarray:
 
 def publish(report: dict[str, Any], model: GPT, asked: Asked) -> None:
     """Print what was found, draw the samples, write the files."""
-    from mygpt.evaluation import summary
+    from mygpt.eval import summary
 
     config, document = asked.config, asked.document
     if not config.json:
@@ -265,9 +264,9 @@ def samples(report: dict[str, Any], model: GPT, asked: Asked) -> list[dict[str, 
 
     On a terminal a single sample of a prompt is printed as it comes.
     """
-    from mygpt.evaluation import summary
-    from mygpt.evaluation.completion import continuations
-    from mygpt.quantize import with_weights
+    from mygpt.eval import summary
+    from mygpt.eval.completion import continuations
+    from mygpt.eval.quantize import with_weights
 
     config, coder = asked.config, asked.coder
     if coder is None or not config.num_samples:
@@ -293,12 +292,12 @@ def samples(report: dict[str, Any], model: GPT, asked: Asked) -> list[dict[str, 
 
 def talk(asked: Asked, ranks: Ranks) -> None:
     """Complete what is typed, until the input ends."""
-    from mygpt.evaluation.completion import Completer, converse
-    from mygpt.quantize import with_weights
+    from mygpt.eval.completion import Completer, converse
+    from mygpt.eval.quantize import with_weights
 
     if ranks.world_size > 1 or asked.coder is None:
         raise ValueError("--interactive is for one process: start eval.py without torchrun")
-    model = with_weights(load(asked.subject, asked, ranks), asked.config.weights)
+    model = with_weights(load(asked.target, asked, ranks), asked.config.weights)
     vocabulary = asked.coder.vocabulary()
     completer = Completer(model, drawn(asked.config))
     converse(completer, asked.coder.encode, vocabulary, asked.coder.eot)
@@ -306,7 +305,7 @@ def talk(asked: Asked, ranks: Ranks) -> None:
 
 def drawn(config: EvalConfig) -> Sampling:
     """How text is drawn."""
-    from mygpt.evaluation.completion import Sampling
+    from mygpt.eval.completion import Sampling
 
     return Sampling(
         config.temperature, config.top_k, config.top_p, config.seed, config.max_new_tokens

@@ -23,23 +23,21 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mygpt import plot, runs, settings
-from mygpt.ending import end_with
+from mygpt import plot, run_config, settings, trackers
 from mygpt.log import Meter, RunLog, baseline_line, step_line, val_line
-from mygpt.runs import RunRecord
+from mygpt.run_config import RunRecord
 from mygpt.settings import TrainConfig
-from mygpt.training import trackers
-from shards.atomic import write_json
-from shards.cli import one_line_errors
-from shards.mixture import Mixture
+from shards.cli import end_with, one_line_errors
+from shards.files import write_json
+from shards.stream import Mixture
 
 if TYPE_CHECKING:
     import numpy as np
 
     from mygpt.config import GPTConfig
     from mygpt.distributed import Ranks
-    from mygpt.training.job import Job
-    from mygpt.training.stopping import Stop
+    from mygpt.stopping import Stop
+    from mygpt.train_state import Job
     from shards.tokenizer import Tokenizer
 
 FEW_TOKENS = 2**28  # beyond, counting them for the baseline would hold up the start
@@ -75,8 +73,8 @@ def open_run(asked: TrainConfig) -> tuple[RunRecord, Mixture]:
 
     Raises ValueError, naming the first difference, if `asked` or its datasets do not fit that run.
     """
-    begun = runs.read_run(asked.log_dir)
-    config = runs.continued(begun.config, asked) if begun else asked
+    begun = run_config.read_run(asked.log_dir)
+    config = run_config.continued(begun.config, asked) if begun else asked
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if not asked.micro_batch and not settings.shares_out(config, world_size):
         config = replace(config, micro_batch=0)  # found on another number of ranks: find it anew
@@ -133,7 +131,7 @@ def check_hashes(dataset: Mixture) -> None:
 
     The ranks of a machine share them out: one that waited for another would give it up for lost.
     """
-    from shards.verify import check
+    from shards.checks import check
 
     rank, ranks = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
     own = slice(rank, None, ranks or 1)
@@ -150,11 +148,11 @@ def train(record: RunRecord, dataset: Mixture, begun: float) -> int:
 
     `begun` is when the program was started, by `time.monotonic()`.
     """
-    from mygpt import checkpoint
+    from mygpt import checkpoint, run_config
+    from mygpt import step as announce
     from mygpt.distributed import start
-    from mygpt.training import agree, announce
-    from mygpt.training.job import save
-    from mygpt.training.stopping import EXIT_STOPPED, Stop, Stopped
+    from mygpt.stopping import EXIT_STOPPED, Stop, Stopped
+    from mygpt.train_state import save
 
     config, run = record.config, record.config.log_dir
     with (
@@ -162,7 +160,7 @@ def train(record: RunRecord, dataset: Mixture, begun: float) -> int:
         checkpoint.locked(run) if ranks.is_main else nullcontext(),
         Stop(ranks, config.max_time, begun).watch() as stop,
     ):
-        agree.check(record, ranks)
+        run_config.check(record, ranks)
         log = RunLog(run, enabled=ranks.is_main)
         record = with_micro_batch(record, dataset, ranks, log)
         record = with_attention(record, ranks)
@@ -199,20 +197,20 @@ def train(record: RunRecord, dataset: Mixture, begun: float) -> int:
 
 def with_micro_batch(record: RunRecord, dataset: Mixture, ranks: Ranks, log: RunLog) -> RunRecord:
     """The record with the rows that --micro-batch auto stands for, found if need be."""
-    from mygpt.training import fit
+    from mygpt import autotune
 
     config = record.config
     if config.micro_batch:
         return record
     block_size = config.model.block_size
-    sizes = fit.sizes(config.total_batch_size, block_size, ranks.world_size)
+    sizes = autotune.sizes(config.total_batch_size, block_size, ranks.world_size)
     if ranks.device.type == "cuda":
         log.write("trying how many rows fit into the memory")
         trial = replace(config, micro_batch=sizes[0], compile=False)
         job = build(replace(record, config=trial), dataset, ranks)
-        found = fit.by_trying(job.model, job.optimizers, sizes, ranks, job.own_parameters)
+        found = autotune.by_trying(job.model, job.optimizers, sizes, ranks, job.own_parameters)
     else:
-        found = fit.by_rule(sizes, block_size)
+        found = autotune.by_rule(sizes, block_size)
     return replace(record, config=replace(config, micro_batch=found))
 
 
@@ -236,7 +234,7 @@ def with_length(
     record: RunRecord, dataset: Mixture, ranks: Ranks, stop: Stop, log: RunLog
 ) -> RunRecord:
     """The record with its number of steps, measured if need be, and all that follows from it."""
-    from mygpt.training.calibrate import measured_steps
+    from mygpt.autotune import measured_steps
 
     config = record.config
     windows = None
@@ -264,8 +262,8 @@ def was_cut_off(config: TrainConfig, step: int) -> bool:
 def take_up(job: Job, newest: int, dataset: Mixture, stop: Stop, log: RunLog) -> None:
     """Bring a new job to where its run stands, `newest` being its last checkpoint or -1."""
     from mygpt import checkpoint
-    from mygpt.training import announce
-    from mygpt.training.job import restore, save
+    from mygpt import step as announce
+    from mygpt.train_state import restore, save
 
     config, of, is_main = job.config, job.config.max_steps, job.ranks.is_main
     if is_main:
@@ -290,10 +288,9 @@ def take_steps(
     job: Job, last: int, coder: Tokenizer | None, stop: Stop, log: RunLog, track: trackers.Track
 ) -> None:
     """The training loop. Raises `Stopped` at a step boundary if asked to stop."""
-    from mygpt.training import announce
-    from mygpt.training.job import save
-    from mygpt.training.samples import write_samples
-    from mygpt.training.step import train_step
+    from mygpt import step as announce
+    from mygpt.step import train_step, write_samples
+    from mygpt.train_state import save
 
     config, of = job.config, job.config.max_steps
     meter = Meter(config.total_batch_size, job.ideal_seconds, lambda: job.loader.wait_seconds)
@@ -326,7 +323,7 @@ def take_steps(
 
 def validation(job: Job, stop: Stop, log: RunLog) -> tuple[float, bool]:
     """Validate, log it and draw the picture: the loss, and whether it is the best so far."""
-    from mygpt.training.step import validate
+    from mygpt.step import validate
 
     found = validate(job, stop)
     log.write(val_line(job.step, job.config.max_steps, found.mean, found.tokens))
@@ -342,7 +339,7 @@ def build(record: RunRecord, dataset: Mixture, ranks: Ranks, fresh: bool = True)
 
     `fresh` tells that the weights are those to begin with; else a checkpoint will replace them.
     """
-    from mygpt.training.build import assemble
+    from mygpt.train_state import assemble
     from shards.loader import TokenLoader
 
     config = record.config

@@ -102,9 +102,9 @@ def contenders(options: Options) -> dict[str, Callable[[], Mapping[Figure, float
     import torch
 
     from bench.steps import hugging_face_model
+    from mygpt.eval.quantize import with_weights
     from mygpt.generate import generate
     from mygpt.model import GPT
-    from mygpt.quantize import with_weights
 
     shape = replace(PRESETS[options.preset][1].model, dropout=0.0)
     model = GPT(shape).to(options.device)

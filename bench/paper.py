@@ -15,7 +15,7 @@ import tyro
 
 from bench import table
 from mygpt.config import GPTConfig
-from mygpt.memory import parameters
+from mygpt.doctor.memory import parameters
 from mygpt.settings import PRESETS
 
 

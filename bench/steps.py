@@ -18,11 +18,11 @@ from mygpt.config import GPTConfig
 from mygpt.distributed import Ranks, compute_dtype
 from mygpt.evaluate import autocast
 from mygpt.model import GPT
-from mygpt.runs import RunRecord
+from mygpt.run_config import RunRecord
 from mygpt.settings import PRESETS
-from mygpt.training.build import assemble
-from mygpt.training.step import train_step
-from mygpt.training.stopping import Stop
+from mygpt.step import train_step
+from mygpt.stopping import Stop
+from mygpt.train_state import assemble
 
 Step = Callable[[int], float]
 BATCHES = 8  # different ones, over and over: so the loss falls
@@ -53,7 +53,7 @@ class Size:
 
 
 class Batches:
-    """The batches as a `mygpt.training.job.Stream`: those of a loader, without its costs."""
+    """The batches as a `mygpt.train_state.Stream`: those of a loader, without its costs."""
 
     wait_seconds = 0.0
     windows_per_epoch = BATCHES
@@ -83,7 +83,7 @@ def first_weights(size: Size) -> GPT:
 
 
 def ours(size: Size, compiled: bool, fp8: bool = False) -> Step:
-    """`mygpt.training.step.train_step` on what `mygpt.training.build` makes, on one rank."""
+    """`mygpt.step.train_step` on what `mygpt.train_state` makes, on one rank."""
     config = replace(
         PRESETS["gpt2"][1],
         model=size.model,

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mygpt import records
+from mygpt import run_config
 
 FORMAT, VERSION = "mygpt-checkpoint", 2
 # What wrappers put before the names of parameters: torch.compile, DDP, activation checkpointing.
@@ -135,7 +135,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint: it has no state.json")
     remedies = ("use another checkpoint", "read it with the version of myGPT that wrote it")
-    return {"spikes": None} | records.read(path, FORMAT, VERSION, *remedies)
+    return {"spikes": None} | run_config.read(path, FORMAT, VERSION, *remedies)
 
 
 def note_val_loss(folder: Path, val_loss: float) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mygpt.distributed import Ranks, compute_dtype
-from mygpt.head import IGNORED
+from mygpt.loss import IGNORED
 from mygpt.model import GPT
 
 Batch = TypeVar("Batch")
@@ -51,7 +51,7 @@ class Windows(Protocol):
 
 
 class DocumentWindows(Windows, Protocol):
-    """Windows that know their documents, as `shards.documents.DocumentWindows` does."""
+    """Windows that know their documents, as `shards.reader.DocumentWindows` does."""
 
     n_documents: int
     block_size: int

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mygpt.config import GPTConfig
-from mygpt.head import HeadLoss, Rows, head_losses, mean, row_gradients, row_losses
+from mygpt.loss import HeadLoss, Rows, head_losses, mean, row_gradients, row_losses
 
 
 class GPT(nn.Module):

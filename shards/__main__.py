@@ -44,13 +44,13 @@ class Info:
 
     def run(self) -> int:
         """Print the description, and draw the picture if one is asked for."""
-        from shards import view
+        from shards import inspect
 
         manifest = Manifest.load(self.folder)
-        facts = view.describe(manifest)
-        print(json.dumps(facts) if self.json else view.as_text(facts))
+        facts = inspect.describe(manifest)
+        print(json.dumps(facts) if self.json else inspect.as_text(facts))
         if self.plot:
-            view.draw(manifest, self.plot)
+            inspect.draw(manifest, self.plot)
         return 0
 
 
@@ -67,9 +67,9 @@ class Show:
 
     def run(self) -> int:
         """Print it."""
-        from shards import view
+        from shards import inspect
 
-        found = view.find_document(Manifest.load(self.folder), self.split, self.document)
+        found = inspect.find_document(Manifest.load(self.folder), self.split, self.document)
         onward = f" on over {found.shards} shards" if found.shards > 1 else ""
         print(
             f"=== {self.split} document {self.document}: {found.source}, row {found.row}; "
@@ -88,7 +88,7 @@ class Verify:
 
     def run(self) -> int:
         """Read all of it; a line for each thing that is wrong."""
-        from shards.verify import verify
+        from shards.checks import verify
 
         manifest = Manifest.load(self.folder)
         total = sum(split.tokens for split in manifest.splits.values())
@@ -143,7 +143,7 @@ class Import:
 
     def run(self) -> int:
         """Copy the tokens and find the documents in them."""
-        from shards.foreign import import_files
+        from shards.interop import import_files
 
         size = sum(path.stat().st_size for path in self.files if path.is_file())
         with progress(size // 2, "import") as bar:  # two bytes a token
@@ -169,7 +169,7 @@ class Export:
 
     def run(self) -> int:
         """Copy the tokens."""
-        from shards.foreign import export
+        from shards.interop import export
 
         manifest = Manifest.load(self.folder)
         total = sum(split.tokens for split in manifest.splits.values())

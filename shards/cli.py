@@ -1,8 +1,10 @@
 """How every command of the project reports bad input: one line on stderr, exit code 2."""
 
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # as shells have it for Ctrl-C
@@ -28,3 +30,24 @@ def one_line_errors(if_interrupted: str = "") -> Iterator[None]:
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+
+
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """Run a command and leave with its exit code: on the spot, if torchrun started the process.
+
+    gloo frees tensors on threads of its own, for which they need Python's lock. One that waits for
+    it in the moment in which Python begins to end aborts the process instead, with "terminate
+    called without an active exception", and a run that was well finished would count as crashed.
+    """
+    try:
+        code = main()
+    except SystemExit as exit_:
+        if not isinstance(exit_.code, int):
+            raise
+        code = exit_.code
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # whose reader has gone, or which is closed
+            stream.flush()
+    os._exit(code)

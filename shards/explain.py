@@ -18,9 +18,8 @@ import pyarrow as pa
 
 from shards import tokenizer
 from shards.manifest import Manifest
-from shards.mixture import Mixture
 from shards.reader import ShardReader, read_index
-from shards.stream import MixedStream
+from shards.stream import MixedStream, Mixture
 
 SHOWN_CHARACTERS = 200
 

@@ -18,7 +18,7 @@ from typing import IO, Any, TypeVar
 
 import orjson
 
-from shards.atomic import to_json, write_json
+from shards.files import to_json, write_json
 
 FORMAT = "mygpt-shards"
 # Version 1 had no checksum. The tokens' identity is the same in both, and stays so.

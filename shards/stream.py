@@ -3,14 +3,202 @@
 A position is worked out, not looked up, so seeking costs nothing and no order is held in memory.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
 
 import numpy as np
+import orjson
 
-from shards.manifest import Shard
-from shards.mixture import Mixture, count_before, share_out
+from shards.manifest import Manifest, Shard, TokenizerIdentity
 from shards.order import key_of, permute
+
+# --- Several datasets as one: `--data web=0.7:data/web --data code=0.3:data/code`.
+
+
+# Part of the identity of every stream of several sources, as ORDER_VERSION is of every stream.
+MIXTURE_VERSION = 1
+SPEC = re.compile(r"([A-Za-z0-9_-]+)=([^:/]*):(.+)")
+# Places are worked out in 64 bits: a period of the pattern, squared, must fit.
+MAX_PERIOD = 2**31
+
+
+@dataclass(frozen=True)
+class Component:
+    """One source of a stream: its name, its weight among the others, and where it lies."""
+
+    name: str
+    weight: float
+    folder: str
+
+
+def parse(specs: Sequence[str]) -> tuple[Component, ...]:
+    """The sources that `NAME=WEIGHT:FOLDER` or plain `FOLDER` (weight 1) spell out, by name.
+
+    Raises ValueError for none, for a weight that is no positive number, and for a name twice.
+    """
+    found = sorted((_component(spec) for spec in specs), key=lambda component: component.name)
+    if not found:
+        raise ValueError("expected a dataset, found none: give --data FOLDER")
+    for one, other in pairwise(found):
+        if one.name == other.name:
+            raise ValueError(
+                f"expected sources of different names, found {one.name!r} twice, in {one.folder} "
+                f"and {other.folder}: give --data NAME=WEIGHT:FOLDER"
+            )
+    integer_weights(found)
+    return tuple(found)
+
+
+def _component(spec: str) -> Component:
+    """One source, as its spec has it."""
+    if not (match := SPEC.fullmatch(spec)):
+        path = urlsplit(spec).path if "://" in spec else spec
+        last = PurePosixPath(path.replace("\\", "/")).name
+        return Component(re.sub(r"[^A-Za-z0-9_-]", "-", last) or "data", 1.0, spec)
+    name, weight, folder = match.groups()
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(
+            f"expected a weight above 0 in {spec!r}, found {weight!r}: "
+            "give --data NAME=WEIGHT:FOLDER, such as web=0.7:data/web"
+        )
+    return Component(name, value, folder)
+
+
+def integer_weights(components: Sequence[Component]) -> tuple[int, ...]:
+    """The weights in the smallest whole numbers. Raises ValueError where these are too large."""
+    # Of the decimal number as written: 0.7 is seven tenths, not the binary fraction next to it.
+    exact = [Fraction(repr(component.weight)) for component in components]
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * scale) for weight in exact]
+    whole = [weight // math.gcd(*whole) for weight in whole]
+    if sum(whole) > MAX_PERIOD:
+        raise ValueError(
+            f"expected weights whose ratios are of fewer digits, found "
+            f"{', '.join(f'{c.name}={c.weight:g}' for c in components)}: round them"
+        )
+    return tuple(whole)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The sources of a stream and their manifests, both sorted by name."""
+
+    components: tuple[Component, ...]
+    manifests: tuple[Manifest, ...]
+
+    @classmethod
+    def load(cls, specs: Sequence[str], generations: Mapping[str, int] | None = None) -> "Mixture":
+        """Open the datasets that `specs` name, each up to its generation (by default all of it).
+
+        Raises FileNotFoundError or ValueError as `parse` and `Manifest.load` do, and ValueError
+        for datasets of different tokenizers and for generations of other names.
+        """
+        components = parse(specs)
+        chosen: Mapping[str, int | None] = dict.fromkeys(c.name for c in components)
+        if generations is not None:
+            if len(components) == len(generations) == 1:
+                # The name of an only source is that of its folder, which may be moved.
+                chosen = {components[0].name: next(iter(generations.values()))}
+            elif generations.keys() != chosen.keys():
+                raise ValueError(
+                    f"expected the sources {', '.join(sorted(generations))}, found "
+                    f"{', '.join(chosen)}: give the --data that the run began with"
+                )
+            else:
+                chosen = generations
+        manifests = tuple(Manifest.load(c.folder, chosen[c.name]) for c in components)
+        for component, manifest in zip(components, manifests, strict=True):
+            if manifest.tokenizer != manifests[0].tokenizer:
+                raise ValueError(
+                    f"expected the tokenizer {manifests[0].tokenizer.name} "
+                    f"{manifests[0].tokenizer.hash[:12]} of {components[0].folder} in "
+                    f"{component.folder} too, found {manifest.tokenizer.name} "
+                    f"{manifest.tokenizer.hash[:12]}: prepare both with the same one"
+                )
+        return cls(components, manifests)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of one dataset its own; of several the hash of their names, weights and fingerprints."""
+        if len(self.manifests) == 1:
+            return self.manifests[0].fingerprint
+        names = [component.name for component in self.components]
+        prints = [manifest.fingerprint for manifest in self.manifests]
+        sources = list(zip(names, self.weights, prints, strict=True))
+        identity = {"mixture": MIXTURE_VERSION, "sources": sources}
+        return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """The weights in the smallest whole numbers."""
+        return integer_weights(self.components)
+
+    @property
+    def generations(self) -> dict[str, int]:
+        """The generation of each source, by name."""
+        pairs = zip(self.components, self.manifests, strict=True)
+        return {component.name: manifest.generation for component, manifest in pairs}
+
+    @property
+    def tokenizer(self) -> TokenizerIdentity:
+        """The tokenizer that made the tokens of all of them."""
+        return self.manifests[0].tokenizer
+
+    def tokens(self, split: str) -> int:
+        """Token ids of a split, all sources together."""
+        return sum(manifest.splits[split].tokens for manifest in self.manifests)
+
+    def text_bytes(self, split: str) -> int:
+        """UTF-8 bytes of the documents of a split, all sources together."""
+        return sum(manifest.splits[split].text_bytes for manifest in self.manifests)
+
+
+def share_out(places: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(source, index) of each place of a stream, all int64 of the same shape (n,).
+
+    `index` is how often the source was taken before. It differs from the source's share of the
+    places by at most 1/2 for two sources, and 1/2 more with each doubling of their number.
+    """
+    if len(weights) == 1:
+        return np.zeros_like(places), places
+    middle = len(weights) // 2
+    left, total = sum(weights[:middle]), sum(weights)
+    before = _share(places, left, total)
+    is_left = _share(places + 1, left, total) > before
+    sources, indices = np.empty_like(places), np.empty_like(places)
+    sources[is_left], indices[is_left] = share_out(before[is_left], weights[:middle])
+    is_right = ~is_left
+    right, inside = share_out((places - before)[is_right], weights[middle:])
+    sources[is_right], indices[is_right] = right + middle, inside
+    return sources, indices
+
+
+def count_before(place: int, weights: Sequence[int]) -> list[int]:
+    """How often each source is taken before `place`."""
+    if len(weights) == 1:
+        return [place]
+    middle = len(weights) // 2
+    left = int(_share(np.array(place), sum(weights[:middle]), sum(weights)))
+    return count_before(left, weights[:middle]) + count_before(place - left, weights[middle:])
+
+
+def _share(places: np.ndarray, part: int, total: int) -> np.ndarray:
+    """part / total of each number of places, rounded to the nearest, without leaving 64 bits."""
+    periods, rest = np.divmod(places, total)
+    return periods * part + (rest * part + total // 2) // total
+
 
 # Told apart from the keys of windows and of phases.
 GROUPS, INSIDE = 1, 2

@@ -26,7 +26,7 @@ import tiktoken
 import tiktoken.load
 from tiktoken_ext import openai_public
 
-from shards.atomic import write_json
+from shards.files import write_json
 
 END_OF_TEXT = "<|endoftext|>"
 # tiktoken builds a Python list of ints, so it is fed pieces of about this many characters.

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.atomic import atomic_file
+from shards.files import atomic_file
 from shards.manifest import Shard
 
 DTYPE = np.dtype("<u2")

@@ -11,7 +11,7 @@ LONG = 250  # seconds: a busy machine, not a slow program
 # As train.py ends.
 RUN = """
 import sys
-from mygpt.ending import end_with
+from shards.cli import end_with
 
 script = sys.argv.pop(1)
 end_with(lambda: exec(script, {"__name__": "__main__"}) or 0)

@@ -18,12 +18,12 @@ import torch
 
 import eval as script
 import train
-from mygpt import checkpoint, pretrained, runs
+from mygpt import checkpoint, pretrained, run_config
 from mygpt.evaluate import Loss, evaluate
 from mygpt.model import GPT
 from shards import tokenizer
 from shards.manifest import Manifest, TokenizerIdentity
-from shards.mixture import Mixture
+from shards.stream import Mixture
 from tests.dataset import VOCABULARY, write_dataset
 from tests.sources import write_sources
 
@@ -90,7 +90,7 @@ def one_token_at_a_time(run: Path, data: Path | None = None) -> tuple[float, int
     """(nats, targets) of the validation files, each target asked of the model on its own."""
     folder = checkpoint.newest(run)
     assert folder is not None
-    config = runs.from_json(checkpoint.read_state(folder)["config"])
+    config = run_config.from_json(checkpoint.read_state(folder)["config"])
     model, block_size = GPT(config.model).eval(), config.model.block_size
     checkpoint.load_model(folder, model)
     nats, targets = 0.0, 0
@@ -298,7 +298,7 @@ def test_the_error_is_over_documents(sources_run: Path, capsys: pytest.CaptureFi
     """Written out: documents' nats from one token at a time, their residuals squared."""
     folder = checkpoint.newest(sources_run)
     assert folder is not None
-    config = runs.from_json(checkpoint.read_state(folder)["config"])
+    config = run_config.from_json(checkpoint.read_state(folder)["config"])
     model = GPT(config.model).eval()
     checkpoint.load_model(folder, model)
     nats, targets, document = Counter[int](), Counter[int](), -1
@@ -397,7 +397,7 @@ def test_a_shorter_context(run: Path, data: Path, capsys: pytest.CaptureFixture[
     found = report(capsys, run, "--block-size", "5")
     folder = checkpoint.newest(run)
     assert folder is not None
-    config = runs.from_json(checkpoint.read_state(folder)["config"])
+    config = run_config.from_json(checkpoint.read_state(folder)["config"])
     model = GPT(config.model)
     checkpoint.load_model(folder, model)
     assert found["loss"] == pytest.approx(loss_in_windows(model, data, 5).mean, rel=1e-6)

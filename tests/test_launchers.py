@@ -44,8 +44,8 @@ DIES_ONCE = """
 import os, signal, sys
 from pathlib import Path
 import train
-from mygpt.ending import end_with
-from mygpt.training import step
+from shards.cli import end_with
+from mygpt import step
 take_step, mark = step.train_step, Path(sys.argv[1])
 
 def take_step_or_die(job, stop):
@@ -145,8 +145,8 @@ def test_slurm_queues_again_what_was_asked_to_stop(tmp_path: Path, slurm: dict[s
 
 FAULTY = """
 import sys, train
-from mygpt.ending import end_with
-from mygpt.training import step
+from shards.cli import end_with
+from mygpt import step
 take_step = step.train_step
 
 def take_step_or_fail(job, stop):

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 import train
-from mygpt import checkpoint, log, optim, runs
+from mygpt import checkpoint, log, optim, run_config
+from mygpt import step as steps
 from mygpt.evaluate import Loss
-from mygpt.training import step as steps
-from mygpt.training.job import Job
-from mygpt.training.stopping import EXIT_STOPPED, Stop
+from mygpt.stopping import EXIT_STOPPED, Stop
+from mygpt.train_state import Job
 from shards.loader import TokenLoader
 from shards.manifest import Manifest
 from tests.dataset import VOCABULARY, write_dataset
@@ -68,7 +68,7 @@ def test_resume_is_bitwise_with_muon(data: Path, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys, train
-from mygpt.training import step
+from mygpt import step
 take_step = step.train_step
 def take_step_or_die(job, stop):
     if job.step == 13:
@@ -267,7 +267,7 @@ def test_a_checkpoint_says_what_it_is(data: Path, straight: Path) -> None:
     state = checkpoint.read_state(folder)
     assert state["fingerprint"] == Manifest.load(data).fingerprint
     assert (state["step"], list(state["generations"].values())) == (20, [0])
-    model = runs.from_json(state["config"]).model
+    model = run_config.from_json(state["config"]).model
     assert (model.n_embed, model.dropout) == (16, 0.2)
     assert state["val_loss"] == pytest.approx(log.read(straight).val[20], abs=1e-6)
 
@@ -309,7 +309,7 @@ def test_fp8_on_a_cpu_is_refused(
 
 
 def test_what_was_chosen_for_attention_is_written_down(straight: Path) -> None:
-    record = runs.read_run(straight)
+    record = run_config.read_run(straight)
     assert record and record.config.attention == "torch"  # on a CPU there is no choice
 
 
@@ -359,14 +359,14 @@ def test_a_time_budget_becomes_steps_that_are_kept(data: Path, tmp_path: Path) -
     base = ["tiny", "--data", str(data), *MODEL.split(), *BATCH.split(), "--dropout", "0.2"]
     budget = [*base, "--time-budget", "2", "--log-dir", str(tmp_path / "budget")]
     assert train.main([*budget, "--stop-at", "4"]) == 0
-    record = runs.read_run(tmp_path / "budget")
+    record = run_config.read_run(tmp_path / "budget")
     assert record is not None
     steps = record.config.max_steps
     assert 4 < steps < 2000
     assert record.config.val_interval == record.config.checkpoint_interval == max(1, steps // 10)
     assert train.main([*budget, "--stop-at", "5"]) == 0
     assert json.loads((tmp_path / "budget" / "config.json").read_text())["config"] == (
-        runs.to_json(record.config) | {"stop_at": 5}
+        run_config.to_json(record.config) | {"stop_at": 5}
     )
     same = ["--max-steps", str(steps), "--stop-at", "5", "--log-dir", str(tmp_path / "steps")]
     assert train.main([*base, *same]) == 0

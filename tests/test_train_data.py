@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from mygpt import checkpoint, log, runs
+from mygpt import checkpoint, log, run_config
 from mygpt.pretrained import from_pretrained
 from shards import tokenizer
 from shards.manifest import Manifest, Split, TokenizerIdentity
@@ -172,13 +172,13 @@ def test_samples_are_written_and_change_nothing(
     start(words, tmp_path / "told", *flags, *prompts, "--stop-at", "3")
     start(words, tmp_path / "told", *flags, *prompts)
     assert final_bytes(tmp_path / "told") == final_bytes(tmp_path / "plain")
-    samples = runs.read_samples(tmp_path / "told")
+    samples = run_config.read_samples(tmp_path / "told")
     assert [(one["step"], one["prompt"]) for one in samples] == [
         (step, prompt) for step in (2, 4) for prompt in ("def", "é")
     ]
     assert all(one["text"].startswith(one["prompt"]) for one in samples)
     assert len({one["text"] for one in samples}) == 4
-    assert runs.read_samples(tmp_path / "plain") == []
+    assert run_config.read_samples(tmp_path / "plain") == []
 
 
 # --- what older versions wrote
@@ -190,7 +190,7 @@ def test_a_run_of_an_older_version_goes_on(version: int, name: str, tmp_path: Pa
     shutil.copytree(RELEASED / f"v{version}" / "run", run)
     state = checkpoint.read_state(checkpoint.folder_of(run, 6))
     assert (state["version"], state["generations"]) == (version, {name: 0})
-    record = runs.read_run(run)
+    record = run_config.read_run(run)
     assert record is not None
     assert (record.config.data, record.generations) == (("dataset",), {name: 0})
     stored = record.config

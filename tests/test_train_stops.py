@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from mygpt import checkpoint, log
+from mygpt import step as steps
 from mygpt.evaluate import Loss
-from mygpt.training import step as steps
-from mygpt.training.job import Job
-from mygpt.training.stopping import EXIT_STOPPED, Stop
+from mygpt.stopping import EXIT_STOPPED, Stop
+from mygpt.train_state import Job
 from tests.dataset import write_dataset
 from tests.training import ROOT, arguments, environment, final_bytes, on_ranks, start
 
@@ -140,8 +140,8 @@ def test_a_signal_right_after_a_checkpoint_writes_no_other(
 
 RANKS = """
 import hashlib, os, signal, sys, train
-from mygpt.ending import end_with
-from mygpt.training import step
+from shards.cli import end_with
+from mygpt import step
 
 out, rank, jobs = sys.argv[1], int(os.environ["RANK"]), []
 take_step = step.train_step
@@ -218,7 +218,7 @@ def test_a_signal_to_torchrun_reaches_its_ranks_in_time(data: Path, tmp_path: Pa
 KILLED = """
 import os, random, signal, sys, torch, train
 from mygpt import checkpoint, evaluate, optim, plot
-from mygpt.training import job, step
+from mygpt import step, train_state
 
 sys.modules["matplotlib.figure"] = None
 torch.set_num_threads(1)
@@ -255,7 +255,7 @@ def test_kills_at_random_moments_change_nothing(data: Path, straight: Path, tmp_
 INSIDE = """
 import os, signal, sys, torch, train
 from mygpt import checkpoint, evaluate, optim, plot
-from mygpt.training import job, step
+from mygpt import step, train_state
 
 sys.modules["matplotlib.figure"] = None
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ import torch
 import train
 from mygpt import checkpoint, plot, settings
 from mygpt.distributed import Ranks
-from mygpt.training.job import Job
+from mygpt.train_state import Job
 from tests.dataset import VOCABULARY
 
 ROOT = Path(train.__file__).parent

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mygpt.memory import training_bytes
+from mygpt.doctor.memory import training_bytes
 from mygpt.settings import PRESETS
 
 OLDEST_PYTHON = (3, 11)

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from mygpt import facts
 from mygpt.config import GPTConfig
-from mygpt.evaluation import summary
-from mygpt.facts import Facts
+from mygpt.eval import summary
 from mygpt.hub.nanogpt import Found
+from mygpt.report import run_summary
+from mygpt.report.run_summary import Facts
 
 MOST_ROWS = 20  # of the loss curve in numbers
 _HEADER = """---
@@ -96,7 +96,7 @@ def _training(about: Facts, step: int) -> Iterator[str]:
         yield "\n![loss](loss.png)"
     yield "\n| step | training loss | validation loss, fixed subset |\n|---:|---:|---:|"
     validations = list(about.history.val.items())
-    for at, loss in (validations[i] for i in facts.spread(len(validations), MOST_ROWS)):
+    for at, loss in (validations[i] for i in run_summary.spread(len(validations), MOST_ROWS)):
         train = about.history.train.get(at)
         yield f"| {at:,} | {'' if train is None else f'{train:.4f}'} | {loss:.4f} |"
 

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mygpt import checkpoint, facts, runs
+from mygpt import checkpoint, run_config
 from mygpt.hub import card, hf, nanogpt
 from mygpt.model import GPT
+from mygpt.report import run_summary
 from shards import tokenizer
-from shards.atomic import sync_folder
+from shards.files import sync_folder
 from shards.tokenizer import Tokenizer
 
 # What both libraries read to be compared: words, code, numbers, other scripts, odd white space.
@@ -57,7 +58,9 @@ def export(target: Path, out: Path, best: bool = False, data: Sequence[str] = ()
     folder = find_checkpoint(target, best)
     state = checkpoint.read_state(folder)
     run = folder.parents[1]
-    about = facts.gather(run, state["config"], {**state, "earlier": _earlier(run, state)}, data)
+    about = run_summary.gather(
+        run, state["config"], {**state, "earlier": _earlier(run, state)}, data
+    )
     if data and about.dataset is None:
         raise ValueError(f"{about.missing}: give the --data that the model was trained on")
     coder = tokenizer.load("gpt2")
@@ -89,11 +92,11 @@ def find_checkpoint(target: Path, best: bool) -> Path:
 
 def _earlier(run: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
     """What the datasets were before the checkpoint's, where the run that knows is still around."""
-    record = runs.read_run(run) if (run / "config.json").is_file() else None
+    record = run_config.read_run(run) if (run / "config.json").is_file() else None
     return [one for one in record.earlier if one["until"] < state["step"]] if record else []
 
 
-def _check_tokenizer(folder: Path, coder: Tokenizer, about: facts.Facts) -> None:
+def _check_tokenizer(folder: Path, coder: Tokenizer, about: run_summary.Facts) -> None:
     """Raise ValueError if the model's ids are not those of the tokenizer that goes with it."""
     own = about.dataset.tokenizer if about.dataset else None
     if own and own.hash != coder.hash:

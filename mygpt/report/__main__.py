@@ -13,13 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mygpt import facts
-from mygpt.evaluation import summary
-from mygpt.facts import Facts
-from mygpt.memory import parameters
-from mygpt.report import page
+from mygpt.doctor.memory import parameters
+from mygpt.eval import summary
+from mygpt.report import page, run_summary
 from mygpt.report.chart import Line, chart
-from shards.atomic import atomic_file
+from mygpt.report.run_summary import Facts
+from shards.files import atomic_file
 
 MOST_SAMPLES = 8  # shown; the others are folded away
 
@@ -31,7 +30,7 @@ def write(run: Path, data: Sequence[str] = ()) -> Path:
     one line, where there is no run.
     """
     path = run / "report.html"
-    html = page.document(f"{run.name} · myGPT", _parts(facts.of_run(run, data)))
+    html = page.document(f"{run.name} · myGPT", _parts(run_summary.of_run(run, data)))
     with atomic_file(path) as file:
         file.write(html.encode())
     return path
@@ -154,7 +153,7 @@ def _samples(about: Facts) -> Iterator[str]:
         page.text_sample(f"eval.py, step {found.get('step')}", sample["prompt"], sample["text"])
         for sample in found.get("samples", ())
     ]
-    shown = facts.spread(len(samples), MOST_SAMPLES)
+    shown = run_summary.spread(len(samples), MOST_SAMPLES)
     yield from (samples[i] for i in shown)
     if rest := [sample for i, sample in enumerate(samples) if i not in shown]:
         yield page.details(f"{len(rest)} more", *rest)

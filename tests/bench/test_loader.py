@@ -11,8 +11,8 @@ import torch
 
 from bench import feeds, loader
 from bench.loader import CONTENDERS, NANOGPT, OURS, Options, as_text, is_measured, run
+from shards.checks import verify
 from shards.manifest import Manifest
-from shards.verify import verify
 
 
 @pytest.fixture(scope="module")

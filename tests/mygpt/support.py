@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from mygpt import checkpoint, runs
+from mygpt import checkpoint, run_config
 from mygpt.config import GPTConfig
 from mygpt.log import RunLog, baseline_line, step_line, val_line
 from mygpt.model import GPT
 from mygpt.settings import TrainConfig
 from shards import tokenizer
-from shards.atomic import write_json
+from shards.files import write_json
 from shards.manifest import Manifest, TokenizerIdentity
 from tests.dataset import write_dataset
 
@@ -45,7 +45,7 @@ def write_run(run: Path, data: Manifest, **shape: int | float | bool) -> GPT:
         total_batch_size=1024,
         micro_batch=8,
     ).resolved(STEPS)
-    record = runs.RunRecord(config, data.fingerprint, {"random": data.generation})
+    record = run_config.RunRecord(config, data.fingerprint, {"random": data.generation})
     run.mkdir(parents=True)
     write_json(run / "config.json", record.to_json())
     write_log(run)
@@ -61,7 +61,7 @@ def write_run(run: Path, data: Manifest, **shape: int | float | bool) -> GPT:
             "scaler": {},
             "fingerprint": data.fingerprint,
             "generations": {"random": data.generation},
-            "config": runs.to_json(config),
+            "config": run_config.to_json(config),
         }
         checkpoint.save(run, step, model, {}, state)
     return model

@@ -11,12 +11,11 @@ from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train
-from mygpt import settings
+from mygpt import autotune, settings
 from mygpt.distributed import Ranks
-from mygpt.training import fit
-from mygpt.training.job import Job
-from mygpt.training.step import train_step, validate
-from mygpt.training.stopping import Stop
+from mygpt.step import train_step, validate
+from mygpt.stopping import Stop
+from mygpt.train_state import Job
 from tests.dataset import VOCABULARY
 from tests.ranks import run_ranks
 
@@ -81,7 +80,7 @@ def rows_that_fit(job: Job) -> int:
         return forward(idx, targets)
 
     job.model.forward = limited  # type: ignore[method-assign]
-    return fit.by_trying(job.model, job.optimizers, [1, 2, 4, 8], job.ranks)
+    return autotune.by_trying(job.model, job.optimizers, [1, 2, 4, 8], job.ranks)
 
 
 def flags(data: Path, run: Path, micro_batch: int) -> list[str]:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mygpt.ending import end_with
+from shards.cli import end_with
 from tests.ranks import run_ranks
 
 # Rank 0 ends with a sum under way, which the other joins while Python's lock is held to the end:
@@ -55,7 +55,7 @@ def test_the_exit_code_is_the_commands(
         monkeypatch.setenv("RANK", rank)
     else:
         monkeypatch.delenv("RANK", raising=False)
-    script = "import sys\nfrom mygpt.ending import end_with\ndef main():\n    print('told')\n"
+    script = "import sys\nfrom shards.cli import end_with\ndef main():\n    print('told')\n"
     command = [sys.executable, "-c", f"{script}    {body}\nend_with(main)"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "told\n", said)

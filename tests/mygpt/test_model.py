@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mygpt import head
+from mygpt import loss
 from mygpt.config import GPTConfig, GPTConfigSmall
-from mygpt.head import HeadLoss, head_losses
+from mygpt.loss import HeadLoss, head_losses
 from mygpt.model import GPT, KeyValueCache
 
 SHAPE = {"block_size": 16, "vocab_size": 131, "n_layers": 2, "n_heads": 3, "n_embed": 24}
@@ -158,7 +158,7 @@ def test_loss_and_gradients_equal_cross_entropy_on_all_logits():
     assert_same_gradients(model, oracle)
 
 
-@pytest.mark.parametrize("function", [None, head.row_gradients], ids=["in place", "to compile"])
+@pytest.mark.parametrize("function", [None, loss.row_gradients], ids=["in place", "to compile"])
 @pytest.mark.parametrize("rows", [1, 255, 256, 257, 600])
 @pytest.mark.parametrize("vocab", [64, 65, 127, 128])
 def test_any_number_of_rows_and_words(rows, vocab, function):
@@ -179,16 +179,16 @@ def test_logits_of_any_size():
     x, weight = torch.eye(3), torch.tensor([[900.0, -900, 0], [0, 0, 0], [-900, 900, 0]])
     for targets in (torch.tensor([2, 0, 1]), torch.tensor([0, 2, -1])):
         expected = F.cross_entropy(x @ weight.T, targets, ignore_index=-1, reduction="none")
-        for function in (None, head.row_losses):
+        for function in (None, loss.row_losses):
             torch.testing.assert_close(head_losses(x, weight, targets, function), expected)
 
 
 def test_the_vocabulary_is_padded_for_the_product_alone():
     weight = torch.randn(131, 24)
-    wide = head.padded(weight)
+    wide = loss.padded(weight)
     assert wide.shape == (256, 24)
     assert torch.equal(wide[:131], weight) and wide[131:].eq(0).all()
-    assert head.padded(wide) is wide
+    assert loss.padded(wide) is wide
 
 
 def test_nothing_to_learn_is_no_loss():

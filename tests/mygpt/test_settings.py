@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mygpt import runs, settings
+from mygpt import run_config, settings
 from mygpt.config import GPTConfig
 from mygpt.settings import PRESETS, TrainConfig
 
@@ -23,8 +23,8 @@ def parse(*args: str) -> TrainConfig:
 def test_every_preset_parses_to_itself_and_survives_json(name: str) -> None:
     config = parse(name)
     assert config == PRESETS[name][1]
-    written = json.loads(json.dumps(runs.to_json(config)))
-    assert runs.to_json(runs.from_json(written)) == runs.to_json(config)
+    written = json.loads(json.dumps(run_config.to_json(config)))
+    assert run_config.to_json(run_config.from_json(written)) == run_config.to_json(config)
     assert settings.accumulation(config, world_size=1) >= 1
 
 
@@ -142,7 +142,7 @@ def test_impossible_values_are_refused_in_one_line(flags: str, message: str) -> 
 
 
 def test_flags_are_read_without_torch() -> None:
-    code = "import sys, mygpt.runs, mygpt.log; sys.exit('torch' in sys.modules)"
+    code = "import sys, mygpt.run_config, mygpt.log; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -54,7 +54,7 @@ from mygpt.config import GPTConfig
 from mygpt.distributed import start
 from mygpt.generate import generate
 from mygpt.model import GPT
-from mygpt.training import fit
+from mygpt import autotune
 
 def build(shard, optimizer):
     torch.manual_seed(1)
@@ -133,7 +133,7 @@ with start("cpu") as ranks:
     if not ranks.is_main:
         optim.begin_state = full
     try:
-        fit.by_trying(model, optimizers, [1, 2], ranks)
+        autotune.by_trying(model, optimizers, [1, 2], ranks)
     except ValueError as error:
         found["no room"] = str(error)
     torch.save(found, out / f"{ranks.rank}.pt")

@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 
-from prepare.storage import Folder
-from prepare.workspace import Workspace
+from prepare.workspace import Folder, Workspace
 from tests.prepare.support import contents, held, make, run, shrink, texts, write_jsonl
 
 HOLDER = """
 import sys
 from prepare import workspace
-from prepare.storage import Folder
+from prepare.workspace import Folder
 with workspace.Workspace(Folder(sys.argv[1])).locked():
     print("held", flush=True)
     sys.stdin.read()

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import loader as loader_module
-from shards import rows as rows_module
+from shards import loader as rows_module
+from shards.checks import Sweep
 from shards.loader import TokenLoader
 from shards.manifest import Manifest
-from shards.mixture import Mixture
-from shards.sweep import Sweep
+from shards.stream import Mixture
 from tests.shards.support import arange_dataset, grown, write_dataset
 
 # Lengths of train shards; ids count on over them, so a token's id is its place in the split.

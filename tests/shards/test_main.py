@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards import tokenizer, view
+from shards import inspect, tokenizer
 from shards.__main__ import COMMANDS, main
 from shards.manifest import FILE_NAME, Manifest, Source, TokenizerIdentity
 from tests.shards.support import (
@@ -77,7 +77,7 @@ def test_info_as_json(folder: Path, answer: Answer) -> None:
     assert train["bytes_per_token"] == pytest.approx(train["text_bytes"] / train["tokens"])
     assert train["shards"] == train["indexes_read"] == 3
     # The smallest length that at least so many documents do not exceed.
-    expected = {str(q): lengths[max(int(np.ceil(q * 6)) - 1, 0)] for q in view.QUANTILES}
+    expected = {str(q): lengths[max(int(np.ceil(q * 6)) - 1, 0)] for q in inspect.QUANTILES}
     assert train["document_tokens"] == expected
     assert facts["sources"]["files"] == 4
     largest = facts["sources"]["largest"]
@@ -142,15 +142,15 @@ def long_dataset(folder: Path) -> Manifest:
 def test_a_document_that_goes_on_has_one_length(tmp_path: Path) -> None:
     manifest = long_dataset(tmp_path / "long")
     assert manifest.splits["train"].documents == 4
-    assert view.document_lengths(manifest, "train").tolist() == [2, 1 + 3 + 2 + 3 + 1, 2, 2]
+    assert inspect.document_lengths(manifest, "train").tolist() == [2, 1 + 3 + 2 + 3 + 1, 2, 2]
     empty = replace(manifest, splits={"train": replace(manifest.splits["train"], shards=())})
-    assert view.document_lengths(empty, "train").size == 0
+    assert inspect.document_lengths(empty, "train").size == 0
 
 
 def test_of_very_many_shards_a_sample_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer
 ) -> None:
-    monkeypatch.setattr(view, "INDEXES_READ", 4)
+    monkeypatch.setattr(inspect, "INDEXES_READ", 4)
     arange_dataset(tmp_path, range(10, 19))
     facts = json.loads(answer("info", tmp_path, "--json")[1])["splits"]["train"]
     assert (facts["shards"], facts["indexes_read"]) == (9, 4)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.checks import verify
 from shards.manifest import FILE_NAME, Manifest, Shard, Source, Split, _checksum
-from shards.verify import verify
 from tests.shards.support import arange_dataset, grown
 
 

@@ -15,14 +15,12 @@ import pytest
 from filelock import FileLock
 from pyarrow import fs
 
-from shards import cache, remote, view
-from shards.loader import TokenLoader
+from shards import cache, inspect, remote
+from shards.checks import Sweep, verify
+from shards.loader import RankRows, TokenLoader
 from shards.manifest import FILE_NAME, Manifest
-from shards.mixture import Mixture
 from shards.reader import EvalWindows, token_counts
-from shards.rows import RankRows
-from shards.sweep import Sweep
-from shards.verify import verify
+from shards.stream import Mixture
 from tests.prepare.proxy import FAULTS, Proxy
 from tests.s3 import s3_server
 from tests.shards.support import arange_dataset, text_dataset
@@ -123,7 +121,7 @@ def test_documents_and_hashes(
 ) -> None:
     text_dataset(tmp_path / "texts", [["one", "two é"], ["three"]])
     manifest = Manifest.load(upload(bucket, tmp_path / "texts", f"{tmp_path.name}-texts"))
-    assert view.find_document(manifest, "train", 1).text() == "two é"
+    assert inspect.find_document(manifest, "train", 1).text() == "two é"
     assert [faults for _, faults in verify(manifest)] == [[]] * 3
 
 
@@ -206,7 +204,7 @@ def test_the_sweep_compares_sizes(uri: str, bucket: fs.FileSystem) -> None:
 def test_the_cache_keeps_within_its_size(
     uri: str, local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shards.rows.READ_TOKENS", 1)
+    monkeypatch.setattr("shards.loader.READ_TOKENS", 1)
     room = 2 * (3000 + 2500 + 2000 + 1500) + 4 * 128
     limit(monkeypatch, room)
     loader = TokenLoader([uri], "train", 8, BLOCK, shuffle_shards=2)
@@ -260,8 +258,8 @@ def test_many_threads_fetch_a_file_once(uri: str, local: Manifest, proxy: Proxy)
 
 READ = """
 import sys
-from shards.mixture import Mixture
-from shards.rows import RankRows
+from shards.stream import Mixture
+from shards.loader import RankRows
 rows = RankRows(Mixture.load([sys.argv[1]]), "train", 4, 16, int(sys.argv[2]), 2, 0, 0)
 print(sum(int(rows.read().sum()) for _ in range(100)))
 """

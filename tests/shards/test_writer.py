@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.atomic import remove_temporaries
+from shards.files import remove_temporaries
 from shards.manifest import Shard
 from shards.writer import DTYPE, INDEX_SCHEMA, open_shard, to_uint16
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
-from mygpt import runs
+from mygpt import run_config
 from mygpt.report import __main__ as report
 from shards.manifest import Manifest
 from tests.mygpt.support import STEPS, gpt2_dataset, write_run
@@ -40,7 +40,7 @@ def run(data: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     found["choices"] = {"hella <swag>": ANSWERS}
     (folder / "eval.json").write_text(json.dumps(found))
     for step in range(1, 21):
-        runs.write_samples(folder, step, [{"prompt": "The", "text": f"The text of {step}."}])
+        run_config.write_samples(folder, step, [{"prompt": "The", "text": f"The text of {step}."}])
     return folder
 
 

@@ -1,0 +1,151 @@
+"""Is a dataset what its manifest says? Every byte of it is read, at the speed of the disk."""
+
+import hashlib
+import io
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+
+from shards import remote
+from shards.manifest import Manifest, Shard, Split
+from shards.reader import open_tokens, read_index
+from shards.writer import DTYPE, npy_header
+
+
+def verify(manifest: Manifest) -> Iterator[tuple[Shard, list[str]]]:
+    """Each shard of the dataset, in order, with what is wrong with it and its index, a line each.
+
+    Hashing and NumPy leave the interpreter's lock, so threads read as many shards as there are
+    cores.
+    """
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from zip(shards, pool.map(lambda shard: faults(manifest, shard), shards), strict=True)
+
+
+def check(manifest: Manifest, split: str, part: slice = slice(None)) -> None:
+    """Raise ValueError for the first shard of a split, or of a part of its shards, that is not what
+    the manifest says."""
+    only = replace(manifest, splits={split: Split(manifest.splits[split].shards[part])})
+    for _, found in verify(only):
+        if found:
+            raise ValueError(f"{found[0]}: restore the shard, or prepare the dataset again")
+
+
+def faults(manifest: Manifest, shard: Shard) -> list[str]:
+    """What is wrong with one shard and its index: hash, size, id range, documents."""
+    found: list[str] = []
+    for check in (_check_tokens, _check_index):
+        try:
+            found += check(manifest, shard)
+        except (ValueError, OSError) as error:
+            found.append(str(error))
+    return found
+
+
+def _check_tokens(manifest: Manifest, shard: Shard) -> Iterator[str]:
+    tokens = open_tokens(manifest, shard)
+    path = manifest.name(shard.file)
+    yield from _check_hash(manifest, shard.file, shard.sha256)
+    highest = int(tokens.max(initial=0))
+    if highest >= manifest.tokenizer.n_vocab:
+        at = int(np.argmax(tokens))
+        yield (
+            f"expected ids below {manifest.tokenizer.n_vocab} in {path}, found {highest} at token "
+            f"{at}"
+        )
+
+
+def _check_index(manifest: Manifest, shard: Shard) -> Iterator[str]:
+    index = read_index(manifest, shard)
+    path = manifest.name(shard.index)
+    yield from _check_hash(manifest, shard.index, shard.index_sha256)
+    documents = int(np.count_nonzero(~index["continued"].to_numpy()))
+    text_bytes = int(index["text_bytes"].to_numpy().sum())
+    if (documents, text_bytes) != (shard.documents, shard.text_bytes):
+        yield (
+            f"expected {shard.documents} documents of {shard.text_bytes} bytes in {path}, found "
+            f"{documents} of {text_bytes}"
+        )
+    offsets = index["offset"].to_numpy()
+    if offsets[:1].tolist() != [0] or (np.diff(offsets, append=shard.tokens) < 1).any():
+        yield f"expected rising offsets from 0 to below {shard.tokens} in {path}, found others"
+
+
+def _check_hash(manifest: Manifest, name: str, expected: str) -> Iterator[str]:
+    with manifest.open(name, expected) as file:
+        found = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
+    if found != expected:
+        yield f"expected sha256 {expected[:12]} of {manifest.name(name)}, found {found[:12]}"
+
+
+# --- Looking over all shards of a dataset in the background, while training goes on.
+
+
+# Between two shards: the batches come first.
+PAUSE_SECONDS = 0.001
+
+
+class Sweep:
+    """Opens each shard once, for its size and header, on a thread that ends with this object.
+
+    Of a remote dataset the sizes in the store's listing are compared. `check` raises the first
+    FileNotFoundError or ValueError found.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Manifest, Sequence[Shard]]]) -> None:
+        self.fault: Exception | None = None
+        self._thread = threading.Thread(
+            target=_sweep, args=(weakref.ref(self), parts), name="sweep", daemon=True
+        )
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what was found, if anything was."""
+        if self.fault is not None:
+            raise self.fault
+
+    def join(self) -> None:
+        """Wait until all has been looked at."""
+        self._thread.join()
+
+
+def _sweep(owner: "weakref.ref[Sweep]", parts: Sequence[tuple[Manifest, Sequence[Shard]]]) -> None:
+    """Set `fault` of the sweep to the first thing that is wrong."""
+    try:
+        for manifest, shards in parts:
+            if manifest.uri:
+                _compare_sizes(manifest, shards)
+                continue
+            for shard in shards:
+                open_tokens(manifest, shard)
+                time.sleep(PAUSE_SECONDS)
+                if owner() is None:
+                    return
+    except (ValueError, OSError) as error:
+        if found := owner():
+            found.fault = error
+
+
+def _compare_sizes(manifest: Manifest, shards: Sequence[Shard]) -> None:
+    """Raise FileNotFoundError or ValueError for a shard that is missing or of another size."""
+    sizes = remote.sizes(manifest.uri)
+    for shard in shards:
+        expected = len(npy_header(shard.tokens)) + shard.tokens * DTYPE.itemsize
+        if (found := sizes.get(shard.file)) is None:
+            raise FileNotFoundError(
+                f"expected the shard {manifest.name(shard.file)}, found no such file: restore it, "
+                "or prepare the dataset again"
+            )
+        if found != expected:
+            raise ValueError(
+                f"expected {expected} bytes in {manifest.name(shard.file)}, found {found}: restore "
+                "it, or prepare the dataset again"
+            )

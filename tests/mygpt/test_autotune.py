@@ -1,0 +1,164 @@
+"""`--micro-batch auto`: divisors only, the largest with room on every rank, or as the rule says."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from mygpt import autotune, checkpoint, optim, settings
+from mygpt.config import GPTConfig
+from mygpt.distributed import Ranks
+from mygpt.log import RunLog
+from mygpt.model import GPT
+from mygpt.run_config import RunRecord
+from shards.stream import Mixture
+from tests.dataset import VOCABULARY, write_dataset
+
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+
+
+def model_with_room(monkeypatch: pytest.MonkeyPatch, rows: int) -> tuple[GPT, list[int]]:
+    """A model that runs out of memory beyond so many rows, and the list of what is tried on it."""
+    model, tried = GPT(GPTConfig(block_size=8, vocab_size=16, n_layers=1, n_heads=1, n_embed=4)), []
+    forward = model.forward
+
+    def limited(idx: torch.Tensor, targets: torch.Tensor) -> Any:
+        tried.append(len(idx))
+        if len(idx) > rows:
+            raise torch.OutOfMemoryError
+        return forward(idx, targets)
+
+    monkeypatch.setattr(model, "forward", limited)
+    return model, tried
+
+
+def test_sizes_divide_a_ranks_rows() -> None:
+    assert autotune.sizes(12 * 8, 8, 1) == [1, 2, 3, 4, 6, 12]
+    assert autotune.sizes(12 * 8, 8, 4) == [1, 3]
+    with pytest.raises(ValueError, match=r"8 \* 5 = 40, got 96: nearest is 80"):
+        autotune.sizes(12 * 8, 8, 5)
+    with pytest.raises(ValueError, match="got 4: nearest is 8"):
+        autotune.sizes(4, 8, 1)
+
+
+def test_the_rule_bounds_the_tokens() -> None:
+    assert autotune.by_rule([1, 2, 4, 8, 16, 32], 128) == 16
+    assert autotune.by_rule([1, 3, 9], 1024) == 1
+    assert autotune.by_rule([5, 10], 1024) == 5
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (5, 4), (6, 6), (100, 12)])
+def test_the_largest_with_room_is_found(
+    rows: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tried = model_with_room(monkeypatch, rows)
+    optimizers = optim.configure_optimizers(model)
+    assert autotune.by_trying(model, optimizers, [1, 2, 3, 4, 6, 12], ALONE) == expected
+    assert tried == sorted(tried)
+    # What a step fills is filled while the sizes are tried.
+    assert len(optim.state_tensors(optimizers, model)) == 3 * len(list(model.parameters()))
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_no_room_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = model_with_room(monkeypatch, 0)
+    with pytest.raises(ValueError, match="not even --micro-batch 1 fits into the memory of cpu"):
+        autotune.by_trying(model, optim.configure_optimizers(model), [1, 2], ALONE)
+
+
+@pytest.mark.parametrize("room", [[], [1]])
+def test_no_room_for_what_the_optimizers_remember_is_refused(
+    room: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this rank, or on another, of which this one hears."""
+    model, tried = model_with_room(monkeypatch, 100)
+    optimizers = optim.configure_optimizers(model)
+    if room:
+        ranks, answers = Ranks(0, 0, 2, torch.device("cpu")), iter(room)
+        monkeypatch.setattr(Ranks, "sums", lambda self, values: [next(answers)])
+    else:
+        ranks = ALONE
+        for name in ("zeros_like", "Tensor.new_zeros"):
+            monkeypatch.setattr(f"torch.{name}", full)
+    with pytest.raises(ValueError, match="not even --micro-batch 1 fits into the memory of cpu"):
+        autotune.by_trying(model, optimizers, [1, 2], ranks)
+    assert tried == []
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise torch.OutOfMemoryError
+
+
+def test_the_rank_with_least_room_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one has room for everything; of the other it hears that it has none beyond 4 rows."""
+    model, tried = model_with_room(monkeypatch, 100)
+    answers: Iterator[float] = iter([2, 2, 2, 2, 2, 1])  # the first of them of the state
+    ranks = Ranks(0, 0, 2, torch.device("cpu"))
+    monkeypatch.setattr(Ranks, "sums", lambda self, values: [next(answers)])
+    assert (
+        autotune.by_trying(model, optim.configure_optimizers(model), [1, 2, 4, 8, 16], ranks) == 4
+    )
+    assert tried == [1, 1, 2, 4, 8]
+
+
+def test_auto_is_found_once_and_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of 12 rows a step under a rule of 100 tokens: 6 rows of 16 tokens, twice."""
+    data, run = write_dataset(tmp_path / "data").folder, tmp_path / "run"
+    shape = f"--vocab-size {VOCABULARY} --block-size 16 --n-layers 1 --n-heads 1 --n-embed 4"
+    flags = [*shape.split(), "--max-steps", "4", "--total-batch-size", "192", "--device", "cpu"]
+    command = ["tiny", "--data", str(data), "--log-dir", str(run), "--micro-batch", "auto", *flags]
+    monkeypatch.setattr(autotune, "UNTRIED_TOKENS", 100)
+    assert train.main([*command, "--stop-at", "2"]) == 0
+    monkeypatch.setattr(autotune, "UNTRIED_TOKENS", 20)
+    assert train.main(command) == 0
+    written = json.loads((run / "config.json").read_text("utf-8"))["config"]
+    assert written["micro_batch"] == 6
+    assert "batch  192 tokens = 6 rows * 16 tokens * 2 micro-steps" in (run / "log.txt").read_text(
+        "utf-8"
+    )
+    assert checkpoint.steps(run)[-1] == 4
+    # What was found for one rank is found anew for four, which it can't be shared out over.
+    for world_size, rows in ((2, 6), (4, 0)):
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        record, _ = train.open_run(settings.parse(command, ""))
+        assert record.config.micro_batch == rows
+
+
+@pytest.mark.parametrize("preset", ["small", "gpt2"])
+def test_every_preset_can_be_tried_on_a_gpu(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the length of the run and its warm-up are known; the trial itself stands in here."""
+    job = SimpleNamespace(model=0, optimizers=[], own_parameters=None)
+    monkeypatch.setattr(train, "build", lambda *_: job)
+    monkeypatch.setattr(autotune, "by_trying", lambda model, optimizers, sizes, *_: sizes[-1])
+    config = settings.parse([preset, "--micro-batch", "auto"], "")
+    record = RunRecord(config, "", {})
+    ranks, run = Ranks(0, 0, 1, torch.device("cuda", 0)), RunLog(tmp_path)
+    dataset = Mixture.load([str(write_dataset(tmp_path / "data").folder)])
+    found = train.with_micro_batch(record, dataset, ranks, run).config
+    assert found == replace(config, micro_batch=config.total_batch_size // config.model.block_size)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--micro-batch", "auto", "--shard", "full", "--optimizer", "adamw"], "give a number"),
+        (["--optimizer", "muon", "--shard", "full"], "muon needs whole matrices"),
+        (["--micro-batch", "-1"], "--micro-batch must be 0 or more"),
+    ],
+)
+def test_what_cannot_go_together_is_refused(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["tiny", *flags])
+    assert words in capsys.readouterr().err

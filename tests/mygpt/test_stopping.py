@@ -1,0 +1,61 @@
+"""Signals and --max-time raise a flag, which all ranks see at the same call."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mygpt import stopping
+from mygpt.distributed import Ranks
+from mygpt.stopping import Stop, Stopped
+
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_asks_to_stop_and_says_so(number: signal.Signals) -> None:
+    with Stop(ALONE).watch() as stop:
+        assert not stop.asked()
+        stop.check()
+        signal.raise_signal(number)
+        assert stop.asked()
+        with pytest.raises(Stopped, match=number.name):
+            stop.check()
+
+
+def test_max_time_counts_from_the_start_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 103.0
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    stop, unlimited = Stop(ALONE, max_seconds=5, since=100.0), Stop(ALONE, since=100.0)
+    assert not stop.asked()
+    now = 105.0
+    assert stop.asked()
+    assert stop.reason == "--max-time"
+    assert not unlimited.asked()
+
+
+RANKS = """
+import os, signal, sys
+from mygpt.distributed import start
+from mygpt.stopping import Stop
+with start("cpu") as ranks, Stop(ranks).watch() as stop:
+    for call in range(6):
+        if call == 3 and ranks.rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        if stop.asked():
+            break
+    open(f"{sys.argv[1]}/{ranks.rank}", "w").write(f"{call} {stop.reason}")
+"""
+
+
+def test_all_ranks_stop_at_the_same_call(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(script), str(tmp_path)], env=environment, check=True)
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == "4 SIGTERM"
