@@ -172,7 +172,7 @@ def train(record: RunRecord, dataset: Mixture, begun: float) -> int:
             record = with_length(record, dataset, ranks, stop, log)
             of = record.config.max_steps
             last = min(of, config.stop_at or of)
-            newest = ranks.of_main(max(checkpoint.steps(run), default=-1))
+            newest = ranks.broadcast_object(max(checkpoint.steps(run), default=-1))
             if newest >= last and not was_cut_off(record.config, newest):
                 state = "is finished" if newest >= of else "has come to --stop-at"
                 log.write(f"nothing left to do: the run in {run} {state}, step {newest} of {of}")
@@ -223,7 +223,7 @@ def with_attention(record: RunRecord, ranks: Ranks) -> RunRecord:
     if config.attention == "auto":
         found = attention.fastest(config.model, config.micro_batch, ranks.device)
         # One answer for all ranks: that of the main one.
-        chosen = attention.KERNELS[ranks.of_main(attention.KERNELS.index(found))]
+        chosen = attention.KERNELS[ranks.broadcast_object(attention.KERNELS.index(found))]
     else:
         chosen = config.attention
     attention.use(chosen)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from bench.plain import PlainGPT
 from mygpt.config import GPTConfig
-from mygpt.distributed import Ranks, compute_dtype
-from mygpt.evaluate import autocast
+from mygpt.distributed import Ranks, autocast, compute_dtype
 from mygpt.model import GPT
 from mygpt.run_config import RunRecord
 from mygpt.settings import PRESETS

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mygpt import optim, settings
-from mygpt.distributed import Ranks
-from mygpt.evaluate import autocast
+from mygpt.distributed import Ranks, autocast
 from mygpt.model import GPT
 from mygpt.step import train_step, validate
 from mygpt.stopping import Stop
@@ -69,12 +68,15 @@ def by_trying(
 
     def fits(rows: int) -> bool:
         # No rank talks to others while it may run out: they would wait for it.
-        return ranks.sums([has_room(model, rows, ranks.device)])[0] == ranks.world_size
+        return ranks.all_reduce_sum([has_room(model, rows, ranks.device)])[0] == ranks.world_size
 
     with _less_memory(ranks.device):
         # A step has all of it at once: the optimizers fill their part first, and the first size is
         # tried once more when the gradients are there, which stay.
-        begun = ranks.sums([has_room_for_state(optimizers, model, own)])[0] == ranks.world_size
+        begun = (
+            ranks.all_reduce_sum([has_room_for_state(optimizers, model, own)])[0]
+            == ranks.world_size
+        )
         fitting = list(takewhile(fits, [sizes[0], *sizes]))[1:] if begun else []
     if not fitting:
         raise ValueError(
@@ -143,7 +145,7 @@ def measured_steps(build: Callable[[], Job], stop: Stop) -> int:
         return time.perf_counter() - started
 
     # Every rank must take as many steps as the others, so the main one decides how many.
-    count = job.ranks.of_main(int(config.time_budget / 50 / seconds_of_step()))
+    count = job.ranks.broadcast_object(int(config.time_budget / 50 / seconds_of_step()))
     step_seconds = median(seconds_of_step() for _ in range(max(3, min(count, 100))))
     started = time.perf_counter()
     validate(job, stop)
@@ -151,6 +153,6 @@ def measured_steps(build: Callable[[], Job], stop: Stop) -> int:
         save(job, Path(folder), None)
     round_seconds = time.perf_counter() - started
     left = config.time_budget - (time.perf_counter() - begun) - start_seconds
-    return job.ranks.of_main(
+    return job.ranks.broadcast_object(
         settings.steps_that_fit(left, step_seconds, round_seconds, config.val_interval)
     )

@@ -7,7 +7,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -60,7 +60,7 @@ class Ranks:
         """True for the one rank that writes and talks."""
         return self.rank == 0
 
-    def sums(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over the ranks, in float64; all ranks get the same numbers."""
         if self.world_size == 1:
             return list(values)
@@ -68,7 +68,7 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
-    def means(self, values: torch.Tensor) -> list[float]:
+    def all_reduce_mean(self, values: torch.Tensor) -> list[float]:
         """Each of `values`, (n,) on the device, averaged over the ranks; the same on all of them.
 
         The one place where a step waits for its device.
@@ -79,7 +79,7 @@ class Ranks:
         dist.all_reduce(total)
         return (total / self.world_size).tolist()
 
-    def begin_largest(self, value: int) -> Callable[[], int]:
+    def all_reduce_max_async(self, value: int) -> Callable[[], int]:
         """Begin to agree on the largest value of any rank; calling what is returned waits for it.
 
         It goes from CPU to CPU, whatever the device, so nothing that a GPU has to do is waited for.
@@ -93,7 +93,7 @@ class Ranks:
 
         return result
 
-    def of_each(self, value: Value) -> list[Value]:
+    def all_gather_object(self, value: Value) -> list[Value]:
         """Every rank's value, in the order of the ranks; from CPU to CPU."""
         if self.world_size == 1:
             return [value]
@@ -101,13 +101,16 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def of_main(self, value: int) -> int:
-        """The main rank's value, on every rank."""
-        return round(self.sums([value if self.is_main else 0])[0])
+    def broadcast_object(self, value: Value) -> Value:
+        """Return the main rank's value on every rank; from CPU to CPU."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, group=self.control)
+        return values[0]
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
-        self.sums([0])
+        self.all_reduce_sum([0])
 
 
 def find_device(name: str) -> str:
@@ -220,6 +223,12 @@ def compute_dtype(device: torch.device) -> torch.dtype:
         return torch.float32
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def autocast(device: torch.device) -> torch.autocast | nullcontext[None]:
+    """Context of mixed precision on this device; does nothing where matrices stay in fp32."""
+    dtype = compute_dtype(device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -6,7 +6,6 @@ are targets. B: windows at once, T: block size, D: documents.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mygpt.distributed import Ranks, compute_dtype
+from mygpt.distributed import Ranks, autocast
 from mygpt.loss import IGNORED
 from mygpt.model import GPT
 
@@ -101,7 +100,7 @@ def evaluate(
     for _, losses, counted in token_losses(model, windows, ranks, batch_size, progress):
         nats += losses.sum().item()
         tokens += int(counted.sum())
-    total_nats, total_tokens = ranks.sums([nats, tokens])
+    total_nats, total_tokens = ranks.all_reduce_sum([nats, tokens])
     return Loss(total_nats, round(total_tokens))
 
 
@@ -124,7 +123,7 @@ def evaluate_documents(
         position_nats[: losses.shape[1]] += losses.sum(0)
         position_tokens[: losses.shape[1]] += counted.sum(0)
     parts = (nats, tokens, position_nats, position_tokens)
-    sums = np.array(ranks.sums(np.concatenate(parts).tolist()))
+    sums = np.array(ranks.all_reduce_sum(np.concatenate(parts).tolist()))
     nats, tokens, position_nats, position_tokens = np.split(
         sums, np.cumsum([len(part) for part in parts[:-1]])
     )
@@ -189,12 +188,6 @@ def _launched(
 def default_batch_size(block_size: int, device: torch.device) -> int:
     """Windows at once: enough tokens to keep the device busy, few enough for any memory."""
     return max(1, (4096 if device.type == "cpu" else 65536) // block_size)
-
-
-def autocast(device: torch.device) -> torch.autocast | nullcontext[None]:
-    """The precision of training on this device: matrix products in bf16 or fp16, or all in fp32."""
-    dtype = compute_dtype(device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def shown(batches: Iterable[Batch], count: int, progress: bool) -> Iterable[Batch]:

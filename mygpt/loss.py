@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 IGNORED = -1  # a target that does not count
 # A compiled `row_gradients` or `row_losses`.
-Rows = Callable[[Tensor, Tensor, int], Any]
+RowKernel = Callable[[Tensor, Tensor, int], Any]
 
 
 class HeadLoss(torch.autograd.Function):
@@ -28,7 +28,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: Rows | None = None
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: RowKernel | None = None
     ) -> Tensor:
         """x (N, C), weight (V, C) and targets (N,), -1 where nothing counts, to a loss ().
 
@@ -62,7 +62,9 @@ class HeadLoss(torch.autograd.Function):
         return x_grad.mul_(scale), weight_grad.mul_(scale), None, None
 
 
-def head_losses(x: Tensor, weight: Tensor, targets: Tensor, rows: Rows | None = None) -> Tensor:
+def head_losses(
+    x: Tensor, weight: Tensor, targets: Tensor, rows: RowKernel | None = None
+) -> Tensor:
     """Cross entropy of each row of x @ weight.T: (N,), 0 where the target is -1.
 
     `rows` is `row_losses`, compiled; without it the same is done in place, step by step.
@@ -124,7 +126,7 @@ def _row_losses(wide: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _compiled(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab: int, rows: Rows
+    x: Tensor, weight: Tensor, targets: Tensor, vocab: int, rows: RowKernel
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows, the gradient (R, W) of their logits and losses (R,), chunk by chunk."""
     for start in range(0, len(x), _size(x)):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mygpt.config import GPTConfig
-from mygpt.loss import HeadLoss, Rows, head_losses, mean, row_gradients, row_losses
+from mygpt.loss import HeadLoss, RowKernel, head_losses, mean, row_gradients, row_losses
 
 
 class GPT(nn.Module):
@@ -32,9 +32,9 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embed, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
         self._init_weights()
-        self.recompute = False  # a block's activations in the backward pass, instead of kept
-        self._row_gradients: Rows | None = None  # compiled, see `compile`
-        self._row_losses: Rows | None = None
+        self.gradient_checkpointing = False  # recompute each block's activations in backward
+        self._row_gradients: RowKernel | None = None  # compiled, see `compile`
+        self._row_losses: RowKernel | None = None
 
     def _init_weights(self) -> None:
         # The stream sums 2 * n_layers branches: each starts that much smaller, so that the sum
@@ -82,7 +82,7 @@ class GPT(nn.Module):
         x = self.wte(idx) + self.wpe(torch.arange(tokens, device=idx.device))  # (B, T, C)
         x = self.drop(x)
         for block in self.h:
-            if self.recompute and torch.is_grad_enabled():
+            if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)

@@ -202,7 +202,7 @@ def check(record: RunRecord, ranks: "Ranks") -> None:
 
     They would train all the same: on rows that another seed or generation put in another order.
     """
-    first, *others = ranks.of_each(_identity(record))
+    first, *others = ranks.all_gather_object(_identity(record))
     for rank, other in enumerate(others, start=1):
         for name, value in first.items():
             if other.get(name) != value:

@@ -90,7 +90,7 @@ def shard_model(model: GPT, ranks: Ranks) -> None:
 
 
 @contextmanager
-def together(model: GPT) -> Iterator[None]:
+def unsharded(model: GPT) -> Iterator[None]:
     """Inside the block every rank has all weights, and so need not go in step with the others.
 
     For validation and samples, which keep no gradients. Does nothing to a model that is not cut.
@@ -107,14 +107,14 @@ def together(model: GPT) -> Iterator[None]:
             part.reshard()
 
 
-def gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def full_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """All that any rank holds, whole and on the CPU, for the main rank; nothing for the others.
 
     All ranks must call it. A name that several ranks hold, unless cut, is the same for all of them.
     """
     if ranks.world_size == 1:
         return dict(tensors)
-    held = ranks.of_each({name: (t.shape, t.dtype) for name, t in tensors.items()})
+    held = ranks.all_gather_object({name: (t.shape, t.dtype) for name, t in tensors.items()})
     result = {}
     for owner, names in enumerate(held):
         for name, (shape, dtype) in names.items():
@@ -132,27 +132,27 @@ def gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     return result
 
 
-def share(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's share of a tensor that all have, cut as `like` is; `whole` where it is not."""
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's share of a tensor that all have, cut as `like` is; `full` where it is not."""
     if not _is_cut(like):
-        return whole
+        return full
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(like, DTensor)
-    here = whole.to(like.device)
+    here = full.to(like.device)
     return distribute_tensor(here, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def shares(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
+def shard_tensors(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """What an optimizer remembers ("PARAMETER.KEY" → whole tensor) cut as the parameters are."""
     parameters = dict(model.named_parameters())
     return {
-        name: share(tensor, parameters[name.rpartition(".")[0]]) if tensor.dim() else tensor
+        name: shard_like(tensor, parameters[name.rpartition(".")[0]]) if tensor.dim() else tensor
         for name, tensor in tensors.items()
     }
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A cut tensor put together, on all ranks; any other as it is."""
     return tensor.full_tensor() if _is_cut(tensor) else tensor  # type: ignore[attr-defined]
 

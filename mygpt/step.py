@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mygpt import checkpoint, plot, run_config, sharding
-from mygpt.distributed import compute_dtype
-from mygpt.evaluate import Loss, autocast, default_batch_size, evaluate
+from mygpt.distributed import autocast, compute_dtype
+from mygpt.evaluate import Loss, default_batch_size, evaluate
 from mygpt.generate import generate
 from mygpt.log import skip_line
 from mygpt.optim import learning_rate
@@ -60,10 +60,10 @@ def train_step(job: Job, stop: Stop) -> Outcome:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
     norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), job.config.grad_clip)
-    norm = sharding.whole(norm)
+    norm = sharding.full_tensor(norm)
     # Whether to move is decided here, on the CPU, and not on the device: every optimizer would
     # need an update that can be undone. So the device is waited for once a step, at this line.
-    mean_loss, mean_norm = job.ranks.means(torch.stack([loss, norm]))
+    mean_loss, mean_norm = job.ranks.all_reduce_mean(torch.stack([loss, norm]))
     skipped = _overflow(job, mean_loss, mean_norm) or job.spikes.judge(mean_loss, mean_norm)
     for optimizer in job.optimizers:
         if not skipped:
@@ -124,7 +124,7 @@ def validate(job: Job, stop: Stop) -> Loss:
     rows = default_batch_size(job.config.model.block_size, job.ranks.device)
     together = rows * job.ranks.world_size  # a batch for each rank: so all ask equally often
     nats, tokens = 0.0, 0
-    with sharding.together(job.model):
+    with sharding.unsharded(job.model):
         for first in range(0, len(job.val_windows), together):
             stop.check()
             part = evaluate(job.model, job.val_windows[first : first + together], job.ranks, rows)
@@ -214,7 +214,7 @@ def write_samples(job: Job, coder: Coder) -> None:
     """
     prompts = job.config.sample_prompt or ("",)
     # All ranks write the same text: a model that is cut over them can't run on one of them alone.
-    with sharding.together(job.model):
+    with sharding.unsharded(job.model):
         written = generate(
             job.model,
             [[coder.eot, *coder.encode(prompt)] for prompt in prompts],

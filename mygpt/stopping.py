@@ -83,7 +83,7 @@ class Stop:
         if self._ranks.world_size == 1:
             self._agreed = self._own()
         else:
-            answer, self._answer = self._answer, self._ranks.begin_largest(self._own())
+            answer, self._answer = self._answer, self._ranks.all_reduce_max_async(self._own())
             self._agreed = answer() if answer else _GO_ON
         return self._agreed != _GO_ON
 

@@ -80,8 +80,8 @@ class Job:
 
 def save(job: Job, run: Path, val_loss: float | None) -> None:
     """Write the checkpoint of the steps finished so far, and drop what is no longer to be kept."""
-    weights = sharding.gathered(checkpoint.parameters(job.model), job.ranks)
-    tensors = sharding.gathered(optim.state_tensors(job.optimizers, job.model), job.ranks)
+    weights = sharding.full_tensors(checkpoint.parameters(job.model), job.ranks)
+    tensors = sharding.full_tensors(optim.state_tensors(job.optimizers, job.model), job.ranks)
     if job.ranks.is_main:
         state = {
             "val_loss": val_loss,
@@ -107,8 +107,8 @@ def restore(job: Job, step: int) -> float | None:
     folder = checkpoint.folder_of(run, step)
     state = checkpoint.read_state(folder)
     _check_identity(job, folder, state)
-    checkpoint.load_model(folder, job.model, sharding.share)
-    tensors = sharding.shares(checkpoint.load_optimizer(folder), job.model)
+    checkpoint.load_model(folder, job.model, sharding.shard_like)
+    tensors = sharding.shard_tensors(checkpoint.load_optimizer(folder), job.model)
     if tensors:  # none before the first step
         optim.load_state_tensors(job.optimizers, job.model, tensors, job.own_parameters)
     # Of a dataset that has grown since, the new stream is taken up at the place of the old one.
@@ -153,7 +153,7 @@ def assemble(
     """
     config, device = record.config, ranks.device
     model, shard = first_model(config, fresh), config.shard if ranks.world_size > 1 else "none"
-    model.recompute = config.gradient_checkpointing
+    model.gradient_checkpointing = config.gradient_checkpointing
     if config.fp8:
         check_fp8(device)
         use_fp8(model)

@@ -154,7 +154,7 @@ def answer(
         rows = [row for i in own for row in _rows(questions[i], encode, eot, block_size)]
         places = [place for i in own for place in range(ends[i])[spans[i]]]
         found[places] = _log_probabilities(model, rows, ranks.device)
-        found = np.array(ranks.sums(found.tolist()))
+        found = np.array(ranks.all_reduce_sum(found.tolist()))
         for i in here:
             scores[spans[i]] = found[spans[i]]
         if items is not None and ranks.is_main:
@@ -216,7 +216,7 @@ def _known(items: Path | None, spans: list[slice], ranks: Ranks) -> np.ndarray:
         for line in whole.splitlines():
             record = json.loads(line)
             scores[spans[record["item"]]] = record["log_probabilities"]
-    shared = ranks.sums([*np.nan_to_num(scores), *~np.isnan(scores)])
+    shared = ranks.all_reduce_sum([*np.nan_to_num(scores), *~np.isnan(scores)])
     values, there = np.split(np.array(shared), 2)
     return np.where(there > 0, values, math.nan)
 

@@ -38,7 +38,9 @@ def record(data: Path, tmp_path: Path) -> RunRecord:
 def check(first: RunRecord, second: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the second of two ranks finds when both have said what they are about to do."""
     said: list[Any] = []
-    monkeypatch.setattr(Ranks, "of_each", lambda _, value: said.append(value) or list(said))
+    monkeypatch.setattr(
+        Ranks, "all_gather_object", lambda _, value: said.append(value) or list(said)
+    )
     run_config.check(first, ALONE)
     run_config.check(second, ALONE)
 

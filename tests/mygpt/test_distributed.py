@@ -27,8 +27,8 @@ def test_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     with start("cpu") as ranks:
         assert ranks == Ranks(0, 0, 1, torch.device("cpu"))
         assert ranks.is_main
-        assert ranks.sums([1.5, 2]) == [1.5, 2]
-        assert ranks.of_main(7) == 7
+        assert ranks.all_reduce_sum([1.5, 2]) == [1.5, 2]
+        assert ranks.broadcast_object(7) == 7
         ranks.barrier()
         assert not torch.distributed.is_initialized()
 
@@ -40,10 +40,12 @@ def test_two_ranks_find_each_other(tmp_path: Path) -> None:
         "with start('cpu') as ranks:\n"
         "    ranks.barrier()\n"
         "    found = (ranks.rank, ranks.local_rank, ranks.world_size, ranks.is_main)\n"
-        "    sums, main = ranks.sums([ranks.rank + 1, 1e-17]), ranks.of_main(40 + ranks.rank)\n"
+        "    sums = ranks.all_reduce_sum([ranks.rank + 1, 1e-17])\n"
+        "    main = ranks.broadcast_object(40 + ranks.rank)\n"
         "    loss = [2.0, float('inf')][ranks.rank]\n"
-        "    means = ranks.means(torch.tensor([ranks.rank + 1, loss]))\n"
-        "    largest = [ranks.begin_largest(value) for value in (ranks.rank, 7 - ranks.rank)]\n"
+        "    means = ranks.all_reduce_mean(torch.tensor([ranks.rank + 1, loss]))\n"
+        "    values = (ranks.rank, 7 - ranks.rank)\n"
+        "    largest = [ranks.all_reduce_max_async(value) for value in values]\n"
         "    agreed = [result() for result in largest]\n"
         "    text = repr((found, sums, main, means, agreed))\n"
         f"    open(rf'{tmp_path}/{{ranks.rank}}', 'w').write(text)\n"

@@ -244,8 +244,8 @@ def test_activations_computed_twice_give_the_same_gradients(dropout):
     """Bit for bit, with the same dropout the second time; without gradients nothing is repeated."""
     model, (idx, targets) = make(dropout=dropout), batch()
     results, passes = [], []
-    model.h[0].register_forward_pre_hook(lambda *_: passes.append(model.recompute))
-    for model.recompute in (False, True):
+    model.h[0].register_forward_pre_hook(lambda *_: passes.append(model.gradient_checkpointing))
+    for model.gradient_checkpointing in (False, True):
         torch.manual_seed(5)
         _, loss = model(idx, targets)
         model.zero_grad()

@@ -83,13 +83,13 @@ def take_steps(numbers, model, net, optimizers):
                 group["lr"] = 1e-2
             optimizer.step()
             optimizer.zero_grad()
-        yield sharding.whole(norm).item()
+        yield sharding.full_tensor(norm).item()
 
 def full(*_):
     raise torch.OutOfMemoryError
 
 def copies(tensors):
-    return {name: t.clone() for name, t in sharding.gathered(tensors, ranks).items()}
+    return {name: t.clone() for name, t in sharding.full_tensors(tensors, ranks).items()}
 
 def state(model, optimizers):
     memory = optim.state_tensors(optimizers, model)
@@ -99,9 +99,9 @@ def restored(shard, optimizer, weights, memory):
     model, net, optimizers = build(shard, optimizer)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(sharding.share(weights[name], parameter))
+            parameter.copy_(sharding.shard_like(weights[name], parameter))
     own = sharding.own_parameters(optimizers, ranks) if shard == "optimizer" else None
-    optim.load_state_tensors(optimizers, model, sharding.shares(memory, model), own)
+    optim.load_state_tensors(optimizers, model, sharding.shard_tensors(memory, model), own)
     return model, net, optimizers
 
 torch.set_num_threads(1)
@@ -125,7 +125,7 @@ with start("cpu") as ranks:
             again = restored(shard, optimizer, *whole)
             norms = list(take_steps(range(3, 5), *again))
             found[f"{way} > {shard}"] = norms, *state(again[0], again[2])
-        with sharding.together(job[0]):
+        with sharding.unsharded(job[0]):
             found[f"{way} text"] = generate(job[0], [[1], [2, 3]], 9, temperature=0)
         norms = list(take_steps(range(3, 5), *job))
         found[f"{way} straight"] = norms, *state(job[0], job[2])
