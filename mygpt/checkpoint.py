@@ -43,12 +43,29 @@ def steps(run: Path) -> list[int]:
     return sorted(int(folder.name.removeprefix("step_")) for folder in folders)
 
 
-def newest(run: Path) -> Path | None:
-    """The last complete checkpoint of a run, if it has one."""
-    return folder_of(run, steps(run)[-1]) if steps(run) else None
+def find(target: Path, best: bool = False) -> Path:
+    """Return the checkpoint `target`, or the newest one of the run `target`.
+
+    With `best`, the checkpoint of the run that has the lowest validation loss. Raises
+    FileNotFoundError if there is none.
+    """
+    if (target / "state.json").is_file():
+        return target
+    if best:
+        found = best_of(target)
+    else:
+        found = folder_of(target, steps(target)[-1]) if steps(target) else None
+    if found:
+        return found
+    if not target.is_dir():
+        raise FileNotFoundError(f"expected a run in {target}, found no such folder: name another")
+    kind = "a validated checkpoint" if best else "a checkpoint"
+    raise FileNotFoundError(
+        f"expected a run with {kind} in {target}, found none: let train.py reach its first one"
+    )
 
 
-def best(run: Path) -> Path | None:
+def best_of(run: Path) -> Path | None:
     """The checkpoint with the lowest validation loss, the newer of equals; None without any."""
     losses = {}
     for step in reversed(steps(run)):
@@ -116,10 +133,10 @@ def prune(run: Path, keep: int, keep_every: int = 0) -> None:
     """
     for leftover in (run / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    best_one = best(run)
+    best = best_of(run)
     for step in steps(run)[:-keep]:
         folder = folder_of(run, step)
-        if folder != best_one and not (keep_every and step % keep_every == 0):
+        if folder != best and not (keep_every and step % keep_every == 0):
             # Renamed first: a folder half deleted must not look complete.
             doomed = folder.with_name(f".{folder.name}.tmp")
             os.rename(folder, doomed)

@@ -179,7 +179,7 @@ def farewell(run: Path, step: int, of: int) -> Iterator[str]:
         yield "stopped as --stop-at asked: the same command without it goes on to the end"
     yield f"log         {run / 'log.txt'}"
     yield f"picture     {plot.draw_or_explain(run)}"
-    yield f"checkpoint  {checkpoint.newest(run)}"
+    yield f"checkpoint  {checkpoint.find(run)}"
     yield f"next        python eval.py {run}"
 
 

@@ -120,7 +120,7 @@ def restore(job: Job, step: int) -> float | None:
         job.scaler.load_state_dict(state["scaler"])
     if state["spikes"]:
         job.spikes.load_state_dict(state["spikes"])
-    best = checkpoint.best(run)
+    best = checkpoint.best_of(run)
     job.step = job.saved_step = step
     job.best_loss = math.inf if best is None else checkpoint.read_state(best)["val_loss"]
     return state["val_loss"]

@@ -244,7 +244,7 @@ def test_the_best_is_kept_and_never_overwritten(
     assert checkpoint.steps(tmp_path) == [10, 15]
     start(data, tmp_path, *flags)
     assert checkpoint.steps(tmp_path) == [10, 20]
-    best = checkpoint.best(tmp_path)
+    best = checkpoint.best_of(tmp_path)
     assert best == checkpoint.folder_of(tmp_path, 10)
     assert checkpoint.read_state(best)["val_loss"] == 3.0
     written = (tmp_path / "log.txt").read_text("utf-8")
@@ -262,8 +262,7 @@ def test_validation_is_on_a_fixed_even_subset(data: Path, tmp_path: Path, straig
 
 
 def test_a_checkpoint_says_what_it_is(data: Path, straight: Path) -> None:
-    folder = checkpoint.newest(straight)
-    assert folder is not None
+    folder = checkpoint.find(straight)
     state = checkpoint.read_state(folder)
     assert state["fingerprint"] == Manifest.load(data).fingerprint
     assert (state["step"], list(state["generations"].values())) == (20, [0])

@@ -106,7 +106,7 @@ def steps_done(run: Path) -> int:
 
 
 def final_bytes(run: Path) -> list[bytes]:
-    folder = checkpoint.newest(run)
+    folder = checkpoint.find(run)
     assert folder == checkpoint.folder_of(run, STEPS)
     return [(folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
 

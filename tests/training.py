@@ -68,8 +68,7 @@ def on_ranks(count: int) -> list[str]:
 
 def final_bytes(run: Path) -> tuple[bytes, bytes, dict[str, Any]]:
     """The last checkpoint: all weights, all of the optimizer, the place in the data."""
-    folder = checkpoint.newest(run)
-    assert folder is not None
+    folder = checkpoint.find(run)
     names = ("model.safetensors", "optimizer.safetensors")
     weights, optimizer = ((folder / name).read_bytes() for name in names)
     return weights, optimizer, checkpoint.read_state(folder)["loader"]

@@ -104,13 +104,12 @@ def first_bit(one: Path, other: Path) -> str:
 
     if difference := first_loss(one, other, rounding=0):
         return difference
-    folders = [checkpoint.newest(run) for run in (one, other)]
-    assert folders[0] and folders[1]
-    places = [checkpoint.read_state(folder)["loader"] for folder in folders if folder]
+    folders = [checkpoint.find(run) for run in (one, other)]
+    places = [checkpoint.read_state(folder)["loader"] for folder in folders]
     if places[0] != places[1]:
         return f"the places in the data differ: {places[0]} and {places[1]}"
     for load in (checkpoint.load_weights, checkpoint.load_optimizer):
-        tensors = [load(folder) for folder in folders if folder]
+        tensors = [load(folder) for folder in folders]
         for name, tensor in tensors[0].items():
             if name not in tensors[1] or not tensor.equal(tensors[1][name]):
                 return f"{name} differs in the last checkpoint, though no loss was seen to"

@@ -55,15 +55,7 @@ def find(target: str | None, best: bool = False) -> Subject:
         return _of_checkpoint(run)
     if _is_pretrained(run):
         return Subject(str(run))
-    found = checkpoint.best(run) if best else checkpoint.newest(run)
-    if found is None:
-        if target is not None and not run.exists():
-            raise FileNotFoundError(f"expected a run in {run}, found no such folder: name another")
-        kind = "a validation" if best else "a checkpoint"
-        raise FileNotFoundError(
-            f"expected a run with {kind} in {run}, found none: let train.py reach its first one"
-        )
-    return _of_checkpoint(found)
+    return _of_checkpoint(checkpoint.find(run, best))
 
 
 def _is_pretrained(path: Path) -> bool:

@@ -79,15 +79,7 @@ def export(target: Path, out: Path, best: bool = False, data: Sequence[str] = ()
 
 def find_checkpoint(target: Path, best: bool) -> Path:
     """The checkpoint that is meant: `target` itself, or one of the run `target`."""
-    if (target / "state.json").is_file():
-        return target.resolve()
-    found = checkpoint.best(target) if best else checkpoint.newest(target)
-    if found is None:
-        kind = "a validation" if best else "a checkpoint"
-        raise FileNotFoundError(
-            f"expected a run with {kind} in {target}, found none: let train.py reach its first one"
-        )
-    return found.resolve()
+    return checkpoint.find(target, best).resolve()
 
 
 def _earlier(run: Path, state: dict[str, Any]) -> list[dict[str, Any]]:

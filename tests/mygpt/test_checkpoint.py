@@ -36,7 +36,7 @@ def save(run: Path, step: int, val_loss: float | None = None, seed: int = 0) -> 
 def test_everything_comes_back_bitwise(tmp_path: Path) -> None:
     model = Tied(seed=1)
     folder = checkpoint.save(tmp_path, 10, model, {"m": torch.randn(3)}, {"val_loss": None})
-    assert folder == tmp_path / "checkpoints" / "step_00000010" == checkpoint.newest(tmp_path)
+    assert folder == tmp_path / "checkpoints" / "step_00000010" == checkpoint.find(tmp_path)
     other = Tied(seed=2)
     checkpoint.load_model(folder, other)
     for name, tensor in model.state_dict().items():
@@ -92,7 +92,7 @@ def test_a_late_validation_is_added(tmp_path: Path) -> None:
     before = checkpoint.read_state(folder)
     checkpoint.note_val_loss(folder, 2.5)
     assert checkpoint.read_state(folder) == before | {"val_loss": 2.5}
-    assert checkpoint.best(tmp_path) == folder
+    assert checkpoint.best_of(tmp_path) == folder
     assert len(list(folder.iterdir())) == 3
 
 
@@ -143,7 +143,7 @@ def test_a_killed_write_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     checkpoint.prune(tmp_path, keep=1)
     assert list((tmp_path / "checkpoints").iterdir()) == [before]
     assert checkpoint.steps(tmp_path) == [10]
-    assert save(tmp_path, 20) == checkpoint.newest(tmp_path)
+    assert save(tmp_path, 20) == checkpoint.find(tmp_path)
 
 
 def test_a_failing_disk_leaves_the_previous_checkpoint(
@@ -176,17 +176,19 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         save(tmp_path, step, loss)
         checkpoint.prune(tmp_path, keep=2)
     assert checkpoint.steps(tmp_path) == [2, 5, 6]
-    assert checkpoint.best(tmp_path) == checkpoint.folder_of(tmp_path, 2)
+    assert checkpoint.best_of(tmp_path) == checkpoint.folder_of(tmp_path, 2)
     save(tmp_path, 7, 3.0)
-    assert checkpoint.best(tmp_path) == checkpoint.folder_of(tmp_path, 7)
+    assert checkpoint.best_of(tmp_path) == checkpoint.folder_of(tmp_path, 7)
     save(tmp_path, 8, math.nan)
     save(tmp_path, 1, math.nan)
-    assert checkpoint.best(tmp_path) == checkpoint.folder_of(tmp_path, 7)
+    assert checkpoint.best_of(tmp_path) == checkpoint.folder_of(tmp_path, 7)
 
 
 def test_without_checkpoints(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path) is None
-    assert checkpoint.best(tmp_path) is None
+    for best in (False, True):
+        with pytest.raises(FileNotFoundError, match=r"expected a run with .*: let train\.py"):
+            checkpoint.find(tmp_path, best)
+    assert checkpoint.best_of(tmp_path) is None
     checkpoint.prune(tmp_path, keep=1)
     with pytest.raises(FileNotFoundError, match=r"python train\.py"):
         checkpoint.newest_run(tmp_path)

@@ -245,8 +245,7 @@ def test_checkpoints_hold_plain_whole_tensors(found: list[dict[str, Any]]) -> No
 
 def last(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint."""
-    folder = checkpoint.newest(run)
-    assert folder is not None
+    folder = checkpoint.find(run)
     model = GPT(GPTConfig(**checkpoint.read_state(folder)["config"]["model"]))
     checkpoint.load_model(folder, model)
     return checkpoint.parameters(model) | checkpoint.load_optimizer(folder)
