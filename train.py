@@ -163,7 +163,6 @@ def train(record: RunRecord, dataset: Mixture, begun: float) -> int:
         run_config.check(record, ranks)
         log = RunLog(run, enabled=ranks.is_main)
         record = with_micro_batch(record, dataset, ranks, log)
-        record = with_attention(record, ranks)
         # Refused before anything slow begins.
         settings.accumulation(record.config, ranks.world_size)
         coder = open_tokenizer(dataset) if config.sample_interval else None
@@ -212,22 +211,6 @@ def with_micro_batch(record: RunRecord, dataset: Mixture, ranks: Ranks, log: Run
     else:
         found = autotune.by_rule(sizes, block_size)
     return replace(record, config=replace(config, micro_batch=found))
-
-
-def with_attention(record: RunRecord, ranks: Ranks) -> RunRecord:
-    """The record with the kernel that --attention auto stands for, and that kernel in use."""
-    from mygpt import attention
-
-    config = record.config
-    chosen: attention.Kernel
-    if config.attention == "auto":
-        found = attention.fastest(config.model, config.micro_batch, ranks.device)
-        # One answer for all ranks: that of the main one.
-        chosen = attention.KERNELS[ranks.broadcast_object(attention.KERNELS.index(found))]
-    else:
-        chosen = config.attention
-    attention.use(chosen)
-    return replace(record, config=replace(config, attention=chosen))
 
 
 def with_length(

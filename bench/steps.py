@@ -81,7 +81,7 @@ def first_weights(size: Size) -> GPT:
     return GPT(size.model)
 
 
-def ours(size: Size, compiled: bool, fp8: bool = False) -> Step:
+def ours(size: Size, compiled: bool) -> Step:
     """`mygpt.step.train_step` on what `mygpt.train_state` makes, on one rank."""
     config = replace(
         PRESETS["gpt2"][1],
@@ -98,7 +98,6 @@ def ours(size: Size, compiled: bool, fp8: bool = False) -> Step:
         beta2=BETAS[1],
         grad_clip=CLIP,
         compile=False,
-        fp8=fp8,
     )
     ranks = Ranks(0, 0, 1, torch.device(size.device))
     job = assemble(RunRecord(config, "", {}), ranks, Batches(size), [], fresh=True)

@@ -29,7 +29,6 @@ from shards.cli import one_line_errors
 PACKAGES = ("torch", "transformers")
 OURS, PLAIN, PEER = "myGPT", "plain", "Hugging Face"
 COMPILED = ", compiled"
-FP8 = f"{OURS}, fp8"
 PRODUCT = "matrix product"
 ROWS = {"cuda": 64, "cpu": 8}
 NOTES = """\
@@ -57,8 +56,6 @@ class Options:
     """How long a turn is; at least one step."""
     compile: bool = False
     """Measure the compiled steps on a CPU too; on a GPU they always are."""
-    fp8: bool = False
-    """Measure ours in fp8 too, on a GPU that has it, and what that does to the loss."""
     profile: bool = False
     """Show where the time of our step goes, instead of measuring."""
     json: bool = False
@@ -98,8 +95,6 @@ def variants(options: Options) -> dict[str, tuple[str, dict[str, bool]]]:
     on_gpu = options.device == "cuda"
     eager, compiled = {"compiled": False}, {"compiled": True}
     found = {OURS: ("ours", compiled if on_gpu else eager)}
-    if options.fp8:
-        found[FP8] = ("ours", compiled | {"fp8": True} if on_gpu else eager | {"fp8": True})
     if options.compile and not on_gpu:
         found[OURS + COMPILED] = ("ours", compiled)
     found[PLAIN] = ("plain", eager)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mygpt.config import GPTConfig
 from mygpt.log import end_torn_line
-from mygpt.settings import LENGTHS, OPEN, TrainConfig, shallow
+from mygpt.settings import LENGTHS, OPEN, RETIRED, TrainConfig, shallow
 
 # --- JSON files of a run that say their format and version: `config.json` and `state.json`.
 
@@ -54,7 +54,7 @@ FREE = {
     *("data", "generation", "verify", "log_dir", "stop_at", "max_time", "micro_batch"),
     *("skip_spikes", "log_interval", "val_interval", "checkpoint_interval", "keep", "keep_every"),
     *("sample_interval", "sample_prompt", "tensorboard", "wandb"),
-    *("device", "compile", "deterministic", "gradient_checkpointing", "shard", "attention"),
+    *("device", "compile", "deterministic", "gradient_checkpointing", "shard"),
 }
 
 
@@ -66,6 +66,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 def from_json(values: Mapping[str, Any]) -> TrainConfig:
     """What `to_json` wrote, of version 1 too. Raises ValueError for an unknown setting."""
+    values = {name: value for name, value in values.items() if name not in RETIRED}
     known = {f.name for f in fields(TrainConfig)}
     if unknown := sorted(set(values) - known):
         raise ValueError(
@@ -141,8 +142,6 @@ def continued(stored: TrainConfig, asked: TrainConfig) -> TrainConfig:
             raise _refusal(stored, asked, name, value, wanted[name])
     left_open = [name for name in OPEN if not wanted[name] and name != "stop_at"]
     filled = {name: getattr(stored, name) for name in left_open}
-    if asked.attention == "auto":
-        filled["attention"] = stored.attention
     return replace(asked, data=asked.data or stored.data, **filled)
 
 

@@ -24,6 +24,12 @@ OPEN = (
     *("stop_at", "warmup_steps", "val_interval", "checkpoint_interval", "micro_batch"),
 )
 
+# Settings of earlier versions: what their flags answer. Stored values are dropped.
+RETIRED = {
+    "fp8": "fp8 was removed: at this width its casts cost more than they save; remove --fp8",
+    "attention": "torch chooses the attention kernel; remove --attention",
+}
+
 
 def seconds_of(text: str) -> float:
     """Seconds in "90", "1h30m" or "2d". Raises ValueError for anything else."""
@@ -105,8 +111,6 @@ class TrainConfig:
     wandb: str = ""  # send the figures to this project of Weights & Biases
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
     compile: bool = True  # torch.compile; on CUDA only
-    attention: Literal["auto", "torch", "flash", "cudnn"] = "auto"  # GPU's kernel; auto: measured
-    fp8: bool = False  # multiply the blocks' matrices in 8 bits: Ada, Hopper and later GPUs
     deterministic: bool = False  # bitwise repeatable on CUDA as well, which costs speed
 
     def __post_init__(self) -> None:
@@ -236,6 +240,9 @@ def parse(args: Sequence[str], description: str) -> TrainConfig:
     `--help` prints and exits.
     """
     preset, rest = _preset_name(args)
+    for name, message in RETIRED.items():
+        if _is_given(name, rest) or _is_given(f"no_{name}", rest):
+            raise ValueError(message)
     base = PRESETS[preset][1]
     flags = tyro.cli(
         _Flags,

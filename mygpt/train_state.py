@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mygpt import checkpoint, optim, run_config, settings, sharding
 from mygpt.distributed import Ranks, compute_dtype, peak_flops
-from mygpt.fp8 import check_fp8, use_fp8
 from mygpt.model import GPT
 from mygpt.optim import configure_optimizers
 from mygpt.pretrained import from_pretrained
@@ -154,9 +153,6 @@ def assemble(
     config, device = record.config, ranks.device
     model, shard = first_model(config, fresh), config.shard if ranks.world_size > 1 else "none"
     model.gradient_checkpointing = config.gradient_checkpointing
-    if config.fp8:
-        check_fp8(device)
-        use_fp8(model)
     if shard == "full":
         sharding.shard_model(model, ranks)
     model.to(device)

@@ -300,16 +300,12 @@ def test_another_dataset_is_refused(
     assert "holds a run with dataset fingerprint" in capsys.readouterr().err
 
 
-def test_fp8_on_a_cpu_is_refused(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("flags", [["--fp8"], ["--no-fp8"], ["--attention", "flash"]])
+def test_a_retired_flag_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
-    refused(data, tmp_path, "--fp8")
-    assert "fp8 needs a GPU of the Ada, Hopper or a later kind" in capsys.readouterr().err
-
-
-def test_what_was_chosen_for_attention_is_written_down(straight: Path) -> None:
-    record = run_config.read_run(straight)
-    assert record and record.config.attention == "torch"  # on a CPU there is no choice
+    refused(data, tmp_path, *flags)
+    assert f"remove --{flags[0].split('-')[-1]}" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused(

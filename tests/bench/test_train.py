@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import profile, steps, train
-from bench.train import FP8, OURS, PEER, PLAIN, PRODUCT, Options
+from bench.train import OURS, PEER, PLAIN, PRODUCT, Options
 from mygpt.config import GPTConfig
 from mygpt.settings import TrainConfig
 
@@ -91,9 +91,9 @@ def test_what_is_measured_where() -> None:
     assert list(train.variants(Options())) == [OURS, PLAIN, PEER]
     cpu = train.variants(Options(compile=True))
     assert {f"{name}, compiled" for name in (OURS, PLAIN, PEER)} <= cpu.keys()
-    gpu = train.variants(Options(device="cuda", fp8=True))
-    assert list(gpu) == [OURS, FP8, PLAIN, f"{PLAIN}, compiled", f"{PEER}, compiled"]
-    assert gpu[OURS][1] == {"compiled": True} and gpu[FP8][1] == {"compiled": True, "fp8": True}
+    gpu = train.variants(Options(device="cuda"))
+    assert list(gpu) == [OURS, PLAIN, f"{PLAIN}, compiled", f"{PEER}, compiled"]
+    assert gpu[OURS][1] == {"compiled": True}
 
 
 def test_marks_of_a_gpu() -> None:
@@ -198,7 +198,5 @@ def test_in_processes_of_their_own() -> None:
     assert all(50 < row["megabytes"] < 20_000 for row in rows.values())
 
 
-def test_fp8_where_there_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="fp8 needs a GPU"):
-        steps.ours(steps.Size(SHAPE, 2, "cpu"), compiled=False, fp8=True)
+def test_the_reference_product_is_no_variant() -> None:
     assert PRODUCT not in train.variants(SMALL)

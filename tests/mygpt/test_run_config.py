@@ -58,11 +58,9 @@ def test_what_is_left_open_is_as_the_run_has_it() -> None:
     assert run_config.continued(stored, asked) == replace(stored, stop_at=0)
 
 
-def test_a_kernel_that_was_measured_is_not_measured_again() -> None:
-    stored = replace(RUN, attention="cudnn")
-    assert run_config.continued(stored, replace(RUN, attention="auto")) == stored
-    asked = replace(RUN, attention="flash")
-    assert run_config.continued(stored, asked) == asked
+def test_retired_settings_of_a_stored_run_are_dropped() -> None:
+    stored = run_config.to_json(RUN) | {"fp8": True, "attention": "cudnn"}
+    assert run_config.from_json(stored) == RUN
 
 
 def test_the_shape_of_a_model_that_came_from_elsewhere_is_not_asked_for_again() -> None:
