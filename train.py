@@ -327,7 +327,7 @@ def build(record: RunRecord, dataset: Mixture, ranks: Ranks, fresh: bool = True)
 
     config = record.config
     loader = TokenLoader(
-        config.data,
+        dataset,
         "train",
         config.micro_batch,
         config.model.block_size,
@@ -335,7 +335,6 @@ def build(record: RunRecord, dataset: Mixture, ranks: Ranks, fresh: bool = True)
         world_size=ranks.world_size,
         seed=config.seed,
         device=ranks.device,
-        generation=dataset.generations,
         shuffle_shards=config.shuffle_shards,
     )
     return assemble(record, ranks, loader, validation_windows(config, dataset), fresh)

@@ -79,7 +79,7 @@ def simulate(shards: int) -> Manifest:
 
     return Manifest(
         tokenizer=TokenizerIdentity("gpt2", 50257, 50256, "0" * 64),
-        rule={"rule": "hash", "val_fraction": 0.1},
+        split_rule={"rule": "hash", "val_fraction": 0.1},
         sources=tuple(Source(f"web/part-{i:06d}.parquet", 10**9) for i in range(shards // 3)),
         splits={"train": split("train", shards), "val": split("val", -(-shards // 9))},
         counts={"read": shards, "written": shards, "empty": 0, "quarantined": 0, "duplicates": 0},

@@ -6,7 +6,7 @@ and see the same batches. B: rows, T: block size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,7 +70,7 @@ class Batches:
         """Where it is."""
         return {"position": self.number * self.size.rows}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], earlier: Sequence[str] = ()) -> None:
         """Go there."""
         self.number = state["position"] // self.size.rows
 

@@ -38,7 +38,7 @@ class Stream(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, as JSON, with one "position" counted in windows."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], earlier: Sequence[str] = ()) -> None:
         """Go to such a place; ValueError if it is of another stream."""
 
 
@@ -110,11 +110,8 @@ def restore(job: Job, step: int) -> float | None:
     tensors = sharding.shard_tensors(checkpoint.load_optimizer(folder), job.model)
     if tensors:  # none before the first step
         optim.load_state_tensors(job.optimizers, job.model, tensors, job.own_parameters)
-    # Of a dataset that has grown since, the new stream is taken up at the place of the old one.
-    own = job.loader.state_dict()
-    moved = state["fingerprint"] != job.record.fingerprint
-    position = {"position": state["loader"]["position"]}
-    job.loader.load_state_dict(own | position if moved else state["loader"])
+    earlier = [one["fingerprint"] for one in job.record.earlier]
+    job.loader.load_state_dict(state["loader"], earlier)
     if state["scaler"]:  # empty when it was not in use: the device may have been another one
         job.scaler.load_state_dict(state["scaler"])
     if state["spikes"]:

@@ -42,7 +42,7 @@ def build_manifest(
         tokenizer=TokenizerIdentity(
             tokenizer.name, tokenizer.n_vocab, tokenizer.eot, tokenizer.hash
         ),
-        rule=plan.rule.record(),
+        split_rule=plan.rule.record(),
         sources=sources,
         splits=splits,
         counts=counts,

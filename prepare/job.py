@@ -107,10 +107,10 @@ def _compare_with_manifest(workspace: Workspace, manifest: Manifest, plan: Plan)
     first = manifest.prefix(0)
     begun = [(source.name, source.bytes) for source in first.sources]
     now = [(file.name, file.size) for file in plan.files]
-    if (begun, first.rule) != (now, plan.rule.record()):
+    if (begun, first.split_rule) != (now, plan.rule.record()):
         raise ValueError(
             f"expected a new folder, found another dataset in {workspace.folder} ({len(begun)} "
-            f"sources, split {first.rule}): give another --out, or --append to add to it"
+            f"sources, split {first.split_rule}): give another --out, or --append to add to it"
         )
 
 

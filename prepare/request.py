@@ -58,12 +58,12 @@ def rule_of(request: Request, files: Sequence[InputFile]) -> SplitRule:
 
 def rule_of_append(request: Request, files: Sequence[InputFile], base: Manifest) -> SplitRule:
     """The rule of the dataset that is appended to. Raises ValueError where it can't be followed."""
-    if base.rule.get("rule") not in (HASH, POSITION, GIVEN):
+    if base.split_rule.get("rule") not in (HASH, POSITION, GIVEN):
         raise ValueError(
-            f"expected a dataset split by prepare for --append, found {base.rule}: prepare the new "
-            "sources into another --out"
+            f"expected a dataset split by prepare for --append, found {base.split_rule}: "
+            "prepare the new sources into another --out"
         )
-    rule = SplitRule(**base.rule)
+    rule = SplitRule(**base.split_rule)
     asked = (request.split, request.val_fraction)
     if asked not in {(AUTO, DEFAULT_VAL_FRACTION), (rule.rule, rule.val_fraction)}:
         raise ValueError(

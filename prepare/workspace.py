@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -158,11 +158,8 @@ class Workspace:
 
     def manifest(self) -> Manifest | None:
         """The manifest of what is complete in the folder, or None."""
-        raw = self.folder.read_json(FILE_NAME)
-        if raw is None:
-            return None
-        found = Manifest.from_json(raw, Path(self.folder.path))
-        return replace(found, uri=self.folder.path.rstrip("/")) if self.folder.remote else found
+        content = self.folder.read(FILE_NAME)
+        return None if content is None else Manifest.parse(content, self.folder.path)
 
     def stored_plan(self) -> dict[str, Any] | None:
         """The record of the plan that was last begun here, or None."""

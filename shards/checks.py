@@ -15,7 +15,7 @@ import numpy as np
 
 from shards import remote
 from shards.manifest import Manifest, Shard, Split
-from shards.reader import open_tokens, read_index
+from shards.reader import REMEDY, open_file, open_tokens, read_index
 from shards.writer import DTYPE, npy_header
 
 
@@ -52,7 +52,7 @@ def faults(manifest: Manifest, shard: Shard) -> list[str]:
 
 def _check_tokens(manifest: Manifest, shard: Shard) -> Iterator[str]:
     tokens = open_tokens(manifest, shard)
-    path = manifest.name(shard.file)
+    path = manifest.location_of(shard.file)
     yield from _check_hash(manifest, shard.file, shard.sha256)
     highest = int(tokens.max(initial=0))
     if highest >= manifest.tokenizer.n_vocab:
@@ -65,7 +65,7 @@ def _check_tokens(manifest: Manifest, shard: Shard) -> Iterator[str]:
 
 def _check_index(manifest: Manifest, shard: Shard) -> Iterator[str]:
     index = read_index(manifest, shard)
-    path = manifest.name(shard.index)
+    path = manifest.location_of(shard.index)
     yield from _check_hash(manifest, shard.index, shard.index_sha256)
     documents = int(np.count_nonzero(~index["continued"].to_numpy()))
     text_bytes = int(index["text_bytes"].to_numpy().sum())
@@ -80,10 +80,10 @@ def _check_index(manifest: Manifest, shard: Shard) -> Iterator[str]:
 
 
 def _check_hash(manifest: Manifest, name: str, expected: str) -> Iterator[str]:
-    with manifest.open(name, expected) as file:
+    with open_file(manifest, name, expected) as file:
         found = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
     if found != expected:
-        yield f"expected sha256 {expected[:12]} of {manifest.name(name)}, found {found[:12]}"
+        yield f"expected sha256 {expected[:12]} of {manifest.location_of(name)}, found {found[:12]}"
 
 
 # --- Looking over all shards of a dataset in the background, while training goes on.
@@ -141,11 +141,10 @@ def _compare_sizes(manifest: Manifest, shards: Sequence[Shard]) -> None:
         expected = len(npy_header(shard.tokens)) + shard.tokens * DTYPE.itemsize
         if (found := sizes.get(shard.file)) is None:
             raise FileNotFoundError(
-                f"expected the shard {manifest.name(shard.file)}, found no such file: restore it, "
-                "or prepare the dataset again"
+                f"expected {manifest.location_of(shard.file)}, found no such file: {REMEDY}"
             )
         if found != expected:
             raise ValueError(
-                f"expected {expected} bytes in {manifest.name(shard.file)}, found {found}: restore "
-                "it, or prepare the dataset again"
+                f"expected {expected} bytes in {manifest.location_of(shard.file)}, found {found}: "
+                f"{REMEDY}"
             )

@@ -9,7 +9,7 @@ import numpy as np
 from shards import tokenizer
 from shards.files import atomic_file
 from shards.manifest import Manifest
-from shards.reader import open_tokens, read_index
+from shards.reader import evenly_spaced, open_tokens, read_index
 
 LARGEST_SOURCES = 5
 QUANTILES = (0, 0.1, 0.5, 0.9, 0.99, 1)
@@ -51,7 +51,7 @@ def find_document(manifest: Manifest, split: str, number: int) -> Document:
     if not 0 <= number < total:
         raise ValueError(
             f"expected --document from 0 to {total - 1} for {split}, found {number}: "
-            f"{manifest.where} has {total} {split} documents"
+            f"{manifest.location} has {total} {split} documents"
         )
     first = int(np.searchsorted(ends, number, side="right"))
     before = int(ends[first]) - shards[first].documents
@@ -85,7 +85,7 @@ def document_lengths(manifest: Manifest, split: str) -> np.ndarray:
     """
     shards = manifest.splits[split].shards
     lengths, begins = [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
-    for i in sample(len(shards), INDEXES_READ):
+    for i in evenly_spaced(len(shards), INDEXES_READ):
         index = read_index(manifest, shards[i])
         offsets = index["offset"].to_numpy()
         lengths.append(np.diff(offsets, append=shards[i].tokens))
@@ -94,21 +94,15 @@ def document_lengths(manifest: Manifest, split: str) -> np.ndarray:
     return np.add.reduceat(np.concatenate(lengths), firsts) if firsts.size else firsts
 
 
-def sample(size: int, most: int) -> list[int]:
-    """At most `most` of range(size), evenly spaced."""
-    count = min(size, most)
-    return [i * size // count for i in range(count)]
-
-
 def describe(manifest: Manifest) -> dict[str, Any]:
     """What a dataset is, as JSON."""
     largest = sorted(manifest.sources, key=lambda source: source.bytes, reverse=True)
     return {
-        "folder": manifest.where,
+        "folder": manifest.location,
         "fingerprint": manifest.fingerprint,
         "generation": manifest.generation,
         "tokenizer": asdict(manifest.tokenizer),
-        "split_rule": manifest.rule,
+        "split_rule": manifest.split_rule,
         "counts": manifest.counts,
         "splits": {name: _describe_split(manifest, name) for name in manifest.splits},
         "sources": {

@@ -6,9 +6,7 @@ uint16 (karpathy/llm.c; modded-nanogpt has the same). Both hold GPT-2's tokens.
 """
 
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from shards import tokenizer
-from shards.files import atomic_file, sync_folder
+from shards.files import atomic_folder
 from shards.manifest import SPLITS, Manifest, Shard, Source, Split, TokenizerIdentity
 from shards.reader import open_tokens
 from shards.writer import DTYPE, INDEX_SCHEMA, open_shard
@@ -122,7 +120,7 @@ def import_files(
     gpt2 = tokenizer.load()
     vocabulary = Vocabulary(gpt2.eot, gpt2.byte_lengths())
     shards: dict[str, list[Shard]] = {side: [] for side in SPLITS}
-    with new_folder(out) as folder:
+    with atomic_folder(out) as folder:
         for part in _parts(files):
             side = files[part.source].side
             path = folder / f"{side}_{len(shards[side]):05d}.npy"
@@ -131,7 +129,7 @@ def import_files(
         written = sum(split.documents for split in splits.values())
         Manifest(
             tokenizer=TokenizerIdentity(gpt2.name, gpt2.n_vocab, gpt2.eot, gpt2.hash),
-            rule={"rule": "imported"},
+            split_rule={"rule": "imported"},
             sources=tuple(Source(path.name, path.stat().st_size) for path in paths),
             splits=splits,
             counts={"read": written, "written": written, "empty": 0, "quarantined": 0},
@@ -159,7 +157,7 @@ def _write(
     """Copy a part of a file into the shard `path`, noting the documents found in it."""
     ids, text_bytes = file.open()[part.start : part.end], 0
     begins, before = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    with open_shard(path, done) as writer:
+    with open_shard(path, done, durable=False) as writer:
         for at in range(0, len(ids), BLOCK):
             block = ids[at : at + BLOCK]
             if (highest := int(block.max())) >= len(vocabulary.lengths):
@@ -215,9 +213,9 @@ def export(
             files[f"{side}.bin"] = split.shards
         else:
             files |= {f"{side}_{i:06d}.bin": (shard,) for i, shard in enumerate(split.shards)}
-    with new_folder(out) as folder:
+    with atomic_folder(out) as folder:
         for name, shards in files.items():
-            with atomic_file(folder / name) as file:
+            with open(folder / name, "wb") as file:
                 file.write(b"" if form == "nanogpt" else _header(shards[0]))
                 for shard in shards:
                     ids = open_tokens(manifest, shard)
@@ -234,25 +232,3 @@ def _header(shard: Shard) -> bytes:
             "the header has no room for more; use --format nanogpt"
         )
     return np.array([MAGIC, VERSION, shard.tokens], "<i4").tobytes().ljust(HEADER_BYTES, b"\0")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out`, whole, on leaving the block, or is removed.
-
-    Raises ValueError where `out` is there and not an empty folder.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"expected a new folder in {out}, found files there: give another --out")
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run has left
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-        sync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

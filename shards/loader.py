@@ -7,7 +7,7 @@ accumulation only decide who reads which row, so any of them may change on resum
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from shards import cache
-from shards.checks import Sweep, check
+from shards.checks import Sweep
 from shards.order import ORDER_VERSION
 from shards.reader import ShardReader
-from shards.stream import MixedStream, Mixture, parse
+from shards.stream import MixedStream, Mixture
 
 # --- The rows that one rank reads of the global stream, batch after batch, as they lie on disk.
 
@@ -164,7 +164,7 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
 
     def __init__(
         self,
-        data: str | Path | Sequence[str],
+        data: Mixture | str | Path | Sequence[str],
         split: str,
         batch_size: int,
         block_size: int,
@@ -172,9 +172,7 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         world_size: int = 1,
         seed: int = 0,
         device: str | torch.device = "cpu",
-        generation: int | Mapping[str, int] | None = None,
         shuffle_shards: int = 0,
-        verify: bool = False,
     ) -> None:
         sizes = (batch_size, block_size, world_size)
         if min(sizes) < 1 or not 0 <= rank < world_size or min(seed, shuffle_shards) < 0:
@@ -183,14 +181,12 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
                 f"seed, shuffle_shards >= 0, found {batch_size}, {block_size}, {world_size}, "
                 f"{rank}, {seed} and {shuffle_shards}"
             )
-        specs = [str(data)] if isinstance(data, str | Path) else list(data)
-        self.mixture = Mixture.load(specs, _by_name(specs, generation))
+        if not isinstance(data, Mixture):
+            data = Mixture.load([str(data)] if isinstance(data, str | Path) else data)
+        self.mixture = data
         self._rows = RankRows(
             self.mixture, split, batch_size, block_size, rank, world_size, seed, shuffle_shards
         )
-        if verify:
-            for manifest in self.mixture.manifests:
-                check(manifest, split)
         self.split, self.seed, self.shuffle_shards = split, seed, shuffle_shards
         self.batch_size, self.block_size = batch_size, block_size
         self.rank, self.world_size = rank, world_size
@@ -208,11 +204,6 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
     def unused_tokens(self) -> int:
         """Tokens that no window of an epoch holds."""
         return sum(stream.unused_tokens for stream in self._rows.stream.streams)
-
-    @property
-    def epoch(self) -> float:
-        """How often as many windows as the split has have been served so far."""
-        return self._position / self.windows_per_epoch
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         started = time.perf_counter()
@@ -238,22 +229,29 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
             "position": self._position,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a state's position. Raises ValueError when the state is of another stream."""
-        if state.get("version") == 1:  # of one source, before there could be several
-            state = state | {
-                "version": STATE_VERSION,
-                "generations": [state.get("generation")],
-                "shuffle_shards": 0,
-            }
-        own = self.state_dict()
+    def load_state_dict(self, state: dict[str, Any], earlier: Collection[str] = ()) -> None:
+        """Seek to the position of a state.
+
+        `earlier` are the fingerprints of former generations of the same datasets: a state with one
+        of these is accepted, and its position kept in the stream of the grown datasets. Raises
+        ValueError if the state is of another stream.
+        """
+        own, position = self.state_dict(), state.get("position")
+        free = {"position"}
+        if state.get("fingerprint") in earlier:
+            free |= {"fingerprint", "generations"}
         for name in own:
-            if name != "position" and state.get(name) != own[name]:
+            if name not in free and state.get(name) != own[name]:
                 raise ValueError(
                     f"expected a loader state with {name} {own[name]}, found {state.get(name)}: "
-                    "resume with the datasets and the settings that the run began with"
+                    "resume with the datasets and the settings with which the run was started"
                 )
-        self._position = int(state["position"])
+        if type(position) is not int or position < 0:
+            raise ValueError(
+                f"expected a loader state with a position from 0, found {position!r}: resume from "
+                "another checkpoint"
+            )
+        self._position = position
         if self._pinned:
             self._pinned.clear()
         self._rows.seek(self._position)
@@ -299,18 +297,3 @@ def widened(narrow: torch.Tensor, device: torch.device) -> torch.Tensor:
     # and the sign is taken off where they arrive.
     is_pinned = device.type == "cuda"
     return narrow.view(torch.int16).to(device, non_blocking=is_pinned).long() & 0xFFFF
-
-
-def _by_name(
-    specs: Sequence[str], generation: int | Mapping[str, int] | None
-) -> Mapping[str, int] | None:
-    """The generations by name, where one number is that of the only source."""
-    if not isinstance(generation, int):
-        return generation
-    components = parse(specs)
-    if len(components) > 1:
-        raise ValueError(
-            f"expected a generation for each of {', '.join(c.name for c in components)}, found "
-            f"{generation} for all: give them by name"
-        )
-    return {components[0].name: generation}

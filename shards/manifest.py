@@ -1,39 +1,43 @@
-"""What a dataset is: a folder with `manifest.json`, token shards and their document indexes.
+"""A dataset: a folder with `manifest.json`, token shards and their document indexes.
 
-The manifest is a pure function of the sources and the prepare options: it holds no times, no host
-paths and nothing of the machine that wrote it (promise 2). It comes last, and its presence says
-that the dataset is complete (promise 6). Its fingerprint is the identity that checkpoints carry
-(promise 10); a dataset grows by generations, and each prefix keeps its own fingerprint.
+The manifest is a pure function of the sources and the prepare options: no times, no host paths,
+nothing about the machine that wrote it (promise 2). It is written last, so its presence means that
+the dataset is complete (promise 6). Its fingerprint is the identity that checkpoints carry (promise
+10); a dataset grows by generations, and each prefix keeps its own fingerprint.
 """
 
 import gc
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any
 
 import orjson
 
+from shards import remote, stored_json
 from shards.files import to_json, write_json
 
-FORMAT = "mygpt-shards"
-# Version 1 had no checksum. The tokens' identity is the same in both, and stays so.
-VERSION, READABLE = 2, (1, 2)
+FORMAT, VERSION = "mygpt-shards", 2
+# The file may change its version; what the fingerprint covers stays, or checkpoints lose their data
 IDENTITY_VERSION = 1
 FILE_NAME = "manifest.json"
 SPLITS = ("train", "val")
 PLAIN_NAME = re.compile(r"\w[^/\\:]*")
-
-Record = TypeVar("Record")
+# Stored beside the fields of the dataclasses, from which `to_json` computes them.
+DERIVED = {
+    *("format", "version", "dtype", "fingerprint", "checksum"),
+    *("tokens", "documents", "text_bytes"),
+}
+REMEDY = "restore it or prepare again"
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """Which tokenizer made the tokens; `hash` is the sha256 of its vocabulary."""
+    """The tokenizer that made the tokens; `hash` is the sha256 of its vocabulary."""
 
     name: str
     n_vocab: int
@@ -43,7 +47,7 @@ class TokenizerIdentity:
 
 @dataclass(frozen=True)
 class Source:
-    """One input file: its name relative to what was given to prepare, and its size."""
+    """One input file: its name relative to the SOURCE given to prepare, and its size."""
 
     name: str
     bytes: int
@@ -52,9 +56,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Shard:
-    """One token file, `(tokens,)` uint16 .npy, with its index file and its place in the dataset.
+    """One token file, `(tokens,)` uint16 .npy, and its index file.
 
-    `sha256` and `index_sha256` are of the whole files; `text_bytes` is the UTF-8 size of the
+    `sha256` and `index_sha256` cover the whole files; `text_bytes` is the UTF-8 size of the
     documents, without `<|endoftext|>`.
     """
 
@@ -68,13 +72,13 @@ class Shard:
     generation: int = 0
 
     def windows(self, block_size: int) -> int:
-        """How many windows of `block_size` + 1 tokens the shard serves in an epoch (promise 4)."""
+        """Return the number of windows of `block_size` + 1 tokens in an epoch (promise 4)."""
         return max(self.tokens - 1, 0) // block_size
 
 
 @dataclass(frozen=True)
 class Split:
-    """The shards of one side, in order, with their totals."""
+    """The shards of one split, in order, with their totals."""
 
     shards: tuple[Shard, ...]
 
@@ -85,7 +89,7 @@ class Split:
 
     @property
     def documents(self) -> int:
-        """Documents, each begun by one `<|endoftext|>`."""
+        """Documents, each preceded by one `<|endoftext|>`."""
         return sum(shard.documents for shard in self.shards)
 
     @property
@@ -96,15 +100,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset's description. `Manifest.load` reads one; prepare alone writes them.
+    """Description of a dataset. `Manifest.load` reads one; prepare and import write them.
 
-    `rule` records how documents were split, and appends follow it. `folder` is where the manifest
-    was loaded from, `uri` the same where that is no folder of this machine; they are not part of
-    the dataset.
+    `split_rule` records how documents were split, and appends follow it. `folder` is where the
+    manifest was loaded from, `uri` the same if that is an object store; neither is stored.
     """
 
     tokenizer: TokenizerIdentity
-    rule: dict[str, Any]
+    split_rule: dict[str, Any]
     sources: tuple[Source, ...]
     splits: dict[str, Split]
     counts: dict[str, int]
@@ -116,49 +119,38 @@ class Manifest:
     def load(cls, folder: str | Path, generation: int | None = None) -> "Manifest":
         """Read the manifest in `folder`, a path or URI, up to `generation` (by default all of it).
 
-        Raises FileNotFoundError where there is none, ValueError where it is of another format or
-        version, was altered, names a file outside the folder, or lacks that generation, and
-        OSError where a remote one can't be read.
+        Raises FileNotFoundError if there is none; ValueError if it is of another format or version,
+        was altered, names a file outside the folder, or lacks that generation; and OSError if a
+        remote one can't be read.
         """
-        uri = str(folder).rstrip("/") if "://" in str(folder) else ""
-        with _no_collection():
-            manifest = cls.from_json(_read(str(folder)), Path(folder))
-        manifest = replace(manifest, uri=uri) if uri else manifest
+        location = str(folder)
+        is_remote = remote.is_remote(location)
+        content = remote.read(location, FILE_NAME) if is_remote else _read_local(Path(folder))
+        manifest = cls.parse(content, location)
         return manifest if generation is None else manifest.prefix(generation)
 
     @classmethod
-    def from_json(cls, raw: Any, folder: Path) -> "Manifest":
-        """The manifest of its JSON. Raises ValueError as `load` does."""
-        path = folder / FILE_NAME
-        found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (None, None)
-        if found[0] != FORMAT or found[1] not in READABLE or found[1] is True:
-            raise ValueError(
-                f"expected format {FORMAT} version {VERSION} in {path}, found {found[0]} version "
-                f"{found[1]}: use the version of this program that wrote it, or prepare again"
-            )
-        try:
-            checks = [] if found[1] == 1 else [("checksum", raw["checksum"], _checksum(raw))]
-            manifest = _parse(raw, folder)
-            checks.append(("fingerprint", raw["fingerprint"], manifest.fingerprint))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"expected a whole manifest in {path}, found it without {error}: restore it"
-            ) from None
-        for name, recorded, own in checks:
-            if recorded != own:
-                raise ValueError(
-                    f"expected the {name} {own[:12]} in {path}, found {str(recorded)[:12]}: "
-                    "the file was altered; restore it or prepare again"
-                )
-        _check_names(manifest)
+    def parse(cls, content: bytes, location: str) -> "Manifest":
+        """Return the manifest of the bytes of its file. Raises ValueError as `load` does."""
+        uri = location.rstrip("/") if remote.is_remote(location) else ""
+        path = f"{uri}/{FILE_NAME}" if uri else Path(location, FILE_NAME)
+        with _without_garbage_collection():
+            raw = stored_json.parse(content, path, REMEDY)
+            stored_json.check_version(raw, FORMAT, (VERSION,), path, "prepare the dataset again")
+            _check_hash("checksum", raw, _checksum(raw), path)
+            values = raw | {"folder": location, "uri": uri}
+            manifest = stored_json.build(cls, values, path, retired=DERIVED, remedy=REMEDY)
+        _check_names(manifest, path)
+        _check_hash("fingerprint", raw, manifest.fingerprint, path)
         return manifest
 
     def prefix(self, generation: int) -> "Manifest":
-        """The dataset as it was at `generation`. Raises ValueError where it never was there."""
+        """Return the dataset as of `generation`. Raises ValueError if it has no such generation."""
         if not 0 <= generation <= self.generation:
             raise ValueError(
                 f"expected a generation from 0 to {self.generation} in {self.folder}, found "
-                f"{generation}: this copy is older than what asks for it; bring the newer one here"
+                f"{generation}: this copy is older than the run or checkpoint that names it; copy "
+                "the newer dataset here"
             )
         splits = {
             name: Split(tuple(shard for shard in split.shards if shard.generation <= generation))
@@ -181,50 +173,28 @@ class Manifest:
         return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """The folder or URI of the dataset."""
         return self.uri or str(self.folder)
 
     def path(self, file: str) -> Path:
-        """Where one of the dataset's files lies, if it lies on this machine."""
+        """Return the path of a file of a dataset that lies on this machine."""
         return self.folder / file
 
-    def name(self, file: str) -> str:
-        """One of the dataset's files, as messages name it."""
+    def location_of(self, file: str) -> str:
+        """Return the path or URI of one of the dataset's files."""
         return f"{self.uri}/{file}" if self.uri else str(self.path(file))
 
-    def open(self, file: str, sha256: str) -> IO[bytes]:
-        """One of the dataset's files; a remote one is fetched, checked and kept in the cache.
-
-        Raises FileNotFoundError where there is none; for a remote one ValueError where its content
-        has another hash, and OSError where it can't be read.
-        """
-        if self.uri:
-            from shards import cache
-
-            return cache.open_file(self.uri, file, sha256)
-        try:
-            return open(self.path(file), "rb")
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"expected {self.path(file)}, found no such file: restore it, or prepare the "
-                "dataset again"
-            ) from None
-
     def to_json(self) -> dict[str, Any]:
-        """What `manifest.json` holds; `checksum` is of all the rest."""
-        values = self._values()
-        return values | {"checksum": _checksum(values)}
-
-    def _values(self) -> dict[str, Any]:
-        return {
+        """Return the content of `manifest.json`; `checksum` covers everything else in it."""
+        values = {
             "format": FORMAT,
             "version": VERSION,
             "dtype": "uint16",
             "fingerprint": self.fingerprint,
             "generation": self.generation,
             "tokenizer": asdict(self.tokenizer),
-            "split_rule": self.rule,
+            "split_rule": self.split_rule,
             "sources": [asdict(source) for source in self.sources],
             "counts": self.counts,
             "splits": {
@@ -237,26 +207,11 @@ class Manifest:
                 for name, split in self.splits.items()
             },
         }
+        return values | {"checksum": _checksum(values)}
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, all or nothing."""
         write_json(folder / FILE_NAME, self.to_json())
-
-
-def _read(folder: str) -> Any:
-    """The manifest's JSON."""
-    if "://" in folder:
-        from shards import remote
-
-        content = remote.read(folder, FILE_NAME)
-    else:
-        content = _read_local(Path(folder))
-    try:
-        return orjson.loads(content)
-    except ValueError as error:
-        raise ValueError(
-            f"expected JSON in {folder}/{FILE_NAME}, found {error}: restore it or prepare again"
-        ) from None
 
 
 def _read_local(folder: Path) -> bytes:
@@ -270,28 +225,9 @@ def _read_local(folder: Path) -> bytes:
     return path.read_bytes()
 
 
-def _checksum(values: dict[str, Any]) -> str:
-    """Hex sha256 of all that a manifest says."""
-    said = {key: value for key, value in values.items() if key != "checksum"}
-    return hashlib.sha256(to_json(said)).hexdigest()
-
-
-def _parse(raw: dict[str, Any], folder: Path) -> Manifest:
-    """The manifest that some JSON spells out."""
-    return Manifest(
-        tokenizer=TokenizerIdentity(**raw["tokenizer"]),
-        rule=raw["split_rule"],
-        sources=_records(Source, raw["sources"]),
-        splits={name: Split(_records(Shard, raw["splits"][name]["shards"])) for name in SPLITS},
-        counts=raw["counts"],
-        generation=raw["generation"],
-        folder=folder,
-    )
-
-
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector from going through 100,000 new objects again and again."""
+def _without_garbage_collection() -> Iterator[None]:
+    """Keep the garbage collector from traversing 100,000 new objects again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -301,30 +237,32 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _records(kind: type[Record], rows: Sequence[dict[str, Any]]) -> tuple[Record, ...]:
-    """Frozen dataclasses of their JSON. Raises TypeError or AttributeError for other fields.
-
-    A frozen dataclass sets each field through a call; for 100,000 shards that takes most of a
-    second, and this a tenth of one.
-    """
-    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    made = []
-    for row in rows:
-        if row.keys() != names:
-            raise TypeError(f"the fields {', '.join(sorted(names))}")
-        record = object.__new__(kind)
-        vars(record).update(row)
-        made.append(record)
-    return tuple(made)
+def _checksum(values: dict[str, Any]) -> str:
+    """Hex sha256 of everything in a manifest but the checksum itself."""
+    covered = {key: value for key, value in values.items() if key != "checksum"}
+    return hashlib.sha256(to_json(covered)).hexdigest()
 
 
-def _check_names(manifest: Manifest) -> None:
-    """Raise ValueError where the manifest names a file outside its folder."""
+def _check_hash(name: str, raw: dict[str, Any], computed: str, path: str | Path) -> None:
+    if raw.get(name) != computed:
+        raise ValueError(
+            f"expected the {name} {computed[:12]} in {path}, found {str(raw.get(name))[:12]}: "
+            f"the file was altered; {REMEDY}"
+        )
+
+
+def _check_names(manifest: Manifest, path: str | Path) -> None:
+    """Raise ValueError for other splits than `SPLITS`, and for files outside the folder."""
+    if sorted(manifest.splits) != sorted(SPLITS):
+        raise ValueError(
+            f"expected the splits {' and '.join(SPLITS)} in {path}, found "
+            f"{', '.join(manifest.splits) or 'none'}: {REMEDY}"
+        )
     for split in manifest.splits.values():
-        for shard in split.shards:
-            for name in (shard.file, shard.index):
-                if not (isinstance(name, str) and PLAIN_NAME.fullmatch(name)):
-                    raise ValueError(
-                        f"expected plain file names in {manifest.folder / FILE_NAME}, found "
-                        f"{name!r}: a dataset's files lie in its own folder; don't use this one"
-                    )
+        names = [name for shard in split.shards for name in (shard.file, shard.index)]
+        if not all(map(PLAIN_NAME.fullmatch, names)):
+            other = next(name for name in names if not PLAIN_NAME.fullmatch(name))
+            raise ValueError(
+                f"expected plain file names in {path}, found {other!r}: a dataset's files lie in "
+                "its own folder; don't use this one"
+            )

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import overload
+from typing import IO, overload
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,7 @@ class ShardReader:
     def __init__(self, manifest: Manifest, split: str, readers: int = 1) -> None:
         if split not in manifest.splits or not manifest.splits[split].shards:
             raise ValueError(
-                f"expected shards for the split {split!r} in {manifest.where}, found none: "
+                f"expected shards for the split {split!r} in {manifest.location}, found none: "
                 "splits are train and val"
             )
         self.manifest = manifest
@@ -95,6 +95,22 @@ def _check_presence(manifest: Manifest, shards: Sequence[Shard]) -> None:
         )
 
 
+def open_file(manifest: Manifest, file: str, sha256: str) -> IO[bytes]:
+    """Open one of the dataset's files; a remote one is fetched, checked and kept in the cache.
+
+    Raises FileNotFoundError if there is none; for a remote one also ValueError if its content has
+    another hash, and OSError if it can't be read.
+    """
+    if manifest.uri:
+        return cache.open_file(manifest.uri, file, sha256)
+    try:
+        return open(manifest.path(file), "rb")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"expected {manifest.path(file)}, found no such file: {REMEDY}"
+        ) from None
+
+
 def open_tokens(manifest: Manifest, shard: Shard) -> np.ndarray:
     """Map one shard, (n_tokens,) uint16, after checking its header and exact size.
 
@@ -104,12 +120,12 @@ def open_tokens(manifest: Manifest, shard: Shard) -> np.ndarray:
     # Compared, not parsed: NumPy parses headers as Python, which fails in threads of Python 3.11.
     header = _header(shard.tokens)
     size = len(header) + shard.tokens * DTYPE.itemsize
-    with manifest.open(shard.file, shard.sha256) as file:
+    with open_file(manifest, shard.file, shard.sha256) as file:
         found = (os.fstat(file.fileno()).st_size, file.read(len(header)) == header)
         if found != (size, True):
             raise ValueError(
-                f"expected {shard.tokens} tokens of {DTYPE} in {manifest.name(shard.file)}, a .npy "
-                f"file of {size} bytes, found {found[0]}"
+                f"expected {shard.tokens} tokens of {DTYPE} in {manifest.location_of(shard.file)}, "
+                f"a .npy file of {size} bytes, found {found[0]}"
                 f"{'' if found[1] else ' with another header'}: {REMEDY}"
             )
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -132,8 +148,8 @@ def read_index(manifest: Manifest, shard: Shard) -> pa.Table:
     Raises FileNotFoundError for a missing file, ValueError for one that is no index, and OSError
     for a remote one that can't be read.
     """
-    name = manifest.name(shard.index)
-    with manifest.open(shard.index, shard.index_sha256) as content:
+    name = manifest.location_of(shard.index)
+    with open_file(manifest, shard.index, shard.index_sha256) as content:
         try:
             with pq.ParquetFile(content) as file:
                 index = file.read()
@@ -181,8 +197,13 @@ class EvalWindows(Sequence[np.ndarray]):
 
     def spread(self, n_tokens: int) -> list[int]:
         """Indices of evenly spaced windows with about `n_tokens` targets, at least one window."""
-        count = min(len(self), max(1, n_tokens // self.block_size))
-        return [i * len(self) // count for i in range(count)]
+        return evenly_spaced(len(self), max(1, n_tokens // self.block_size))
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """Return at most `count` indices of range(total), evenly spaced, the first being 0."""
+    count = min(total, count)
+    return [i * total // count for i in range(count)]
 
 
 def token_counts(manifest: Manifest, split: str) -> np.ndarray:

@@ -99,11 +99,17 @@ class Mixture:
     manifests: tuple[Manifest, ...]
 
     @classmethod
-    def load(cls, specs: Sequence[str], generations: Mapping[str, int] | None = None) -> "Mixture":
+    def load(
+        cls,
+        specs: Sequence[str],
+        generations: Mapping[str, int] | None = None,
+        expect: str = "",
+    ) -> "Mixture":
         """Open the datasets that `specs` name, each up to its generation (by default all of it).
 
-        Raises FileNotFoundError or ValueError as `parse` and `Manifest.load` do, and ValueError
-        for datasets of different tokenizers and for generations of other names.
+        `expect` is the fingerprint that they must have, by default any. Raises FileNotFoundError or
+        ValueError as `parse` and `Manifest.load` do, and ValueError for datasets of different
+        tokenizers, generations of other names, or another fingerprint.
         """
         components = parse(specs)
         chosen: Mapping[str, int | None] = dict.fromkeys(c.name for c in components)
@@ -127,7 +133,14 @@ class Mixture:
                     f"{component.folder} too, found {manifest.tokenizer.name} "
                     f"{manifest.tokenizer.hash[:12]}: prepare both with the same one"
                 )
-        return cls(components, manifests)
+        mixture = cls(components, manifests)
+        if expect and mixture.fingerprint != expect:
+            raise ValueError(
+                f"expected the dataset with fingerprint {expect[:12]}, found "
+                f"{mixture.fingerprint[:12]} in {', '.join(c.folder for c in components)}: give "
+                "the dataset that the run was trained on with --data"
+            )
+        return mixture
 
     @cached_property
     def fingerprint(self) -> str:

@@ -27,6 +27,7 @@ import tiktoken.load
 from tiktoken_ext import openai_public
 
 from shards.files import write_json
+from shards.manifest import TokenizerIdentity
 
 END_OF_TEXT = "<|endoftext|>"
 # tiktoken builds a Python list of ints, so it is fed pieces of about this many characters.
@@ -132,23 +133,28 @@ class Tokenizer:
         return False
 
 
-@lru_cache(maxsize=1)
 def load(name: str = "gpt2") -> Tokenizer:
-    """The tokenizer `name`; only "gpt2" exists.
+    """Return the tokenizer `name`; only "gpt2" exists.
 
-    Raises ValueError for another name and VocabularyNotFoundError when the vocabulary is nowhere.
+    Raises ValueError for another name, VocabularyNotFoundError if no vocabulary can be found.
     """
     if name != "gpt2":
         raise ValueError(
             f"expected the tokenizer gpt2, found {name!r}: this version knows no other"
         )
+    return _load_gpt2()
+
+
+@lru_cache
+def _load_gpt2() -> Tokenizer:
+    """Return the one GPT-2 tokenizer of the process."""
     reference = _reference_encoding()
     ranks = sorted(reference._mergeable_ranks.items(), key=lambda item: item[1])
     vocabulary = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
     fast = _gigatoken(vocabulary)
     differing = differing_code_points(reference, fast) if fast else []
     return Tokenizer(
-        name=name,
+        name="gpt2",
         n_vocab=reference.n_vocab,
         eot=reference.eot_token,
         hash=hashlib.sha256(vocabulary).hexdigest(),
@@ -157,6 +163,21 @@ def load(name: str = "gpt2") -> Tokenizer:
         _differing=_character_class(differing),
         _openings=_openings(differing),
     )
+
+
+def open_tokenizer(identity: TokenizerIdentity) -> Tokenizer:
+    """Load the tokenizer that made a dataset or trained a model.
+
+    Raises ValueError if there is none of its name, or the one installed has another vocabulary, and
+    VocabularyNotFoundError as `load` does.
+    """
+    found = load(identity.name)
+    if found.hash != identity.hash:
+        raise ValueError(
+            f"expected the vocabulary {identity.hash[:12]} of the tokenizer {identity.name}, found "
+            f"{found.hash[:12]} on this machine: install the one that made the dataset"
+        )
+    return found
 
 
 def repair_surrogates(text: str) -> str:

@@ -249,7 +249,7 @@ def test_without_a_prompt_documents_are_begun(
     assert f"{found['loss']:.4f}" in text
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("version", ["v2"])
 def test_what_an_older_version_trained(
     version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -209,7 +209,7 @@ def _identity(about: Facts) -> Iterator[list[str]]:
     for component, manifest in zip(about.dataset.components, about.dataset.manifests, strict=True):
         several = len(about.dataset.manifests) > 1
         weight = f"weight {component.weight:g}; " if several else ""
-        rule = ", ".join(f"{key} {value}" for key, value in manifest.rule.items())
+        rule = ", ".join(f"{key} {value}" for key, value in manifest.split_rule.items())
         counts = ", ".join(f"{count:,} {key}" for key, count in manifest.counts.items())
         yield [component.name, f"{weight}generation {manifest.generation}; {rule}"]
         if counts:

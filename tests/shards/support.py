@@ -39,7 +39,7 @@ def write_manifest(
     written = sum(shard.documents for shards in splits.values() for shard in shards)
     Manifest(
         tokenizer=identity,
-        rule={"rule": "hash", "val_fraction": 0.1},
+        split_rule={"rule": "hash", "val_fraction": 0.1},
         sources=tuple(sources),
         splits={name: Split(tuple(splits.get(name, ()))) for name in ("train", "val")},
         counts={"read": written, "written": written, "empty": 0, "quarantined": 0},

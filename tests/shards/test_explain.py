@@ -154,7 +154,8 @@ def test_a_run_that_moved_on_to_a_later_generation(
     run = write_run(tmp_path / "run", [str(folder)], earlier=[old])
     assert after.fingerprint != before.fingerprint
     for step, generation in ((1, 0), (3, 0), (4, 1), (5, 1)):
-        loader = TokenLoader(folder, "train", ROWS, BLOCK, seed=7, generation=generation)
+        mixture = Mixture.load([str(folder)], {"web": generation})
+        loader = TokenLoader(mixture, "train", ROWS, BLOCK, seed=7)
         loader.load_state_dict(loader.state_dict() | {"position": (step - 1) * ROWS})
         rows = explained(capsys, "--run", run, "--step", step)
         x, _ = next(loader)

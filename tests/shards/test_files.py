@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from shards.files import (
     atomic_file,
+    atomic_folder,
     move_durably,
     remove_temporaries,
     sync_folder,
@@ -98,6 +99,47 @@ def test_only_leftovers_of_that_name_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     remove_temporaries(tmp_path, "val_[0]")
     assert names(tmp_path) == sorted(kept)
+
+
+def test_a_folder_appears_whole_on_leaving_the_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    for name in ("fsync", "rename"):
+        original = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, name=name, original=original: (done.append(name), original(*a))[1]
+        )
+    left = tmp_path / ".new.tmp"
+    left.mkdir()
+    (left / "of a killed writer").touch()
+    (tmp_path / "new").mkdir()
+    with atomic_folder(tmp_path / "new") as folder:
+        assert folder == left and not names(folder), "what a killed writer left is gone"
+        (folder / "inside").mkdir()
+        for name in ("a", "inside/b"):
+            (folder / name).write_bytes(b"abc")
+        assert not names(tmp_path / "new"), "an empty folder is replaced"
+    assert done == [*["fsync"] * 4, "rename", "fsync"], "content, its name, the folder above"
+    assert names(tmp_path) == ["new"] and names(tmp_path / "new") == ["a", "inside"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_no_folder(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), atomic_folder(tmp_path / "new") as folder:
+        (folder / "a").touch()
+        raise error
+    assert not names(tmp_path)
+
+
+def test_a_folder_with_files_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    (tmp_path / "file").touch()
+    for name in ("full", "file"):
+        with pytest.raises(ValueError, match=name), atomic_folder(tmp_path / name):
+            raise AssertionError("nothing was made")
+    assert names(tmp_path) == ["file", "full"] and names(tmp_path / "full") == ["a"]
 
 
 json_values = st.recursive(

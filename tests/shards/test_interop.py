@@ -57,7 +57,7 @@ def test_nanogpt_round_trip(tmp_path: Path, order: object) -> None:
     files = [nanogpt(tmp_path / "train.bin", tokens), nanogpt(tmp_path / "val.bin", tokens[:3])]
     manifest = import_files(files, tmp_path / "data", "auto")
     assert is_sound(manifest)
-    assert manifest.rule == {"rule": "imported"}
+    assert manifest.split_rule == {"rule": "imported"}
     assert [(source.name, source.bytes) for source in manifest.sources] == [
         ("train.bin", 2 * len(tokens)),
         ("val.bin", 6),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from shards import loader as loader_module
 from shards import loader as rows_module
-from shards.checks import Sweep
+from shards.checks import Sweep, check
 from shards.loader import TokenLoader
 from shards.manifest import Manifest
 from shards.stream import Mixture
@@ -201,8 +201,8 @@ def test_a_state_at_the_very_edge_of_an_epoch(folders: dict[str, Path]) -> None:
     loader = TokenLoader(folder, "train", 4, 8)
     assert loader.windows_per_epoch == 24
     check_epoch(rows(loader, 6), lengths, 8)
-    assert loader.epoch == 1
     state = loader.state_dict()
+    assert state["position"] == loader.windows_per_epoch
     second = rows(loader, 6)
     check_epoch(second, lengths, 8)
     resumed = TokenLoader(folder, "train", 4, 8)
@@ -510,26 +510,45 @@ def test_a_state_of_another_stream_is_refused(
     assert loader.state_dict() == state, "a refused state changes nothing"
 
 
-def test_a_state_of_version_1_is_read(folders: dict[str, Path]) -> None:
+def test_a_state_of_version_1_is_refused(folders: dict[str, Path]) -> None:
     loader = TokenLoader(folders["one"], "train", 2, 8)
     state = loader.state_dict()
-    assert state.keys() - {"generations", "shuffle_shards"} == {
-        *("version", "order", "fingerprint", "split", "seed", "block_size", "position")
+    assert state.keys() == {
+        *("version", "order", "fingerprint", "split", "seed", "block_size", "position"),
+        *("generations", "shuffle_shards"),
     }
-    old = {key: value for key, value in state.items() if key not in ("generations",)}
-    del old["shuffle_shards"]
-    loader.load_state_dict(old | {"version": 1, "generation": 0, "position": 40})
-    assert loader.state_dict() == state | {"position": 40}
-    with pytest.raises(ValueError, match=r"with generations \[0\], found \[1\]"):
-        loader.load_state_dict(old | {"version": 1, "generation": 1})
+    with pytest.raises(ValueError, match="with version 2, found 1: resume"):
+        loader.load_state_dict(state | {"version": 1, "generation": 0})
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_state_that_was_released_is_read(version: int) -> None:
-    released = Path(__file__).parents[1] / f"released/v{version}"
+@pytest.mark.parametrize("position", [-1, "3", 2.0, True, None])
+def test_a_position_that_can_not_be(folders: dict[str, Path], position: object) -> None:
+    loader = TokenLoader(folders["one"], "train", 2, 8)
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match="position from 0, found"):
+        loader.load_state_dict(state | {"position": position})
+    assert loader.state_dict() == state
+
+
+def test_a_state_of_an_earlier_generation_keeps_its_position(tmp_path: Path) -> None:
+    grown(arange_dataset(tmp_path, train=(50, 50)), (0, 1))
+    first = TokenLoader(Mixture.load([str(tmp_path)], {"any": 0}), "train", 2, 7)
+    next(first)
+    state, now = first.state_dict(), TokenLoader(tmp_path, "train", 2, 7)
+    with pytest.raises(ValueError, match="with fingerprint"):
+        now.load_state_dict(state)
+    own = now.state_dict()
+    now.load_state_dict(state, earlier=[state["fingerprint"]])
+    assert now.state_dict() == own | {"position": 2}
+    with pytest.raises(ValueError, match="with seed 0, found 1"):
+        now.load_state_dict(state | {"seed": 1}, earlier=[state["fingerprint"]])
+
+
+def test_a_state_that_was_released_is_read() -> None:
+    released = Path(__file__).parents[1] / "released/v2"
     checkpoint = max((released / "run/checkpoints").iterdir())
     state = json.loads((checkpoint / "state.json").read_text("utf-8"))["loader"]
-    assert state["version"] == version and state["position"] > 0
+    assert state["version"] == 2 and state["position"] > 0
     sizes = {"block_size": state["block_size"], "seed": state["seed"]}
     loader = TokenLoader(released / "dataset", "train", 4, **sizes)
     loader.load_state_dict(state)
@@ -591,12 +610,12 @@ def test_the_stream_never_changes_under_its_version(folders: dict[str, Path]) ->
 def test_an_older_generation_is_its_own_dataset(tmp_path: Path) -> None:
     manifest = grown(arange_dataset(tmp_path, train=(50, 50)), (0, 1))
     assert TokenLoader(tmp_path, "train", 1, 7).windows_per_epoch == 14
-    first = TokenLoader(tmp_path, "train", 1, 7, generation=0)
+    first = TokenLoader(Mixture.load([str(tmp_path)], {"any": 0}), "train", 1, 7)
     assert first.windows_per_epoch == 7
     assert set(rows(first, 7).ravel().tolist()) <= set(range(50))
     assert first.state_dict()["fingerprint"] != manifest.fingerprint
     with pytest.raises(ValueError, match="generation"):
-        TokenLoader(tmp_path, "train", 1, 7, generation=2)
+        Mixture.load([str(tmp_path)], {"any": 2})
 
 
 # What is refused
@@ -638,16 +657,16 @@ def test_ranks_share_the_sweep(dataset: Manifest) -> None:
         assert (sweep.fault is not None) == (rank == 2)
 
 
-def test_an_altered_shard_is_found_by_verify(dataset: Manifest) -> None:
-    assert next(TokenLoader(dataset.folder, "train", 1, 8, verify=True))
+def test_an_altered_shard_is_found_by_check(dataset: Manifest) -> None:
+    check(dataset, "train")
     path = dataset.path("train_00001.npy")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     assert next(TokenLoader(dataset.folder, "train", 1, 8))
-    assert next(TokenLoader(dataset.folder, "val", 1, 1, verify=True))
+    check(dataset, "val")
     with pytest.raises(ValueError, match=r"expected sha256 .*train_00001\.npy, found .*: restore"):
-        TokenLoader(dataset.folder, "train", 1, 8, verify=True)
+        check(dataset, "train")
 
 
 def test_time_inside_next_is_counted(dataset: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:

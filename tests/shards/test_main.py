@@ -384,7 +384,7 @@ def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) ->
 def test_a_folder_without_a_dataset(tmp_path: Path, answer: Answer, command: str) -> None:
     refused(answer, "found no such folder", command, tmp_path / "nowhere")
     (tmp_path / FILE_NAME).write_text("{")
-    refused(answer, "expected JSON", command, tmp_path)
+    refused(answer, "expected a JSON object", command, tmp_path)
 
 
 @pytest.mark.parametrize(

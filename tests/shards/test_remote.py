@@ -102,7 +102,7 @@ def limit(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 def test_the_stream_is_that_of_the_same_files_here(uri: str, local: Manifest) -> None:
     manifest = Manifest.load(uri)
     assert manifest == local and manifest.fingerprint == local.fingerprint
-    assert (manifest.where, local.where) == (uri, str(local.folder))
+    assert (manifest.location, local.location) == (uri, str(local.folder))
     assert np.array_equal(rows(uri), rows(local.folder))
     assert np.array_equal(rows(uri, shuffle_shards=2), rows(local.folder, shuffle_shards=2))
     state = TokenLoader([uri], "train", 8, BLOCK).state_dict()

@@ -169,7 +169,7 @@ def test_restored_at_every_step_it_goes_on_the_same(folders: dict[str, Path]) ->
 
 def test_a_mixture_of_one_is_the_dataset(folders: dict[str, Path]) -> None:
     plain = TokenLoader(folders["web"], "train", 4, 8)
-    named = TokenLoader([f"any=3:{folders['web']}"], "train", 4, 8, generation={"old": 0})
+    named = TokenLoader(Mixture.load([f"any=3:{folders['web']}"], {"old": 0}), "train", 4, 8)
     assert named.state_dict() == plain.state_dict()
     assert named.mixture.fingerprint == Manifest.load(folders["web"]).fingerprint
     assert np.array_equal(windows(named, 5), windows(plain, 5))
@@ -218,8 +218,13 @@ def test_generations_by_name(tmp_path: Path) -> None:
     assert Mixture.load(data, now.generations).fingerprint == now.fingerprint
     with pytest.raises(ValueError, match="expected the sources books, web, found code, web"):
         Mixture.load(data, {"web": 0, "books": 0})
-    with pytest.raises(ValueError, match="expected a generation for each of code, web, found 0"):
-        TokenLoader(data, "train", 1, 8, generation=0)
+
+
+def test_another_fingerprint_than_expected_is_refused(folders: dict[str, Path]) -> None:
+    own = Mixture.load(specs(folders)).fingerprint
+    assert Mixture.load(specs(folders), expect=own).fingerprint == own
+    with pytest.raises(ValueError, match=rf"fingerprint {'0' * 12}, found {own[:12]} in .*--data"):
+        Mixture.load(specs(folders), expect="0" * 64)
 
 
 def test_sources_of_two_tokenizers_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:

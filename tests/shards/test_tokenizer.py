@@ -10,6 +10,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from hashlib import sha1
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import tokenizer
+from shards.manifest import TokenizerIdentity
 from shards.tokenizer import Tokenizer, VocabularyNotFoundError, cut, repair_surrogates
 
 gpt2 = tokenizer.load()
@@ -105,6 +107,16 @@ def test_every_token_decodes_to_the_bytes_of_the_published_table() -> None:
 def test_only_gpt2_is_known() -> None:
     with pytest.raises(ValueError, match="expected the tokenizer gpt2, found 'cl100k_base'"):
         tokenizer.load("cl100k_base")
+
+
+def test_a_tokenizer_is_opened_by_its_identity() -> None:
+    identity = TokenizerIdentity(gpt2.name, gpt2.n_vocab, gpt2.eot, gpt2.hash)
+    assert tokenizer.open_tokenizer(identity) is gpt2
+    other = replace(identity, hash="0" * 64)
+    with pytest.raises(ValueError, match=f"expected .*{'0' * 12}.* found {gpt2.hash[:12]}"):
+        tokenizer.open_tokenizer(other)
+    with pytest.raises(ValueError, match="expected the tokenizer gpt2, found 'other'"):
+        tokenizer.open_tokenizer(replace(identity, name="other"))
 
 
 # Equality with tiktoken.
@@ -283,7 +295,7 @@ def test_a_text_longer_than_a_piece(unit: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def fresh() -> Tokenizer:
-    return tokenizer.load.__wrapped__("gpt2")
+    return tokenizer._load_gpt2.__wrapped__()
 
 
 def test_it_works_without_gigatoken(monkeypatch: pytest.MonkeyPatch) -> None:
