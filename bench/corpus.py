@@ -1,7 +1,7 @@
-"""Real mixed text from files that lie on any machine, as parquet, jsonl and txt.
+"""A corpus of real, mixed text from files that any machine has, as parquet, jsonl and txt.
 
-Source code, documentation and data files of the interpreter, the installed packages and the system,
-each a document, each content once, in an order that mixes them. Written once and kept.
+Source code, documentation and data files of the interpreter, the installed packages and the system:
+one document per file, each content once, ordered by hash. Written once and kept in the cache.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ SAMPLED_ONE_IN = 8
 
 @dataclass(frozen=True)
 class Corpus:
-    """The corpus in `folder`; `sample` is every eighth of its documents, for what is slow.
+    """The corpus in `folder`; `sample` is every eighth of its documents, for slow contenders.
 
-    Sizes are UTF-8 bytes of text, without the line ends that the text file puts between documents.
+    Sizes are UTF-8 bytes of text, without the line ends between the documents of the text file.
     """
 
     folder: Path
@@ -45,22 +45,22 @@ class Corpus:
 
     @property
     def jsonl(self) -> Path:
-        """A line of JSON for each document."""
+        """One line of JSON per document."""
         return self.folder / "corpus.jsonl"
 
     @property
     def txt(self) -> Path:
-        """All documents after each other, as one text."""
+        """All documents, concatenated."""
         return self.folder / "corpus.txt"
 
     @property
     def sample(self) -> Path:
-        """As `parquet`, an eighth of the documents."""
+        """An eighth of the documents, as `parquet`."""
         return self.folder / "sample.parquet"
 
 
 def build(megabytes: float) -> Corpus:
-    """The corpus of so many million bytes of text, or of as many as this machine has."""
+    """Return the corpus of so many million bytes of text, or of as many as this machine has."""
     folder = cache_folder() / f"corpus-{megabytes:g}MB"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,16 +71,16 @@ def build(megabytes: float) -> Corpus:
 
 
 def cache_folder() -> Path:
-    """Where the benches keep what they need again."""
+    """Folder of files that benchmarks reuse."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mygpt" / "bench"
 
 
-def _write(folder: Path, wanted: int) -> None:
-    """Write every form of the corpus."""
+def _write(folder: Path, size: int) -> None:
+    """Write every form of a corpus of `size` bytes."""
     documents, total = [], 0
     for path in _mixed():
         text = _text(path)
-        if text and total < wanted:
+        if text and total < size:
             documents.append(text)
             total += len(text.encode())
     sample = documents[::SAMPLED_ONE_IN]
@@ -104,7 +104,7 @@ def _write(folder: Path, wanted: int) -> None:
 
 
 def _mixed() -> Iterator[Path]:
-    """A file of each content, in the order of the contents' hashes."""
+    """One file for each distinct content, ordered by its hash."""
     by_hash: dict[bytes, Path] = {}
     for root in _roots():
         for path in sorted(root.rglob("*")):
@@ -114,14 +114,14 @@ def _mixed() -> Iterator[Path]:
 
 
 def _roots() -> list[Path]:
-    """Folders that hold text on any machine; those that are there."""
+    """Those of the folders with text files that this machine has."""
     names = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")]
     paths = [Path(name) for name in [*names, "/usr/share", "/usr/include"] if name]
     return [path for path in paths if path.is_dir()]
 
 
 def _text(path: Path) -> str:
-    """The file's text; empty where it is none, or too long."""
+    """The text of a file; empty if it is not UTF-8 or too long."""
     content = path.read_bytes()
     try:
         return content.decode() if len(content) <= LARGEST_DOCUMENT else ""

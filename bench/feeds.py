@@ -1,6 +1,6 @@
-"""Ways to feed a model with rows of tokens: ours, and those it is measured against.
+"""Ways of feeding a model with sequences of tokens: ours, and those it is compared with.
 
-Each takes the folder that `build` made and yields (x, y), int64, (BATCH, BLOCK), without end.
+Each takes the folder that `build` filled and yields (x, y), int64, (BATCH, BLOCK), without end.
 """
 
 from collections.abc import Iterator
@@ -21,35 +21,40 @@ BATCH, BLOCK = 16, 1024
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-def build(folder: Path, tokens: int, shards: int) -> None:
-    """A dataset of random tokens, and the same tokens in one file as nanoGPT has them."""
+def build(folder: Path, tokens: int, shards: int, vocab_size: int = 50257) -> None:
+    """Write a dataset of random tokens, and the training tokens in one file as nanoGPT has them."""
     rng = np.random.default_rng(0)
-    made: dict[str, list[Shard]] = {"train": [], "val": []}
+    written: dict[str, list[Shard]] = {"train": [], "val": []}
     with open(folder / "train.bin", "wb") as binary:
-        for side, number in [*(("train", n) for n in range(shards)), ("val", 0)]:
-            size = tokens // shards if side == "train" else 2 * BLOCK
-            ids = rng.integers(0, 50257, size).astype(np.uint16)
-            with open_shard(folder / f"{side}_{number:05d}.npy", made[side], False) as writer:
+        for split, number in [*(("train", n) for n in range(shards)), ("val", 0)]:
+            size = tokens // shards if split == "train" else 2 * BLOCK
+            ids = rng.integers(0, vocab_size, size).astype(np.uint16)
+            with open_shard(folder / f"{split}_{number:05d}.npy", written[split], False) as writer:
                 writer.write(ids)
                 document = [[0], [0], [number], [0], [False]]
                 writer.note(pa.record_batch(document, schema=INDEX_SCHEMA))
-            if side == "train":
+            if split == "train":
                 binary.write(ids.data)
-    identity = TokenizerIdentity("gpt2", 50257, 50256, "0" * 64)
+    identity = TokenizerIdentity("gpt2", vocab_size, vocab_size - 1, "0" * 64)
     counts = dict.fromkeys(("read", "written"), shards + 1)
-    splits = {side: Split(tuple(parts)) for side, parts in made.items()}
+    splits = {split: Split(tuple(parts)) for split, parts in written.items()}
     Manifest(identity, {"rule": "hash"}, (Source("random", tokens),), splits, counts).save(folder)
 
 
-def ours(folder: Path, device: str = "cpu") -> Iterator[Batch]:
-    """The loader of this project."""
-    return TokenLoader(folder, "train", BATCH, BLOCK, device=device)
+def ours(folder: Path) -> Iterator[Batch]:
+    """This project's loader."""
+    return TokenLoader(folder, "train", BATCH, BLOCK)
+
+
+def ours_on_gpu(folder: Path) -> Iterator[Batch]:
+    """This project's loader, with its batches on a GPU."""
+    return TokenLoader(folder, "train", BATCH, BLOCK, device="cuda")
 
 
 def nanogpt(folder: Path) -> Iterator[Batch]:
-    """As nanoGPT does it: random places with replacement, each row widened by itself, stacked.
+    """nanoGPT's get_batch: random starts with replacement, each sequence converted by itself.
 
-    The memory map is made anew for every batch, as there, since it would else seem to leak.
+    The memory map is opened anew for every batch, as nanoGPT does to avoid a memory leak.
     """
     while True:
         data = np.memmap(folder / "train.bin", np.uint16, "r")
@@ -60,19 +65,19 @@ def nanogpt(folder: Path) -> Iterator[Batch]:
 
 
 def strided(folder: Path) -> Iterator[Batch]:
-    """What NumPy can do at best: all windows of one file as a view, rows taken, widened at once."""
+    """NumPy's upper bound: all windows of one file as a strided view, gathered and converted."""
     data = np.asarray(np.memmap(folder / "train.bin", np.uint16, "r"))
     windows = sliding_window_view(data, BLOCK + 1)[::BLOCK]
     rng = np.random.default_rng(0)
     while True:
         order = rng.permutation(len(windows))
         for first in range(0, len(order) - BATCH + 1, BATCH):
-            rows = torch.from_numpy(windows[order[first : first + BATCH]]).long()
-            yield rows[:, :-1], rows[:, 1:]
+            sequences = torch.from_numpy(windows[order[first : first + BATCH]]).long()
+            yield sequences[:, :-1], sequences[:, 1:]
 
 
 class _Windows(torch.utils.data.Dataset[Batch]):
-    """The windows of all shards, taken a batch at a time."""
+    """The windows of all shards, fetched a batch at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._reader = ShardReader(Manifest.load(folder), "train")
@@ -83,23 +88,27 @@ class _Windows(torch.utils.data.Dataset[Batch]):
         return int(self._ends[-1])
 
     def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        rows = np.empty((len(indices), BLOCK + 1), np.uint16)
+        sequences = np.empty((len(indices), BLOCK + 1), np.uint16)
         shards = np.searchsorted(self._ends, indices, side="right")
         firsts = np.concatenate([[0], self._ends])[shards]
         starts = (np.array(indices) - firsts) * BLOCK
-        for row, shard, start in zip(rows, shards.tolist(), starts.tolist(), strict=True):
-            row[:] = self._reader.tokens(shard)[start : start + BLOCK + 1]
-        return torch.from_numpy(rows).long()
+        for sequence, shard, start in zip(sequences, shards.tolist(), starts.tolist(), strict=True):
+            sequence[:] = self._reader.tokens(shard)[start : start + BLOCK + 1]
+        return torch.from_numpy(sequences).long()
 
 
 def torch_loader(folder: Path) -> Iterator[Batch]:
-    """torch's DataLoader over the same shards, a permutation of their windows each epoch."""
+    """torch's DataLoader over the same shards, a new permutation of their windows each epoch."""
     loader: Any = torch.utils.data.DataLoader(
-        _Windows(folder), BATCH, shuffle=True, drop_last=True, collate_fn=lambda rows: rows
+        _Windows(folder),
+        BATCH,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=lambda sequences: sequences,
     )
     while True:
-        for rows in loader:
-            yield rows[:, :-1], rows[:, 1:]
+        for sequences in loader:
+            yield sequences[:, :-1], sequences[:, 1:]
 
 
 def litdata(folder: Path) -> Iterator[Batch]:
@@ -119,32 +128,10 @@ def litdata(folder: Path) -> Iterator[Batch]:
     loader = TokensLoader(block_size=BLOCK + 1)
     dataset = StreamingDataset(str(chunks), item_loader=loader, shuffle=True, drop_last=True)
     while True:
-        for rows in StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0):
-            rows = rows.long()
-            yield rows[:, :-1], rows[:, 1:]
+        for sequences in StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0):
+            sequences = sequences.long()
+            yield sequences[:, :-1], sequences[:, 1:]
 
 
 def _litdata_tokens(file: str) -> Iterator[torch.Tensor]:
     yield torch.from_numpy(np.load(file).astype(np.int32))
-
-
-def streaming(folder: Path) -> Iterator[Batch]:
-    """MosaicML Streaming's MDS, a row a sample, shuffled."""
-    from streaming import MDSWriter, StreamingDataset
-
-    samples = folder / "mds"
-    if not samples.exists():
-        columns = {"tokens": f"ndarray:uint16:{BLOCK + 1}"}
-        windows = sliding_window_view(np.fromfile(folder / "train.bin", np.uint16), BLOCK + 1)
-        with MDSWriter(out=str(samples), columns=columns) as out:
-            for row in windows[::BLOCK]:
-                out.write({"tokens": row})
-    dataset = StreamingDataset(local=str(samples), shuffle=True, batch_size=BATCH)
-    loader: Any = torch.utils.data.DataLoader(dataset, BATCH, drop_last=True, collate_fn=_stacked)
-    while True:
-        for rows in loader:
-            yield rows[:, :-1], rows[:, 1:]
-
-
-def _stacked(samples: list[dict[str, np.ndarray]]) -> torch.Tensor:
-    return torch.from_numpy(np.stack([sample["tokens"] for sample in samples])).long()

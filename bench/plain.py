@@ -1,8 +1,7 @@
-"""A GPT-2 and its step as one writes them first, in the manner of nanoGPT: what ours is beside.
+"""A plain GPT-2 in the manner of nanoGPT, as the baseline of `bench.train`.
 
-The logits of all tokens exist at once and `cross_entropy` reads them; AdamW is fused on GPUs only;
-a GPU gets a vocabulary rounded up to a multiple of 64. It has our layer names, so that it can begin
-with our weights.
+It computes the logits of all tokens at once, and their loss by `cross_entropy`. Layers have our
+names, so that it can start from our weights.
 
 Shapes: B batch, T tokens, C width, H heads, D = C / H, V vocabulary.
 """
@@ -15,7 +14,7 @@ from mygpt.config import GPTConfig
 
 
 class PlainGPT(nn.Module):
-    """Full logits, unfused loss."""
+    """GPT-2 with full logits and an unfused loss."""
 
     def __init__(self, config: GPTConfig, vocab_size: int) -> None:
         super().__init__()
@@ -28,7 +27,7 @@ class PlainGPT(nn.Module):
         nn.init.normal_(self.wte.weight, std=0.02)
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross entropy of (B, T) targets: ()."""
+        """The mean cross entropy of targets (B, T): ()."""
         x = self.wte(idx) + self.wpe(torch.arange(idx.size(1), device=idx.device))  # (B, T, C)
         for block in self.h:
             x = block(x)
@@ -37,7 +36,7 @@ class PlainGPT(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """Attention and MLP, pre-norm."""
+    """Pre-norm attention and MLP."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -53,7 +52,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """Causal, by torch's own kernel."""
+    """Causal attention by `scaled_dot_product_attention`."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -72,7 +71,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainMLP(nn.Module):
-    """Four times as wide, GELU."""
+    """Two linear layers with GELU between them."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

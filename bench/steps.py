@@ -1,18 +1,22 @@
-"""Training steps to be measured: ours as train.py takes it, and the ones it is measured against.
+"""Training steps to be measured: train.py's own, and those it is compared with.
 
-Every maker returns a step: called with its number from 0 it trains on that number's batch and
-returns the loss before the update, on the device. All begin with the same weights where they can,
-and see the same batches. B: rows, T: block size.
+Each maker returns a step: a call trains on the next batch and returns the loss before the update.
+All read the same batches in the same order, and ours and the plain one start from the same weights.
+B: sequences of a batch, T: block size.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity
+from torch.utils.benchmark import Timer
 
+from bench import feeds
 from bench.plain import PlainGPT
 from mygpt.config import GPTConfig
 from mygpt.distributed import Ranks, autocast, compute_dtype
@@ -22,111 +26,87 @@ from mygpt.settings import PRESETS
 from mygpt.step import train_step
 from mygpt.stopping import Stop
 from mygpt.train_state import assemble
+from shards.loader import TokenLoader
 
-Step = Callable[[int], float]
-BATCHES = 8  # different ones, over and over: so the loss falls
-RATE, DECAY, BETAS, CLIP = 6e-4, 0.1, (0.9, 0.95), 1.0
+Step = Callable[[], float]
+BATCHES = 8  # of an epoch: they come again, so the loss falls
+LEARNING_RATE, WEIGHT_DECAY, BETAS, GRAD_CLIP = 6e-4, 0.1, (0.9, 0.95), 1.0
 SEED = 1337
+PROFILED_STEPS = 3
 
 
 @dataclass(frozen=True)
-class Size:
-    """What every contender trains: a shape, and the rows of one batch."""
+class Workload:
+    """What every contender trains: a model, a batch size, and a folder that holds the dataset."""
 
     model: GPTConfig
-    rows: int
+    micro_batch_size: int
     device: str
+    data: Path
 
     @property
     def tokens(self) -> int:
         """Tokens of one step."""
-        return self.rows * self.model.block_size
+        return self.micro_batch_size * self.model.block_size
 
-    def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets (B, T) of a step."""
-        generator = torch.Generator().manual_seed(number % BATCHES)
-        shape = (self.rows, self.model.block_size + 1)
-        tokens = torch.randint(self.model.vocab_size, shape, generator=generator)
-        tokens = tokens.to(self.device)
-        return tokens[:, :-1], tokens[:, 1:]
+    def build_data(self) -> None:
+        """Write the dataset: random tokens, just enough for `BATCHES` batches."""
+        feeds.build(self.data, BATCHES * self.tokens + 1, 1, self.model.vocab_size)
 
-
-class Batches:
-    """The batches as a `mygpt.train_state.Stream`: those of a loader, without its costs."""
-
-    wait_seconds = 0.0
-    windows_per_epoch = BATCHES
-    unused_tokens = 0
-
-    def __init__(self, size: Size) -> None:
-        self.size, self.number = size, 0
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        """The next batch."""
-        self.number += 1
-        return self.size.batch(self.number - 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where it is."""
-        return {"position": self.number * self.size.rows}
-
-    def load_state_dict(self, state: dict[str, Any], earlier: Sequence[str] = ()) -> None:
-        """Go there."""
-        self.number = state["position"] // self.size.rows
+    def batches(self) -> TokenLoader:
+        """The batches (x, y), each (B, T), without end."""
+        return TokenLoader(
+            self.data, "train", self.micro_batch_size, self.model.block_size, device=self.device
+        )
 
 
-def first_weights(size: Size) -> GPT:
-    """The model that all begin with."""
-    torch.manual_seed(SEED)
-    return GPT(size.model)
-
-
-def ours(size: Size, compiled: bool) -> Step:
-    """`mygpt.step.train_step` on what `mygpt.train_state` makes, on one rank."""
+def ours(work: Workload, compiled: bool) -> Step:
+    """One step as train.py takes it, on one rank."""
     config = replace(
         PRESETS["gpt2"][1],
-        model=size.model,
+        model=work.model,
         seed=SEED,
-        micro_batch=size.rows,
-        total_batch_size=size.tokens,
-        max_lr=RATE,
-        min_lr=RATE,
+        micro_batch=work.micro_batch_size,
+        total_batch_size=work.tokens,
+        max_lr=LEARNING_RATE,
+        min_lr=LEARNING_RATE,
         warmup_steps=1,
         max_steps=2**31,
-        weight_decay=DECAY,
+        weight_decay=WEIGHT_DECAY,
         beta1=BETAS[0],
         beta2=BETAS[1],
-        grad_clip=CLIP,
+        grad_clip=GRAD_CLIP,
         compile=False,
     )
-    ranks = Ranks(0, 0, 1, torch.device(size.device))
-    job = assemble(RunRecord(config, "", {}), ranks, Batches(size), [], fresh=True)
+    ranks = Ranks(0, 0, 1, torch.device(work.device))
+    state = assemble(RunRecord(config, "", {}), ranks, work.batches(), [], fresh=True)
     if compiled:
-        job.model.compile()
+        state.model.compile()
     stop = Stop(ranks)
-    return lambda number: train_step(job, stop).loss
+    return lambda: train_step(state, stop).loss
 
 
-def plain(size: Size, compiled: bool) -> Step:
-    """`PlainGPT`, with torch's own AdamW."""
-    vocab = size.model.vocab_size
-    on_gpu = size.device == "cuda"
-    model = PlainGPT(size.model, vocab + -vocab % 64 if on_gpu else vocab)
+def plain(work: Workload, compiled: bool) -> Step:
+    """`PlainGPT` with torch's AdamW, from our initial weights."""
+    vocab_size = work.model.vocab_size
+    padded = vocab_size + -vocab_size % 64 if work.device == "cuda" else vocab_size
+    model = PlainGPT(work.model, padded)
+    torch.manual_seed(SEED)
     with torch.no_grad():
-        for name, parameter in first_weights(size).named_parameters():
+        for name, parameter in GPT(work.model).named_parameters():
             model.get_parameter(name)[: len(parameter)] = parameter
-    return _trained(size, model.to(size.device), lambda run, x, y: run(x, y), compiled)
+    return _step(work, model.to(work.device), lambda run, x, y: run(x, y), compiled)
 
 
-def hugging_face(size: Size, compiled: bool) -> Step:
+def hugging_face(work: Workload, compiled: bool) -> Step:
     """GPT2LMHeadModel with its own loss."""
     torch.manual_seed(SEED)
-    model = hugging_face_model(size.model, use_cache=False).to(size.device)
-    return _trained(size, model, lambda run, x, y: run(input_ids=x, labels=x).loss, compiled)
+    model = hugging_face_model(work.model, use_cache=False).to(work.device)
+    return _step(work, model, lambda run, x, y: run(input_ids=x, labels=x).loss, compiled)
 
 
 def hugging_face_model(shape: GPTConfig, **options: Any) -> Any:
-    """GPT2LMHeadModel of a shape, without dropout, freshly drawn."""
+    """GPT2LMHeadModel of a shape, without dropout, randomly initialised."""
     from transformers import GPT2Config, GPT2LMHeadModel, logging
 
     logging.set_verbosity_error()
@@ -148,30 +128,32 @@ def hugging_face_model(shape: GPTConfig, **options: Any) -> Any:
     return GPT2LMHeadModel(config)
 
 
-def _trained(
-    size: Size,
+def _step(
+    work: Workload,
     model: torch.nn.Module,
     loss_of: Callable[[Any, Tensor, Tensor], Tensor],
     compiled: bool,
 ) -> Step:
-    """Forward, backward, clipping and AdamW, in the order and with the settings of our own."""
-    device = torch.device(size.device)
+    """Forward, backward, clipping and AdamW, in the order and with the settings of our own step."""
+    device = torch.device(work.device)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
-        {"params": matrices, "weight_decay": DECAY},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": vectors, "weight_decay": 0.0},
     ]
-    # As in nanoGPT: fused where there is a GPU, else torch's default.
-    adamw = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, fused=device.type == "cuda" or None)
+    # As in nanoGPT: fused on a GPU, else torch's default.
+    fused = device.type == "cuda" or None
+    adamw = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=fused)
     run = torch.compile(model) if compiled else model
+    batches: Iterator[feeds.Batch] = work.batches()
 
-    def step(number: int) -> float:
-        x, y = size.batch(number)
+    def step() -> float:
+        x, y = next(batches)
         with autocast(device):
             loss = loss_of(run, x, y)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         adamw.step()
         adamw.zero_grad(set_to_none=True)
         return loss.item()
@@ -179,16 +161,66 @@ def _trained(
     return step
 
 
-def matrix_rate(device: str, size: int) -> float:
-    """FLOP/s of one square product, as training multiplies: bf16 on a GPU that has it, else fp32.
+def matmul_flops(device: str, size: int) -> float:
+    """FLOP/s of one square matrix product, in bf16 on a GPU that has it, else in fp32.
 
-    The best of a few: what the machine can do, not what it was kept from.
+    The best of three measurements, since other programs can only slow it down.
     """
-    from torch.utils.benchmark import Timer
-
     a = torch.randn(size, size, device=device).to(compute_dtype(torch.device(device)))
     timer = Timer(
         "a @ b", globals={"a": a, "b": a.T.contiguous()}, num_threads=torch.get_num_threads()
     )
     seconds = min(timer.timeit(3 if device == "cpu" else 30).mean for _ in range(3))
-    return 2 * math.pow(size, 3) / seconds
+    return 2 * float(size) ** 3 / seconds
+
+
+HEAD_PRODUCTS, HEAD_LOSS = "head: matrix products", "head: softmax, loss, gradient"
+BLOCK_PRODUCTS, ATTENTION = "blocks: matrix products", "blocks: attention"
+NORMS, OPTIMIZER, CLIPPING = "blocks: norms, GELU, sums", "AdamW", "norm of the gradient, clipping"
+OTHER = "everything else"
+
+
+def profile(work: Workload, compiled: bool) -> list[dict[str, Any]]:
+    """Milliseconds and share of each part of our step, by torch's profiler, longest first."""
+    on_gpu = work.device == "cuda"
+    step = ours(work, compiled)
+    for _ in range(PROFILED_STEPS):
+        step()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(
+        activities=activities,
+        record_shapes=True,
+        acc_events=True,  # there is one cycle; torch 2.11 warns without
+    ) as profiler:
+        for _ in range(PROFILED_STEPS):
+            step()
+    spent: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages(group_by_input_shape=True):
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a GPU's kernel: its time is counted with the operator that launched it
+        micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        sizes = {n for dims in event.input_shapes if isinstance(dims, list) for n in dims}
+        part = part_of_step(event.key.lower(), sizes, work.model)
+        spent[part] += micros / 1000 / PROFILED_STEPS
+    total = sum(spent.values())
+    return [
+        {"part": name, "ms": round(ms, 1), "share": round(ms / total, 3)}
+        for name, ms in sorted(spent.items(), key=lambda item: -item[1])
+    ]
+
+
+def part_of_step(operator: str, sizes: set[int], shape: GPTConfig) -> str:
+    """The part of a step that an operator belongs to, by its name and the sizes of its inputs."""
+    has_vocab = any(shape.vocab_size <= n < shape.vocab_size + 128 for n in sizes)
+    if "adam" in operator:
+        return OPTIMIZER
+    if any(word in operator for word in ("foreach", "linalg_vector_norm")):
+        return CLIPPING
+    if any(word in operator for word in ("attention", "flash", "fmha")):
+        return ATTENTION
+    if any(word in operator for word in ("mm", "gemm", "cutlass", "nvjet")):
+        return HEAD_PRODUCTS if has_vocab else BLOCK_PRODUCTS
+    if has_vocab:
+        return HEAD_LOSS
+    norms = ("layer_norm", "gelu", "add", "triton", "compiled", "copy_")
+    return NORMS if any(word in operator for word in norms) else OTHER

@@ -1,45 +1,94 @@
-"""What every bench does with its figures: measure alternately, compare, say on which machine."""
+"""What all benchmarks share: measuring in turn, comparing round by round, printing Markdown tables.
+
+A contender answers each of its turns with a record: a dict of figures by name. All contenders are
+measured once per round, one after the other, and ratios are taken within each round, so that drift
+of the machine affects all alike.
+"""
 
 import importlib.metadata
+import json
 import os
 import platform
+import shlex
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-Key = TypeVar("Key")
-Figure = TypeVar("Figure")
+import tyro
+
+from shards.cli import one_line_errors
+
+Key = TypeVar("Key", bound=Hashable)
+Record = Mapping[str, Any]
+
+
+def command(
+    name: str,
+    options_type: Callable[..., Any],
+    run: Callable[[Any], dict[str, Any]],
+    as_text: Callable[[dict[str, Any]], str],
+    description: str,
+) -> None:
+    """Parse the flags of `python -m bench.NAME`, measure, and print a table or, with --json, JSON.
+
+    Leaves with exit code 1 if a contender failed; the results of the others are printed first.
+    """
+    options = tyro.cli(options_type, prog=f"python -m bench.{name}", description=description)
+    with one_line_errors():
+        results = run(options)
+    print(json.dumps(results) if options.json else as_text(results))
+    if results.get("failed"):
+        sys.exit(1)
 
 
 def alternately(
-    contenders: Mapping[str, Callable[[], Mapping[Key, Figure]]], rounds: int
-) -> dict[Key, list[Figure]]:
-    """Measure each contender once a round, all in turn, so that what drifts drifts for all.
+    contenders: Mapping[Key, Callable[[], Record]], rounds: int
+) -> tuple[dict[Key, list[Record]], dict[str, str]]:
+    """Measure each contender once per round: its records in order, and the failures by name.
 
-    A contender returns its figures by name; of each the rounds' values are returned in order. Says
-    on stderr what is under way.
+    A contender that raises ValueError or OSError is left out from then on, and so are its earlier
+    records. Each record is printed to stderr at once, as a line of JSON, so that an interrupted
+    benchmark leaves what it had measured.
     """
-    found: dict[Key, list[Figure]] = {}
+    records: dict[Key, list[Record]] = {key: [] for key in contenders}
+    failed: dict[str, str] = {}
     for number in range(1, rounds + 1):
-        for name, measure in contenders.items():
-            print(
-                f"\r\033[Kround {number} of {rounds}: {name}", end="", file=sys.stderr, flush=True
-            )
-            for key, value in measure().items():
-                found.setdefault(key, []).append(value)
-    print("\r\033[K", end="", file=sys.stderr, flush=True)
-    return found
+        for key, measure in contenders.items():
+            if key not in records:
+                continue
+            line = {"round": number, "contender": name_of(key)}
+            try:
+                record = measure()
+                records[key].append(record)
+            except (OSError, ValueError) as error:
+                del records[key]
+                record = {"failed": str(error)}
+                failed[name_of(key)] = str(error)
+            print(json.dumps(line | dict(record)), file=sys.stderr, flush=True)
+    return records, failed
 
 
-def ratio(these: Sequence[float], others: Sequence[float]) -> float:
-    """How many times as large these values are as those: the median over the rounds."""
-    return statistics.median(a / b for a, b in zip(these, others, strict=True))
+def name_of(key: Hashable) -> str:
+    """A contender's key as text: the parts of a tuple joined by commas."""
+    return ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+
+
+def column(records: Sequence[Record], name: str) -> list[float]:
+    """One figure of every record."""
+    return [record[name] for record in records]
+
+
+def ratio(these: Sequence[float], others: Sequence[float]) -> float | None:
+    """The median over the rounds of these values by those; None if either was not measured."""
+    if not these or not others:
+        return None
+    return round(statistics.median(a / b for a, b in zip(these, others, strict=True)), 3)
 
 
 def spread(values: Sequence[float], digits: int = 1) -> dict[str, Any]:
-    """Median, lowest, highest and all of some values, rounded for people."""
+    """Median, lowest, highest and all of some values, rounded."""
     rounded = [round(value, digits) for value in values]
     return {
         "median": round(statistics.median(values), digits),
@@ -49,10 +98,11 @@ def spread(values: Sequence[float], digits: int = 1) -> dict[str, Any]:
     }
 
 
-def machine(packages: Sequence[str]) -> dict[str, Any]:
-    """The processor, its cores, the system, and the versions of some packages."""
+def machine(benchmark: str, packages: Sequence[str]) -> dict[str, Any]:
+    """The command, the processor, its cores, the system and the versions of some packages."""
     versions = {name: importlib.metadata.version(name) for name in packages if installed(name)}
     return {
+        "command": shlex.join(["python", "-m", f"bench.{benchmark}", *sys.argv[1:]]),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(terse=True),
@@ -62,7 +112,7 @@ def machine(packages: Sequence[str]) -> dict[str, Any]:
 
 
 def installed(package: str) -> bool:
-    """Whether a distribution of this name is installed."""
+    """True if a distribution of this name is installed."""
     try:
         importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
@@ -71,7 +121,7 @@ def installed(package: str) -> bool:
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells."""
+    """The processor's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -80,8 +130,37 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def page(
+    results: Mapping[str, Any],
+    about: str,
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str] = (),
+) -> str:
+    """Results for people: the command, the machine, a table, notes and failures."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    lines = [
+        f"$ {machine['command']}",
+        f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, "
+        f"Python {machine['python']}, {versions}",
+        about,
+        "",
+        as_text(headers, rows),
+        "",
+        *notes,
+        *(f"failed: {name}: {reason}" for name, reason in results["failed"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def shown(value: float | None, form: str) -> str:
+    """A figure in a table's cell: empty if there is none."""
+    return "" if value is None else format(value, form)
+
+
 def as_text(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, aligned to be read as it is: the first column left, the others right."""
+    """Format an aligned Markdown table: the first column left, the others right."""
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
 
     def line(cells: Sequence[str]) -> str:

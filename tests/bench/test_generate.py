@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from bench import generate
-from bench.generate import OURS, PEER, Figure, Options
+from bench import generate, worker
+from bench.generate import OURS, PEER, Options
 from mygpt.config import GPTConfig
 from mygpt.settings import TrainConfig
+from tests.bench.support import InThisProcess
 
 SMALL = Options(preset="tiny", batch=2, new_tokens=3, rounds=1)
 
@@ -18,6 +19,7 @@ SMALL = Options(preset="tiny", batch=2, new_tokens=3, rounds=1)
 def found() -> Any:
     shape = GPTConfig(block_size=8, vocab_size=131, n_layers=2, n_heads=2, n_embed=16)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "Worker", InThisProcess)
         patch.setitem(generate.PRESETS, "tiny", ("small", TrainConfig(shape)))
         return generate.run(SMALL)
 
@@ -35,11 +37,10 @@ def test_a_rate_counts_the_tokens_of_all_texts(monkeypatch: pytest.MonkeyPatch) 
     clock, work = iter([10.0, 12.0]), iter([1.0, 1.6])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     monkeypatch.setattr("time.process_time", lambda: next(work))
-    asked: list[int] = []
-    figure = Figure(OURS, "fp32", 4)
-    rate = generate._measure(figure, lambda max_new_tokens: asked.append(max_new_tokens), SMALL)
-    assert asked == [3]
-    assert rate == {figure: 4 * 3 / 2, figure._replace(cpu=True): pytest.approx(600 / 12)}
+    lengths: list[int] = []
+    rates = generate.rates(lengths.append, 4, SMALL)
+    assert lengths == [3]
+    assert rates == {"tokens_s": 4 * 3 / 2, "cpu_ms": pytest.approx(600 / 12)}
 
 
 def test_the_command_answers_in_json(

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench import feeds, loader
+from bench import feeds, loader, worker
 from bench.loader import CONTENDERS, NANOGPT, OURS, Options, as_text, is_measured, run
 from shards.checks import verify
 from shards.manifest import Manifest
+from tests.bench.support import InThisProcess
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_dataset_is_one(folder: Path) -> None:
     manifest = Manifest.load(folder)
     assert manifest.splits["train"].tokens == 40_000
-    assert [len(manifest.splits[side].shards) for side in ("train", "val")] == [4, 1]
+    assert [len(manifest.splits[split].shards) for split in ("train", "val")] == [4, 1]
     assert all(not faults for _, faults in verify(manifest))
     shards = [np.load(path) for path in sorted(folder.glob("train_*.npy"))]
     assert np.array_equal(np.concatenate(shards), np.fromfile(folder / "train.bin", np.uint16))
@@ -52,6 +53,7 @@ def test_rivals_without_replacement_serve_no_row_twice(folder: Path, name: str) 
 
 
 def test_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "Worker", InThisProcess)
     monkeypatch.setattr(loader, "WARM_BATCHES", 1)
     monkeypatch.setattr(loader, "TIMED_AT_ONCE", 1)
     threads = torch.get_num_threads()
@@ -67,17 +69,15 @@ def test_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row["million_tokens_s"]["low"] > 0
     by_name = {row["what"]: row for row in found["rows"]}
     assert by_name[NANOGPT]["of_nanogpt"] == 1
-    assert found["marks"][0]["found"] == by_name[OURS]["million_tokens_s"]["median"]
-    assert found["marks"][1]["found"] == pytest.approx(by_name[OURS]["of_nanogpt"], abs=0.06)
     text = as_text(found)
     for name, row in by_name.items():
         assert f"| {name} " in text and str(row["million_tokens_s"]["median"]) in text
-    assert "batches of 16 × 1024" in text and "≥ 400" in text
+    assert "batches of 16 × 1024" in text
 
 
 def test_a_machine_at_a_standstill_is_measured_all_the_same() -> None:
     """No time is so short that it passes without a batch."""
-    rates = loader._rates(NANOGPT, itertools.repeat(None), seconds=0)
+    rates = loader.rates_of(itertools.repeat(None), seconds=0)
     assert min(rates.values()) > 0
 
 

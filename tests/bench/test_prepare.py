@@ -29,10 +29,9 @@ def test_everything(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     prepare.main()
     found = json.loads(capsys.readouterr().out)
     rows = {(row["what"], row["processes"]): row for row in found["rows"]}
-    both = (prepare.CEILING, prepare.POOL, prepare.PARQUET, prepare.JSONL, prepare.TXT)
-    wanted = [(what, processes) for processes in (1, 2) for what in both]
-    assert set(rows) == {*wanted, (prepare.NO_AUDIT, 2)}
-    for what, processes in wanted:
+    all_of_them = (prepare.CEILING, prepare.POOL, prepare.PARQUET, prepare.JSONL, prepare.TXT)
+    assert set(rows) == {(what, processes) for processes in (1, 2) for what in all_of_them}
+    for what, processes in rows:
         row = rows[what, processes]
         ceiling = rows[prepare.CEILING, processes]["mb_s"]["median"]
         # Of a machine that does other work, so little is left that what was rounded off counts.
@@ -43,23 +42,27 @@ def test_everything(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
         assert ("mb_s_whole" in row) == what.startswith("prepare")
         assert row.get("mb_s_whole", {"median": 0})["median"] < row["mb_s"]["median"]
     assert rows[prepare.CEILING, 1]["of_ceiling"] == rows[prepare.POOL, 1]["of_pool"] == 1
-    assert len(found["marks"]) == 4, "all but those that need other projects"
-    assert found["command"].startswith("python -m bench.prepare --megabytes 1")
+    assert found["machine"]["command"].startswith("python -m bench.prepare --megabytes 1")
     text = prepare.as_text(found)
     assert all(what in text for what, _ in rows)
-    assert "pip install 'mygpt[bench]'" in text or table.installed("litdata")
 
 
 def test_a_prepare_that_fails_is_no_figure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["bench.prepare", "--megabytes", "1", "--rounds", "1"])
-    monkeypatch.setattr(prepare, "COMMAND", "raise SystemExit('no room')")
+    arguments = ["bench.prepare", "--megabytes", "1", "--rounds", "1", "--no-peers", "--json"]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(prepare, "COMMAND", ("-c", "raise SystemExit('no room')"))
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     with pytest.raises(SystemExit) as leaving:
         prepare.main()
-    assert leaving.value.code == 2
-    assert "error: expected prepare to succeed, found: no room" in capsys.readouterr().err
+    assert leaving.value.code == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [row["what"] for row in found["rows"]] == [prepare.CEILING, prepare.POOL]
+    failed = [f"{what}, 1" for what in (prepare.PARQUET, prepare.JSONL, prepare.TXT)]
+    assert list(found["failed"]) == failed
+    assert found["failed"][failed[0]] == "expected prepare to succeed, found: no room"
+    assert f"failed: {failed[0]}: expected prepare" in prepare.as_text(found)
 
 
 @pytest.mark.slow

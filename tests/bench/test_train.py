@@ -2,41 +2,36 @@
 
 import json
 import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import profile, steps, train
-from bench.train import OURS, PEER, PLAIN, PRODUCT, Options
+from bench import steps, train, worker
+from bench.steps import Workload
+from bench.train import OURS, PEER, PLAIN, Options
 from mygpt.config import GPTConfig
 from mygpt.settings import TrainConfig
+from tests.bench.support import InThisProcess
 
 SMALL = Options(preset="tiny", block_size=8, micro_batch=2, rounds=2, seconds=0)
 SHAPE = GPTConfig(block_size=8, vocab_size=131, n_layers=2, n_heads=2, n_embed=16)
 
 
-class Here:
-    """A worker without a process."""
-
-    def __init__(self, name: str, make: Callable[..., Any], *args: Any) -> None:
-        self.name, self.make, self.args, self.made = name, make, args, None
-
-    def turn(self) -> Any:
-        self.made = self.made or self.make(*self.args)
-        return self.made()
-
-    def end(self) -> None:
-        pass
+@pytest.fixture
+def work(tmp_path: Path) -> Workload:
+    made = Workload(SHAPE, 4, "cpu", tmp_path)
+    made.build_data()
+    return made
 
 
 @pytest.fixture(scope="module")
 def found() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Worker", Here)
+        patch.setattr(worker, "Worker", InThisProcess)
         patch.setitem(train.PRESETS, "tiny", ("small", TrainConfig(SHAPE)))
-        patch.setattr(steps, "matrix_rate", lambda device, size: 1e10)
+        patch.setattr(steps, "matmul_flops", lambda device, size: 1e10)
         return train.run(SMALL)
 
 
@@ -57,15 +52,15 @@ def test_a_row_compares_within_each_round() -> None:
             "cpu_seconds": seconds / 2 + 1,
             "megabytes": megabytes,
             "losses": losses,
-            "begin": 1.5,
+            "start": 1.5,
         }
 
     turns = {
-        OURS: [turn(0.5, 100, [5.0, 4.0]), turn(5, 200, [5.0, 4.0, 3.0])],
-        PLAIN: [turn(1, 300, [5.1]), turn(10, 400, [5.1, 4.1])],
+        OURS: [turn(0.5, 100, [5.0, 4.0]), turn(5, 200, [3.0])],
+        PLAIN: [turn(1, 300, [5.1]), turn(10, 400, [4.1])],
     }
-    products = [{"rate": 1e6, "datasheet": 5e6, "of_token": 1000}] * 2
-    assert train.row(OURS, turns, products, tokens=100) == {
+    products = [{"flops": 1e6, "datasheet": 5e6}] * 2
+    expected = {
         "what": OURS,
         "tokens_s": {"median": 110.0, "low": 20.0, "high": 200.0, "runs": [200.0, 20.0]},
         "ms": {"median": 2750.0, "low": 500.0, "high": 5000.0, "runs": [500.0, 5000.0]},
@@ -75,15 +70,20 @@ def test_a_row_compares_within_each_round() -> None:
         "memory_of_plain": 0.5,
         "of_products": 0.11,
         "of_datasheet": 0.022,
-        "begin_seconds": 1.5,
+        "start_seconds": 1.5,
         "steps": 2,
         "loss": 4.0,
     }
+    assert train.row(OURS, turns, products, tokens=100, flops_per_token=1000) == expected
+    # Nothing to compare with, since all the others failed.
+    alone = train.row(OURS, {OURS: turns[OURS]}, [], tokens=100, flops_per_token=1000)
+    none = ("of_plain", "cpu_of_plain", "memory_of_plain", "of_products", "of_datasheet")
+    assert alone == expected | dict.fromkeys(none) | {"steps": 3, "loss": 3.0}
 
 
 def test_the_text(found: Any) -> None:
     text = train.as_text(found)
-    for name in (OURS, PLAIN, PEER, "tokens/s ÷ plain step", "0.01 TFLOP/s"):
+    for name in (OURS, PLAIN, PEER, "× plain", "0.01 TFLOP/s"):
         assert name in text
 
 
@@ -93,73 +93,61 @@ def test_what_is_measured_where() -> None:
     assert {f"{name}, compiled" for name in (OURS, PLAIN, PEER)} <= cpu.keys()
     gpu = train.variants(Options(device="cuda"))
     assert list(gpu) == [OURS, PLAIN, f"{PLAIN}, compiled", f"{PEER}, compiled"]
-    assert gpu[OURS][1] == {"compiled": True}
+    assert gpu[OURS] == ("ours", True) and gpu[PLAIN] == ("plain", False)
 
 
-def test_marks_of_a_gpu() -> None:
-    row = {"of_plain": 2.0, "of_products": 0.65, "memory_of_plain": 0.4, "steps": 9, "loss": 3.0}
-    names = (OURS, PLAIN, f"{PLAIN}, compiled", f"{PEER}, compiled")
-    rows = {name: row | {"of_plain": i + 1.0} for i, name in enumerate(names)}
-    marks = {mark["what"]: mark["found"] for mark in train.marks(rows, "cuda")}
-    assert marks["tokens/s ÷ plain, compiled"] == 0.33
-    assert marks["share of products"] == 0.65 and marks["loss beside plain step after 9 steps"] == 0
-
-
-def test_ours_and_the_plain_step_learn_the_same() -> None:
+def test_ours_and_the_plain_step_learn_the_same(work: Workload) -> None:
     """Same weights, batches, clipping and AdamW: the losses agree step by step."""
-    size = steps.Size(SHAPE, 4, "cpu")
-    ours, plain = steps.ours(size, compiled=False), steps.plain(size, compiled=False)
-    losses = [(ours(number), plain(number)) for number in range(40)]
+    ours, plain = steps.ours(work, compiled=False), steps.plain(work, compiled=False)
+    losses = [(ours(), plain()) for _ in range(40)]
     assert losses[-1][0] < losses[0][0] - 0.1
     for a, b in losses:
         assert a == pytest.approx(b, abs=2e-4)
 
 
-def test_hugging_faces_learns_as_well() -> None:
-    step = steps.hugging_face(steps.Size(SHAPE, 4, "cpu"), compiled=False)
-    losses = [step(number) for number in range(16)]
+def test_hugging_faces_learns_as_well(work: Workload) -> None:
+    step = steps.hugging_face(work, compiled=False)
+    losses = [step() for _ in range(16)]
     assert losses[15] < losses[7] < 5.2
 
 
-def test_batches_come_again() -> None:
-    size = steps.Size(SHAPE, 4, "cpu")
-    x, y = size.batch(3)
-    assert torch.equal(x[:, 1:], y[:, :-1])
-    assert torch.equal(x, size.batch(3 + steps.BATCHES)[0]) and not torch.equal(x, size.batch(4)[0])
+def test_the_same_batches_for_everyone(work: Workload) -> None:
+    batches, others = work.batches(), work.batches()
+    seen = [next(batches) for _ in range(2 * steps.BATCHES)]
+    for x, y in seen:
+        assert x.shape == (4, 8) and torch.equal(x[:, 1:], y[:, :-1])
+        assert all(map(torch.equal, (x, y), next(others)))
+    first, second = (torch.cat([x for x, _ in part]) for part in (seen[:8], seen[8:]))
+    epochs = [sorted(map(tuple, part.tolist())) for part in (first, second)]
+    assert epochs[0] == epochs[1] and not torch.equal(first, second)
 
 
 def test_the_rate_of_products() -> None:
-    assert 1e7 < steps.matrix_rate("cpu", 64) < 1e13
-
-
-# --- where the time goes
+    assert 1e7 < steps.matmul_flops("cpu", 64) < 1e13
 
 
 @pytest.mark.parametrize(
     ("operator", "sizes", "expected"),
     [
-        ("aten::mm", {131, 16, 8}, profile.HEAD_PRODUCTS),
-        ("aten::addmm", {48, 16}, profile.BLOCK_PRODUCTS),
-        ("aten::_softmax", {192, 8}, profile.HEAD_LOSS),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu", {8, 2}, profile.ATTENTION),
-        ("aten::_fused_adamw_", {131}, profile.OPTIMIZER),
-        ("aten::_foreach_mul_", {131}, profile.CLIPPING),
-        ("aten::native_layer_norm", {16}, profile.NORMS),
-        ("aten::embedding_dense_backward", {16}, profile.OTHER),
+        ("aten::mm", {131, 16, 8}, steps.HEAD_PRODUCTS),
+        ("aten::addmm", {48, 16}, steps.BLOCK_PRODUCTS),
+        ("aten::_softmax", {192, 8}, steps.HEAD_LOSS),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", {8, 2}, steps.ATTENTION),
+        ("aten::_fused_adamw_", {131}, steps.OPTIMIZER),
+        ("aten::_foreach_mul_", {131}, steps.CLIPPING),
+        ("aten::native_layer_norm", {16}, steps.NORMS),
+        ("aten::embedding_dense_backward", {16}, steps.OTHER),
     ],
 )
 def test_parts(operator: str, sizes: set[int], expected: str) -> None:
-    assert profile.part(operator, sizes, SHAPE) == expected
+    assert steps.part_of_step(operator, sizes, SHAPE) == expected
 
 
-def test_a_profile_adds_up() -> None:
-    parts = profile.profile(SHAPE, 2, "cpu", compiled=False)
+def test_a_profile_adds_up(work: Workload) -> None:
+    parts = steps.profile(work, compiled=False)
     assert sum(part["share"] for part in parts) == pytest.approx(1, abs=0.01)
-    assert {part["part"] for part in parts} >= {profile.HEAD_PRODUCTS, profile.OPTIMIZER}
-    assert profile.HEAD_LOSS in profile.as_text(parts)
-
-
-# --- the command
+    assert {part["part"] for part in parts} >= {steps.HEAD_PRODUCTS, steps.OPTIMIZER}
+    assert steps.HEAD_LOSS in train.as_text({"profile": parts})
 
 
 def test_the_command_profiles(
@@ -168,7 +156,7 @@ def test_the_command_profiles(
     monkeypatch.setitem(train.PRESETS, "tiny", ("small", TrainConfig(SHAPE)))
     monkeypatch.setattr(sys, "argv", ["x", "--preset", "tiny", "--micro-batch", "1", "--profile"])
     train.main()
-    assert profile.HEAD_PRODUCTS in capsys.readouterr().out
+    assert steps.HEAD_PRODUCTS in capsys.readouterr().out
 
 
 def test_a_gpu_that_is_not_there_is_refused(
@@ -196,7 +184,3 @@ def test_in_processes_of_their_own() -> None:
     rows = {row["what"]: row for row in train.run(SMALL)["rows"]}
     assert rows.keys() == {OURS, PLAIN, PEER}
     assert all(50 < row["megabytes"] < 20_000 for row in rows.values())
-
-
-def test_the_reference_product_is_no_variant() -> None:
-    assert PRODUCT not in train.variants(SMALL)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from bench.worker import Worker, peak_megabytes
+from bench.worker import Worker, measure, peak_megabytes
 
 
 def counter(start: int) -> Callable[[], dict[str, float]]:
@@ -14,6 +14,7 @@ def counter(start: int) -> Callable[[], dict[str, float]]:
     def turn() -> dict[str, float]:
         nonlocal count
         count += 1
+        print("what contenders print is not part of the answer")
         return {"count": count, "process": os.getpid(), "megabytes": peak_megabytes()}
 
     return turn
@@ -32,6 +33,13 @@ def test_turns_are_taken_in_a_process_of_their_own() -> None:
     assert (first["count"], second["count"]) == (6, 7)
     assert first["process"] == second["process"] != os.getpid()
     assert 5 < first["megabytes"] < 50_000
+
+
+def test_the_others_go_on_when_one_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    records, failed = measure({"good": (counter, 5), "bad": (failing,)}, 2)
+    assert [record["count"] for record in records["good"]] == [6, 7]
+    assert records.keys() == {"good"} and "exit code 1" in failed["bad"]
+    assert not capfd.readouterr().out
 
 
 def test_what_fails_is_said_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:

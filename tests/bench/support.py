@@ -1,0 +1,18 @@
+"""What the tests of the benchmarks share."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+class InThisProcess:
+    """A `bench.worker.Worker` without a process of its own."""
+
+    def __init__(self, name: str, make: Callable[..., Any], *args: Any) -> None:
+        self.name, self.make, self.args, self.made = name, make, args, None
+
+    def turn(self) -> Any:
+        self.made = self.made or self.make(*self.args)
+        return self.made()
+
+    def end(self) -> None:
+        pass
