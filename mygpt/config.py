@@ -34,6 +34,16 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
 
+    @property
+    def num_params(self) -> int:
+        """Number of parameters of the model, the tied embedding counted once."""
+        width, hidden = self.n_embed, self.n_hidden
+        block = 4 * width**2 + 2 * width * hidden + 2 * width  # matrices, weights of two norms
+        if self.bias:
+            block += 4 * width + hidden + width + 2 * width  # attention, MLP, two norms
+        final_norm = width + width * self.bias
+        return (self.vocab_size + self.block_size) * width + self.n_layers * block + final_norm
+
 
 @dataclass(frozen=True)
 class GPTConfigSmall(GPTConfig):

@@ -165,9 +165,13 @@ def _in_place(x: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slic
         yield chunk, logits, loss.squeeze(1).masked_fill(targets[chunk] == IGNORED, 0.0)
 
 
-def _size(x: Tensor) -> int:
+def chunk_rows(device_type: str) -> int:
     """Rows of a chunk: 256 keep a CPU's product busy; 4096 stay below 1 GiB on a GPU."""
-    return max(1, min(len(x), 256 if x.device.type == "cpu" else 4096))
+    return 256 if device_type == "cpu" else 4096
+
+
+def _size(x: Tensor) -> int:
+    return max(1, min(len(x), chunk_rows(x.device.type)))
 
 
 def _operands(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

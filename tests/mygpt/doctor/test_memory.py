@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mygpt.config import GPTConfig
-from mygpt.doctor.memory import BYTES_A_PARAMETER, parameters, training_bytes
+from mygpt.doctor.memory import BYTES_PER_PARAMETER, training_bytes
 from mygpt.model import GPT
 from mygpt.settings import PRESETS
 
@@ -16,12 +16,12 @@ from mygpt.settings import PRESETS
 def test_the_count_of_parameters_is_the_models(name: str, bias: bool) -> None:
     config = replace(PRESETS[name][1].model, bias=bias)
     with torch.device("meta"):
-        assert parameters(config) == GPT(config).num_params()
+        assert config.num_params == GPT(config).num_params()
 
 
 def test_a_width_of_its_own_for_the_mlp() -> None:
     config = GPTConfig(n_layers=2, n_heads=2, n_embed=8, n_hidden=13, vocab_size=11, block_size=5)
-    assert parameters(config) == GPT(config).num_params()
+    assert config.num_params == GPT(config).num_params()
 
 
 def test_what_backward_keeps_is_about_what_is_said() -> None:
@@ -40,7 +40,7 @@ def test_what_backward_keeps_is_about_what_is_said() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(idx, idx)
     measured = sum(size for size, _ in saved.values())
-    fixed = BYTES_A_PARAMETER * parameters(config)
+    fixed = BYTES_PER_PARAMETER * config.num_params
     assert training_bytes(config, 8, "cpu") - fixed == pytest.approx(measured, rel=0.35)
 
 
@@ -48,4 +48,4 @@ def test_more_rows_cost_more_and_weights_cost_once() -> None:
     config = GPTConfig()
     one, two, three = (training_bytes(config, rows) for rows in (16, 32, 48))
     assert three - two == two - one > 0
-    assert one > BYTES_A_PARAMETER * parameters(config)
+    assert one > BYTES_PER_PARAMETER * config.num_params
