@@ -78,7 +78,7 @@ report: $(VENV)/core ## write RUN/report.html, everything about a run on one pag
 	$(RUN_PYTHON) -m mygpt.report $(or $(RUN),$(error give the run: make report RUN=log/NAME)) $(ARGS)
 
 export: $(VENV)/core ## a run's model for Hugging Face's library: RUN=log/NAME OUT=FOLDER
-	$(RUN_PYTHON) -m mygpt.pretrained export $(or $(RUN),$(error give the run: make export RUN=log/NAME)) \
+	$(RUN_PYTHON) -m mygpt.hub export $(or $(RUN),$(error give the run: make export RUN=log/NAME)) \
 	  $(or $(OUT),exported/$(notdir $(RUN:/=))) $(ARGS)
 
 verify-resume: $(VENV)/core ## does a resumed run equal one never stopped, here? DATA=, PRESET=tiny, STEPS=10

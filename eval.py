@@ -1,4 +1,4 @@
-"""Evaluate a model: its loss over the whole validation split, baselines, questions, and samples.
+"""Evaluate a model: loss over the whole validation split, baselines, multiple choice, samples.
 
     python eval.py                       the newest run under log/
     python eval.py log/demo --best       its best checkpoint by validation
@@ -9,81 +9,119 @@
     python eval.py gpt2 --data data/web  Hugging Face's format: a folder, or a name on its hub
     torchrun --standalone --nproc_per_node=4 eval.py log/gpt2
 
-Every token of the split that has a predecessor in its shard is a target once (promise 9). Bits per
-byte are all the nats, those of <|endoftext|> included, over ln 2 and the UTF-8 bytes of the text.
-The figures go to eval.json and eval.md in the run's folder; docs/EVALUATION.md explains each.
+Every token that has a predecessor in its shard is a target exactly once (promise 9). Bits per byte
+are all nats, those of <|endoftext|> included, over ln 2 and the UTF-8 bytes of the text. Results go
+to eval.json and eval.md in the run's folder; docs/EVALUATION.md explains each.
 """
 
-# torch is imported inside the functions, after the flags are read: `--help` must not wait for it.
-from __future__ import annotations
-
-import math
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import orjson
 import tyro
+from tyro.conf import UseAppendAction
 
-from mygpt.eval.options import EvalConfig
-from mygpt.settings import only_dataset
 from shards.cli import end_with, one_line_errors
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to evaluate, and the samples to draw; a comment beside a field is its help."""
+
+    target: tyro.conf.Positional[str | None] = None  # run, checkpoint, or Hugging Face folder/name
+    data: UseAppendAction[tuple[str, ...]] = ()  # dataset's folder, if it has moved; as in train.py
+    best: bool = False  # take the best checkpoint by validation, not the newest
+    reference: str | None = None  # another model on the same tokens: gpt2, say, or another run
+    block_size: int = 0  # tokens of context, at most the model's; 0: the model's
+    loss: bool = True  # without it: only samples and questions, which need no dataset
+    hellaswag: Path | None = None  # HellaSwag's jsonl file: ctx, endings, label
+    choices: UseAppendAction[tuple[Path, ...]] = ()  # more questions in that format; repeatable
+    out: Path | None = None  # FILE.md, with FILE.json beside it; else eval.md in the run's folder
+    prompt: UseAppendAction[tuple[str, ...]] = ()  # text to continue; may be repeated
+    prompt_file: Path | None = None  # file whose whole text is one more prompt
+    num_samples: int = 2  # per prompt; without a prompt, of documents from their beginning
+    max_new_tokens: int = 160  # a sample ends there, or where its document does
+    temperature: float = 0.8  # 0 takes the likeliest token
+    top_k: int = 0  # draw from that many of the likeliest tokens; 0: from all
+    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
+    seed: int = 1337  # of the samples
+    weights: Literal["fp32", "bf16", "int8"] = "fp32"  # of the model that generates the samples
+    interactive: bool = False  # only complete what is typed
+    batch_size: int = 0  # windows at once; affects only speed; 0: what suits the device
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these available
+    json: bool = False  # print one JSON object on one line
+
+
+def parse(args: list[str] | None) -> EvalConfig:
+    """Read the flags. Raises ValueError for impossible values."""
+    config = tyro.cli(EvalConfig, args=args, prog="eval.py", description=__doc__)
+    counts = ("num_samples", "max_new_tokens", "temperature", "top_k", "seed", "batch_size")
+    for name in (*counts, "block_size"):
+        if not getattr(config, name) >= 0:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} must be 0 or more, got {getattr(config, name)}")
+    if not 0 < config.top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1, got {config.top_p}")
+    if config.out is not None and (config.out.suffix != ".md" or not config.out.parent.is_dir()):
+        raise ValueError(f"--out must name a file FILE.md in a folder, got {config.out}")
+    return config
+
+
+if __name__ == "__main__":  # answer --help and wrong flags before the imports, which take seconds
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
+    with one_line_errors():
+        parse(sys.argv[1:])
+
+from mygpt.distributed import Ranks, compute_dtype, start
+from mygpt.eval import metrics, multiple_choice, summary, target
+from mygpt.eval.completion import Completer, Sampling, continuations, converse
+from mygpt.eval.multiple_choice import Question
+from mygpt.eval.quantize import with_weights
+from mygpt.eval.target import Target
+from mygpt.evaluate import Losses, evaluate_documents
+from mygpt.model import GPT
+from mygpt.settings import only_dataset
+from shards import tokenizer
 from shards.files import atomic_file, write_json
-from shards.manifest import Split
+from shards.reader import DocumentWindows
 from shards.stream import Mixture
+from shards.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    import numpy as np
 
-    from mygpt.distributed import Ranks
-    from mygpt.eval.completion import Sampling
-    from mygpt.eval.measurement import Exam, Measured
-    from mygpt.eval.target import Subject
-    from mygpt.model import GPT
-    from shards.reader import DocumentWindows
-    from shards.tokenizer import Tokenizer
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that the flags name, opened and checked before any model is loaded."""
 
-COUNTED = 10**9  # training tokens for the unigram baseline: frequencies no longer change
+    config: EvalConfig
+    target: Target
+    reference: Target | None
+    data: Mixture | None  # None with --no-loss
+    tokenizer: Tokenizer | None  # None if no text is read or generated
+    questions: dict[str, list[Question]]  # by the name of their file
+    prompts: list[str]
+    sampling: Sampling
+    document: Path | None  # eval.md, with eval.json beside it
 
 
 @one_line_errors()
 def main(args: list[str] | None = None) -> int:
     """Read the flags, evaluate, sample, print. Returns the exit code."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
-    config = tyro.cli(EvalConfig, args=args, prog="eval.py", description=__doc__)
-    config.check()
-    from mygpt.distributed import start
-
-    asked = find(config)
+    config = parse(args)
+    inputs = open_inputs(config)
     with start(config.device) as ranks:
         if config.interactive:
-            talk(asked, ranks)
+            talk(inputs, ranks)
         else:
-            evaluate(asked, ranks)
+            evaluate(inputs, ranks)
     return 0
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What the flags name, found and checked; nothing slow has happened yet."""
-
-    config: EvalConfig
-    target: Subject
-    reference: Subject | None
-    data: Mixture | None  # None where no loss is asked for
-    coder: Tokenizer | None  # None where no text is read or written
-    exam: Exam | None
-    prompts: list[str]
-    document: Path | None  # eval.md: the main rank writes it, with eval.json beside it
-
-
-def find(config: EvalConfig) -> Asked:
-    """Raises FileNotFoundError or ValueError for what is not there or does not fit together."""
-    from mygpt.eval import multiple_choice, target
-    from mygpt.eval.measurement import Exam
-
+def open_inputs(config: EvalConfig) -> Inputs:
+    """Open all inputs; FileNotFoundError or ValueError if one is missing or they don't fit."""
     own = target.find(config.target, config.best)
     data = open_data(config, own) if config.loss and not config.interactive else None
     questions = {path.stem: multiple_choice.read(path) for path in config.choices}
@@ -91,164 +129,100 @@ def find(config: EvalConfig) -> Asked:
         raise ValueError("expected files of different names with --choices: rename one of them")
     if config.hellaswag is not None:
         questions["hellaswag"] = multiple_choice.read(config.hellaswag, hellaswag=True)
+    prompts = list(config.prompt)
+    if config.prompt_file is not None:
+        prompts.append(config.prompt_file.read_text("utf-8"))
     has_text = questions or config.num_samples or config.interactive
-    coder = open_tokenizer(data) if has_text else None
-    document = config.out or (own.run and own.run / "eval.md")
-    return Asked(
+    return Inputs(
         config=config,
         target=own,
         reference=target.find(config.reference) if config.reference else None,
         data=data,
-        coder=coder,
-        exam=Exam(questions, coder.encode, coder.eot, document) if coder and questions else None,
-        prompts=read_prompts(config),
-        document=document,
+        tokenizer=open_tokenizer(config, own, data) if has_text else None,
+        questions=questions,
+        prompts=prompts or [""],
+        sampling=Sampling(
+            config.temperature, config.top_k, config.top_p, config.seed, config.max_new_tokens
+        ),
+        document=config.out or (own.run and own.run / "eval.md"),
     )
 
 
-def open_data(config: EvalConfig, target: Subject) -> Mixture:
-    """The dataset that the model was trained on, any other is a ValueError; of models that do not
-    say what they were trained on, the one that is asked for.
-    """
-    if target.config is None:
+def open_data(config: EvalConfig, own: Target) -> Mixture:
+    """Open the dataset that the model was trained on, or --data if the model does not record it."""
+    if own.config is None:
         return Mixture.load(config.data or [str(only_dataset())])
-    if not (specs := config.data or target.config.data):
-        raise ValueError("the checkpoint does not say where its dataset lay: give --data FOLDER")
-    data = Mixture.load(specs, target.state["generations"])
-    expected = target.state["fingerprint"]
-    if data.fingerprint != expected:
-        raise ValueError(
-            f"expected the dataset {expected[:12]}, on which the checkpoint was trained, found "
-            f"{data.fingerprint[:12]} in {' '.join(specs)}: give its folder with --data"
-        )
-    return data
+    specs = config.data or own.config.data
+    return Mixture.load(specs, own.state["generations"], expect=own.state["fingerprint"])
 
 
-def open_tokenizer(data: Mixture | None) -> Tokenizer:
-    """GPT-2's tokenizer, or the dataset's; ValueError if the one installed here is another."""
-    from shards import tokenizer
-
-    coder = tokenizer.load(data.tokenizer.name if data else "gpt2")
-    if data and coder.hash != data.tokenizer.hash:
-        raise ValueError(
-            f"expected the tokenizer {data.tokenizer.hash[:12]}, that of the dataset, found "
-            f"{coder.hash[:12]}: --num-samples 0 evaluates without sampling"
-        )
-    return coder
+def open_tokenizer(config: EvalConfig, own: Target, data: Mixture | None) -> Tokenizer:
+    """Open the tokenizer of the dataset, or the default one if there is no dataset."""
+    if data is None and own.config is not None:
+        with suppress(FileNotFoundError):  # with --no-loss the dataset need not be here
+            data = open_data(config, own)
+    return tokenizer.open_tokenizer(data.tokenizer) if data else tokenizer.load()
 
 
-def read_prompts(config: EvalConfig) -> list[str]:
-    """The prompts that were asked for; if there are none the empty one, which begins a document."""
-    prompts = list(config.prompt)
-    if config.prompt_file is not None:
-        prompts.append(config.prompt_file.read_text("utf-8"))
-    return prompts or [""]
-
-
-def evaluate(asked: Asked, ranks: Ranks) -> None:
-    """Measure on all ranks; on the main one print, sample and write the files."""
-    from mygpt.eval.measurement import measure, setting
-    from shards.reader import DocumentWindows
-
-    config = asked.config
-    model = load(asked.target, asked, ranks)
-    block_size = config.block_size or model.config.block_size
-    data = asked.data
+def evaluate(inputs: Inputs, ranks: Ranks) -> None:
+    """Measure on all ranks; on the main rank print, sample and write the files."""
+    data, reference = inputs.data, inputs.reference
+    n_vocab = data.tokenizer.n_vocab if data else 0
+    model = inputs.target.load(ranks.device, n_vocab, inputs.config.block_size)
+    block_size = inputs.config.block_size or model.config.block_size
     windows = DocumentWindows(data.manifests, "val", block_size) if data else None
-    how = (windows, asked.exam, config.batch_size or None, sys.stderr.isatty())
-    report = asked.target.facts(model) | setting(block_size, ranks.device)
-    theirs = None
-    if asked.reference is not None:
-        del model  # there may be no room for two
-        other = load(asked.reference, asked, ranks)
-        report["reference"] = asked.reference.facts(other)
-        theirs = measure(other, block_size, ranks, *how)
-        del other
-        model = load(asked.target, asked, ranks)
-    own = measure(model, block_size, ranks, *how)
-    if ranks.is_main:
-        if windows is not None and data is not None:
-            report |= of_split(own, windows, data)
-        report |= own.figures(windows)
-        if theirs is not None:
-            report["reference"] |= theirs.figures(windows) | own.against(theirs)
-        publish(report, model, asked)
-
-
-def load(target: Subject, asked: Asked, ranks: Ranks) -> GPT:
-    """The model on its device. Raises ValueError if the dataset's tokens are unknown to it."""
-    model = target.load().to(ranks.device)
-    known = model.config.vocab_size
-    if asked.data is not None and known < asked.data.tokenizer.n_vocab:
-        raise ValueError(
-            f"expected a model of the dataset's {asked.data.tokenizer.n_vocab} token ids, found "
-            f"one of {known} in {target.name}: they have different tokenizers"
-        )
-    return model
-
-
-def of_split(own: Measured, windows: DocumentWindows, data: Mixture) -> dict[str, Any]:
-    """The figures of the validation split, and of what needs no training."""
-    from mygpt.eval import metrics
-    from mygpt.evaluate import Loss, unigram_loss
-
-    assert own.losses is not None, "there are windows"
-    unigram = unigram_loss(frequencies(data), windows)
-    uniform = Loss(unigram.tokens * math.log(data.tokenizer.n_vocab), unigram.tokens)
-    text_bytes = windows.text_bytes
-    parts = data.components
-    names = [part.name for part in parts]
-    specs = [f"{part.name}={part.weight:g}:{part.folder}" for part in parts]
-    sources = [
-        f"{name}: {source.name}" if len(parts) > 1 else source.name
-        for name, manifest in zip(names, data.manifests, strict=True)
-        for source in manifest.sources
-    ]
-    return {
-        "data": " ".join(specs) if len(parts) > 1 else parts[0].folder,
-        "fingerprint": data.fingerprint,
-        "generations": data.generations,
-        "unigram_loss": unigram.mean,
-        "uniform_loss": uniform.mean,
-        "baselines": {
-            "unigram": metrics.of_baseline(unigram, int(text_bytes.sum())),
-            "uniform": metrics.of_baseline(uniform, int(text_bytes.sum())),
-        },
-        "components": metrics.by_group(own.losses, text_bytes, windows.dataset, names),
-        "sources": metrics.by_group(own.losses, text_bytes, windows.source, sources),
-        "positions": metrics.by_position(own.losses),
+    report = inputs.target.identity(model) | {
+        "block_size": block_size,
+        "version": target.version(),
+        "device": ranks.device.type,
+        "precision": str(compute_dtype(ranks.device)).removeprefix("torch."),
     }
+    other_losses = None
+    if reference is not None:
+        model.cpu()  # a GPU may have no memory for two models
+        other = reference.load(ranks.device, n_vocab, block_size)
+        other_losses, results = measure(other, block_size, windows, inputs, ranks)
+        report["reference"] = reference.identity(other) | results
+        del other
+        model.to(ranks.device)
+    losses, results = measure(model, block_size, windows, inputs, ranks)
+    if ranks.is_main:
+        report |= results
+        if losses and other_losses:
+            report["reference"] |= metrics.compared(losses, other_losses)
+        if losses and windows and data:
+            report |= metrics.of_split(losses, windows, data)
+        publish(report, model, inputs)
 
 
-def frequencies(data: Mixture) -> np.ndarray:
-    """How often each token occurs in training, where each dataset has its weight, (n_vocab,).
+def measure(
+    model: GPT, block_size: int, windows: DocumentWindows | None, inputs: Inputs, ranks: Ranks
+) -> tuple[Losses | None, dict[str, Any]]:
+    """Evaluate the windows and the questions: the losses, and the results as in eval.json.
 
-    Of a dataset much larger than `COUNTED` tokens, evenly spaced shards are counted.
+    The same on all ranks.
     """
-    import numpy as np
+    losses, results, answers, progress = None, {}, {}, sys.stderr.isatty()
+    if windows is not None:
+        losses = evaluate_documents(model, windows, ranks, inputs.config.batch_size, progress)
+        results = metrics.of_documents(losses, windows.text_bytes)
+    for name, questions in inputs.questions.items():
+        assert inputs.tokenizer is not None, "opened if there are questions"
+        items = inputs.document and multiple_choice.items_file(
+            inputs.document, name, model, questions, block_size, ranks.device
+        )
+        answers[name] = multiple_choice.answer(
+            model, questions, inputs.tokenizer, ranks, block_size, items, progress
+        )
+    return losses, results | {"choices": metrics.of_answers(answers)}
 
-    from shards.reader import token_counts
 
-    counted = []
-    for manifest in data.manifests:
-        train = manifest.splits["train"]
-        some = Split(train.shards[:: max(1, train.tokens // COUNTED)])
-        counted.append(token_counts(replace(manifest, splits={"train": some}), "train"))
-    counts = np.array(counted)
-    if len(counts) == 1:
-        return counts[0]
-    shares = np.array(data.weights) / sum(data.weights)
-    return counts.sum() * (shares @ (counts / counts.sum(1, keepdims=True)))
-
-
-def publish(report: dict[str, Any], model: GPT, asked: Asked) -> None:
-    """Print what was found, draw the samples, write the files."""
-    from mygpt.eval import summary
-
-    config, document = asked.config, asked.document
+def publish(report: dict[str, Any], model: GPT, inputs: Inputs) -> None:
+    """Print the results, draw the samples, write the files."""
+    config, document = inputs.config, inputs.document
     if not config.json:
         print(summary.text(report))
-    report["samples"] = samples(report, model, asked)
+    report["samples"] = draw_samples(report, model, inputs)
     if config.json:
         print(orjson.dumps(report).decode())
     if document is not None and (config.loss or config.out):
@@ -259,57 +233,38 @@ def publish(report: dict[str, Any], model: GPT, asked: Asked) -> None:
             print(f"\nwritten  {document}, {document.with_suffix('.json')}")
 
 
-def samples(report: dict[str, Any], model: GPT, asked: Asked) -> list[dict[str, Any]]:
-    """Texts that the model writes, for each prompt in turn; printed too, unless JSON is asked for.
+def draw_samples(report: dict[str, Any], model: GPT, inputs: Inputs) -> list[dict[str, Any]]:
+    """Generate samples for each prompt and, unless --json is given, print them.
 
-    On a terminal a single sample of a prompt is printed as it comes.
+    On a terminal a single sample of a prompt is printed while it is generated.
     """
-    from mygpt.eval import summary
-    from mygpt.eval.completion import continuations
-    from mygpt.eval.quantize import with_weights
-
-    config, coder = asked.config, asked.coder
-    if coder is None or not config.num_samples:
+    config, encoder = inputs.config, inputs.tokenizer
+    if encoder is None or not config.num_samples:
         return []
-    writer, vocabulary, how = with_weights(model, config.weights), coder.vocabulary(), drawn(config)
+    generator = with_weights(model, config.weights)
     live = sys.stdout.isatty() and config.num_samples == 1 and not config.json
-    label = {"checkpoint": report["checkpoint"], "step": report["step"], "weights": config.weights}
-    found: list[dict[str, Any]] = []
-    for prompt in asked.prompts:
-        # Every document of the training began with <|endoftext|>, and so does every prompt.
-        ids = [coder.eot, *coder.encode(prompt)]
+    labels = {key: report[key] for key in ("checkpoint", "step")}
+    labels |= {"weights": config.weights, **asdict(inputs.sampling)}
+    samples: list[dict[str, Any]] = []
+    for prompt in inputs.prompts:
         if live:
-            first = {"prompt": prompt, **label, **asdict(how)}
-            print(f"\n--- {summary.title(first, len(found) + 1)}\n{prompt}", end="", flush=True)
-        for text in continuations(
-            writer, ids, config.num_samples, how, vocabulary, coder.eot, live
-        ):
-            found.append({"prompt": prompt, "text": prompt + text, **label, **asdict(how)})
+            title = summary.title({"prompt": prompt, **labels}, len(samples) + 1)
+            print(f"\n--- {title}\n{prompt}", end="", flush=True)
+        ids = [encoder.eot, *encoder.encode(prompt)]  # as every document begins in training
+        count = config.num_samples
+        for text in continuations(generator, ids, count, inputs.sampling, encoder, live):
+            samples.append({"prompt": prompt, "text": prompt + text, **labels})
             if not live and not config.json:
-                print(f"\n--- {summary.title(found[-1], len(found))}\n{prompt}{text}")
-    return found
+                print(f"\n--- {summary.title(samples[-1], len(samples))}\n{prompt}{text}")
+    return samples
 
 
-def talk(asked: Asked, ranks: Ranks) -> None:
+def talk(inputs: Inputs, ranks: Ranks) -> None:
     """Complete what is typed, until the input ends."""
-    from mygpt.eval.completion import Completer, converse
-    from mygpt.eval.quantize import with_weights
-
-    if ranks.world_size > 1 or asked.coder is None:
+    if ranks.world_size > 1 or inputs.tokenizer is None:
         raise ValueError("--interactive is for one process: start eval.py without torchrun")
-    model = with_weights(load(asked.target, asked, ranks), asked.config.weights)
-    vocabulary = asked.coder.vocabulary()
-    completer = Completer(model, drawn(asked.config))
-    converse(completer, asked.coder.encode, vocabulary, asked.coder.eot)
-
-
-def drawn(config: EvalConfig) -> Sampling:
-    """How text is drawn."""
-    from mygpt.eval.completion import Sampling
-
-    return Sampling(
-        config.temperature, config.top_k, config.top_p, config.seed, config.max_new_tokens
-    )
+    model = with_weights(inputs.target.load(ranks.device), inputs.config.weights)
+    converse(Completer(model, inputs.sampling), inputs.tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The picture of a run, or of several: losses over their steps, drawn from `log.txt`.
+"""Loss curves of one run or several as a picture, drawn from `log.txt`.
 
 python -m mygpt.plot log/demo                writes log/demo/loss.png
 python -m mygpt.plot log/one log/other       writes log/loss.png; elsewhere with --out FILE
@@ -6,6 +6,7 @@ python -m mygpt.plot log/one log/other       writes log/loss.png; elsewhere with
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,24 +14,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mygpt.log import History, read
+from shards.cli import one_line_errors
+from shards.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MISSING = "no picture: matplotlib is not installed, get it with pip install 'mygpt[plots]'"
 _TRAIN, _VAL, _BASELINE = "#4C78A8", "#E45756", "#7F7F7F"
 
 
 def draw(*folders: Path, out: Path | None = None) -> Path:
-    """Draw one run, or several beside each other, and return where the picture lies.
+    """Draw one run, or several for comparison, and return the picture's path.
 
-    That is RUN/loss.png, of several runs loss.png in the folder that holds them all, unless `out`
-    says otherwise. ImportError if matplotlib is not installed; FileNotFoundError without a log
-    and ValueError for one without any loss.
+    By default that is RUN/loss.png, for several runs loss.png in the folder that holds them all.
+    Raises ImportError if matplotlib is not installed, FileNotFoundError without a log and
+    ValueError for a log without any loss.
     """
-    # The object interface: pyplot would look for a display and hold state between calls.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # Figure and not pyplot, which looks for a display and keeps global state.
     from matplotlib.figure import Figure
 
     histories = {folder: read(folder) for folder in folders}
@@ -38,8 +39,7 @@ def draw(*folders: Path, out: Path | None = None) -> Path:
         if not history.train and not history.val:
             raise ValueError(f"{folder / 'log.txt'} holds no loss yet: nothing to draw")
     figure = Figure(figsize=(8, 4.5), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
     if len(folders) == 1:
         axes.set_title(str(folders[0]))
         _draw_one(axes, histories[folders[0]])
@@ -49,7 +49,10 @@ def draw(*folders: Path, out: Path | None = None) -> Path:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    return _save(figure, out or Path(os.path.commonpath(folders)) / "loss.png")
+    path = out or Path(os.path.commonpath(folders)) / "loss.png"
+    with atomic_file(path, durable=False) as file:
+        figure.savefig(file, format="png")
+    return path
 
 
 def _draw_one(axes: "Axes", history: History) -> None:
@@ -66,7 +69,7 @@ def _draw_one(axes: "Axes", history: History) -> None:
 
 
 def _draw_several(axes: "Axes", histories: Mapping[Path, History]) -> None:
-    """A colour a run: training as a faint line, validation as one with dots."""
+    """One colour per run: training as a faint line, validation as a line with dots."""
     for number, (folder, history) in enumerate(histories.items()):
         colour, losses = f"C{number}", list(history.train.values())
         axes.plot(list(history.train), smoothed(losses), color=colour, alpha=0.5, linewidth=1)
@@ -77,9 +80,9 @@ def _draw_several(axes: "Axes", histories: Mapping[Path, History]) -> None:
 
 
 def draw_or_explain(run: Path) -> str:
-    """Draw the picture if it can be drawn; its path, or a line on why there is none.
+    """Draw a run's picture and return its path, or a line that says why there is none.
 
-    A training must not end for want of a picture.
+    Training must not fail for want of a picture.
     """
     try:
         return str(draw(run))
@@ -90,43 +93,31 @@ def draw_or_explain(run: Path) -> str:
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
-    """The mean of a twentieth of the values around each; near the start of as many as precede it.
+    """Centred moving average over a twentieth of the values, with a smaller radius at the start.
 
-    So it neither lags, as an average of what came before does, nor blurs the steep beginning.
+    It neither lags, as an exponential average does, nor blurs the steep beginning.
     """
     count = len(values)
-    at = np.arange(count)
-    radius = np.minimum(max(1, count // 40), at)
-    low, high = at - radius, np.minimum(at + radius + 1, count)
+    index = np.arange(count)
+    radius = np.minimum(max(1, count // 40), index)
+    low, high = index - radius, np.minimum(index + radius + 1, count)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return (sums[high] - sums[low]) / (high - low)
 
 
-def _save(figure: "Figure", path: Path) -> Path:
-    # A viewer that watches the file never sees half a picture.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
+@one_line_errors()
 def main() -> int:
     """Draw the runs named on the command line."""
     parser = argparse.ArgumentParser(description="Draw the losses of runs into one picture.")
     parser.add_argument("run", type=Path, nargs="*", default=[Path("log")])
     parser.add_argument("--out", type=Path, help="the picture; else loss.png in the runs' folder")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     try:
-        print(draw(*asked.run, out=asked.out))
+        print(draw(*options.run, out=options.out))
     except ImportError:
-        parser.exit(2, f"error: {MISSING}\n")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+        raise ValueError(MISSING) from None
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

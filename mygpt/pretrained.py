@@ -1,32 +1,26 @@
-"""Models in and out: Hugging Face's GPT-2 folders, and nanoGPT's checkpoints.
+"""GPT-2 models in Hugging Face's format: a folder, or a name on its hub, to our GPT.
 
-    python -m mygpt.pretrained export log/demo exported     a folder for AutoModelForCausalLM
-    python -m mygpt.pretrained import ckpt.pt imported      nanoGPT's file as such a folder
-
-What reads such a folder: `from_pretrained` below, so `train.py --init-from` and `eval.py` too.
+`train.py --init-from` and `eval.py` read models through it. `mygpt.hub` writes such folders.
 """
 
-# torch is imported inside the functions, after the flags are read: `--help` must not wait for it.
-from __future__ import annotations
-
 import json
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from mygpt.config import GPTConfig
+from mygpt.model import GPT
+from shards.cli import one_line_errors
 
-if TYPE_CHECKING:
-    from mygpt.model import GPT
-
-# Settings that would change the numbers, with the values under which the model is ours. The first
-# is what a config.json that lacks the key means.
-_SAME_MODEL: dict[str, tuple[Any, ...]] = {
+# Settings that change the function computed, with the values that are ours. The first of them is
+# what a config.json without the key means.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
@@ -34,40 +28,55 @@ _SAME_MODEL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
+PREFIX = "transformer."  # before every name in a file
+# Hugging Face's Conv1D stores these as (in, out).
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+# Not parameters of ours: causal masks, which old files hold, and the head, tied to wte.
+LEFT_OUT = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 
 
 def from_pretrained(
     name_or_folder: str | Path, block_size: int | None = None, dropout: float = 0.0
 ) -> GPT:
-    """The GPT in a folder of Hugging Face's format, or of that name on its hub ("gpt2-medium").
+    """Load the GPT-2 in a folder of Hugging Face's format, or of that name on its hub ("gpt2").
 
     A folder holds `config.json` and `model.safetensors` (or several `model-*.safetensors`).
-    `block_size` keeps only that many positions. The weights are float32, on the CPU. Raises
-    FileNotFoundError or ValueError, in one line, for what is not there or no GPT-2.
+    `block_size` keeps only the first positions. The weights are float32, on the CPU. Raises
+    FileNotFoundError or ValueError, in one line, if it is missing, damaged or not a GPT-2.
     """
-    from mygpt.hub import hf
-
     folder = _folder(name_or_folder)
-    return hf.load(folder, read_config(folder, block_size, dropout))
+    config = read_config(folder, block_size, dropout)
+    tensors = _read(folder)
+    if "wpe.weight" in tensors:
+        tensors["wpe.weight"] = tensors["wpe.weight"][: config.block_size].clone()
+    if not config.bias:
+        biases = [name for name in tensors if name.endswith("bias")]
+        if any(tensors[name].any() for name in biases):  # an export trained on elsewhere
+            config = replace(config, bias=True)
+        else:
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
+    return build(config, tensors, folder)
 
 
 def read_config(folder: Path, block_size: int | None = None, dropout: float = 0.0) -> GPTConfig:
-    """The shape that `folder/config.json` describes. Raises ValueError if that is no GPT-2."""
+    """Read the model's shape from `folder/config.json`; ValueError if that is not a GPT-2."""
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json: name a folder of Hugging Face's")
+        raise FileNotFoundError(
+            f"{folder} holds no config.json: name a folder of Hugging Face's format"
+        )
     values = json.loads(path.read_text("utf-8"))
     if (model_type := values.get("model_type")) != "gpt2":
         raise ValueError(f"{path}: expected model_type gpt2, found {model_type}: take a GPT-2")
-    for key, allowed in _SAME_MODEL.items():
+    for key, allowed in SUPPORTED.items():
         if (value := values.get(key, allowed[0])) not in allowed:
-            wanted = " or ".join(map(str, allowed))
-            raise ValueError(f"{path}: expected {key} {wanted}, found {value}: myGPT has no other")
+            expected = " or ".join(map(str, allowed))
+            raise ValueError(f"{path}: expected {key} {expected}, found {value}: not supported")
     positions = values.get("n_positions", 1024)
     if block_size is not None and block_size > positions:
         raise ValueError(
-            f"{path}: block_size {block_size} asked for, the model has {positions} positions: "
-            f"ask for at most {positions}"
+            f"{path}: expected a block size of at most {positions}, the model's positions, found "
+            f"{block_size}: give --block-size {positions}"
         )
     return GPTConfig(
         block_size=block_size or positions,
@@ -77,7 +86,7 @@ def read_config(folder: Path, block_size: int | None = None, dropout: float = 0.
         n_embed=values.get("n_embd", 768),
         n_hidden=values.get("n_inner") or 0,
         dropout=dropout,
-        bias=values.get("bias", True),  # only an export of ours has the key
+        bias=values.get("bias", True),  # only exports of myGPT have the key
     )
 
 
@@ -89,71 +98,59 @@ def _folder(name_or_folder: str | Path) -> Path:
     try:
         files = ["config.json", "model*.safetensors"]
         return Path(snapshot_download(str(name_or_folder), allow_patterns=files))
-    except (OSError, ValueError) as error:  # no network, no such model, not even a name of one
+    except (OSError, ValueError) as error:  # no network, no such model, or not a valid name
         reason = str(error).strip().split("\n")[0]
         raise FileNotFoundError(
-            f"{name_or_folder} is no folder here, and the Hugging Face hub does not give it "
-            f"({reason}): name a folder with config.json and model.safetensors"
+            f"{name_or_folder} is no folder here, and could not be fetched from the Hugging Face "
+            f"hub ({reason}): name a folder with config.json and model.safetensors"
         ) from error
 
 
-@dataclass(frozen=True)
-class Export:
-    """Write a run's model as a folder that Hugging Face's library opens, and prove it equal."""
-
-    run: Positional[Path]  # run, whose newest checkpoint is taken, or checkpoint
-    out: Positional[Path]  # the new folder
-    best: bool = False  # take the best checkpoint by validation, not the newest
-    data: UseAppendAction[tuple[str, ...]] = ()  # the dataset, if it has moved; as in train.py
-
-    def start(self) -> int:
-        """Export, and say what was made."""
-        from mygpt.hub import export
-
-        print("\n".join(export.export(self.run, self.out, self.best, self.data)))
-        return 0
-
-
-@dataclass(frozen=True)
-class Import:
-    """Write nanoGPT's checkpoint as such a folder, for train.py --init-from and eval.py."""
-
-    checkpoint: Positional[Path]  # nanoGPT's ckpt.pt, or the folder it lies in
-    out: Positional[Path]  # the new folder
-
-    def start(self) -> int:
-        """Import, and say what was made."""
-        from mygpt.hub import export
-
-        print("\n".join(export.convert(self.checkpoint, self.out)))
-        return 0
+def _read(folder: Path) -> dict[str, Tensor]:
+    """All tensors in the folder, under our names and in our layout."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no model.safetensors: save the model there with save_pretrained"
+        )
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            stored = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): fetch or export it again") from None
+        tensors |= our_names(stored)
+    return {name: t.T if name.endswith(TRANSPOSED) else t for name, t in tensors.items()}
 
 
-class Command(Protocol):
-    """A subcommand: its fields are its flags."""
+def our_names(stored: Mapping[str, Tensor], wrapper: str = "") -> dict[str, Tensor]:
+    """The parameters among stored tensors, without `PREFIX` and a wrapper's prefix before it."""
+    tensors = {}
+    for name, tensor in stored.items():
+        name = name.removeprefix(wrapper).removeprefix(PREFIX)
+        if not name.endswith(LEFT_OUT):
+            tensors[name] = tensor
+    return tensors
 
-    def start(self) -> int:
-        """Do it; returns the exit code."""
 
-
-COMMANDS: dict[str, Callable[..., Command]] = {"export": Export, "import": Import}
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """Parse the command line and run its command; returns the exit code."""
-    command: Command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="python -m mygpt.pretrained",
-        description=__doc__,
-        args=args,
-        config=(FlagCreatePairsOff,),
-    )
-    try:
-        return command.start()
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: Path) -> GPT:
+    """The model of `config` with these weights as float32; ValueError if one does not fit it."""
+    with torch.device("meta"):  # shapes only: the weights are replaced, not initialised
+        model = GPT(config)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{source}: tensor {name}: expected shape {expected.get(name, 'none')}, found "
+                f"{found.get(name, 'none')}: its configuration describes another model"
+            )
+    weights = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    model.load_state_dict({**weights, "lm_head.weight": weights["wte.weight"]}, assign=True)
+    model.lm_head.weight = model.wte.weight
+    return model
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line_errors():
+        raise ValueError("python -m mygpt.pretrained was replaced by python -m mygpt.hub")

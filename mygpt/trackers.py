@@ -1,4 +1,4 @@
-"""The figures of a run for TensorBoard and for Weights & Biases, which are both optional.
+"""Metrics of a run for TensorBoard and for Weights & Biases, both optional.
 
 python train.py small --data data/web --tensorboard       writes RUN/tensorboard
 python train.py small --data data/web --wandb my-project
@@ -6,46 +6,40 @@ python train.py small --data data/web --wandb my-project
 
 import importlib.util
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from mygpt import run_config
 from mygpt.settings import TrainConfig
 
-
-class Track(Protocol):
-    """What takes the figures of a step, by name."""
-
-    def __call__(self, step: int, figures: Mapping[str, float]) -> None:
-        """Show them."""
+Track = Callable[[int, Mapping[str, float]], None]  # (step, metrics by name)
 
 
 def check(config: TrainConfig) -> None:
-    """Raise ValueError if what the flags ask for is not installed."""
-    asked = {"tensorboard": config.tensorboard, "wandb": bool(config.wandb)}
-    for name, is_asked in asked.items():
-        if is_asked and importlib.util.find_spec(name) is None:
+    """Raise ValueError if a tracker that the flags ask for is not installed."""
+    requested = {"tensorboard": config.tensorboard, "wandb": bool(config.wandb)}
+    for name, is_requested in requested.items():
+        if is_requested and importlib.util.find_spec(name) is None:
             raise ValueError(f"--{name} needs {name}: get it with pip install 'mygpt[{name}]'")
 
 
 @contextmanager
 def open_trackers(config: TrainConfig, step: int, enabled: bool) -> Iterator[Track]:
-    """What the flags ask for, as one call; nothing of it on a rank where `enabled` is False.
+    """Open the trackers that the flags ask for and yield one function that logs to all of them.
 
-    A run that goes on after `step` steps goes on there too.
+    A run resumed after `step` steps is resumed there too. Not `enabled`, it logs nothing.
     """
     with ExitStack() as stack:
-        tracks: list[Track] = []
+        trackers: list[Track] = []
         if config.tensorboard and enabled:
-            tracks.append(stack.enter_context(_tensorboard(config.log_dir, step)))
+            trackers.append(stack.enter_context(_tensorboard(config.log_dir, step)))
         if config.wandb and enabled:
-            tracks.append(stack.enter_context(_wandb(config)))
+            trackers.append(stack.enter_context(_wandb(config)))
 
-        def track(step: int, figures: Mapping[str, float]) -> None:
-            for one in tracks:
-                one(step, figures)
+        def track(step: int, metrics: Mapping[str, float]) -> None:
+            for tracker in trackers:
+                tracker(step, metrics)
 
         yield track
 
@@ -54,11 +48,11 @@ def open_trackers(config: TrainConfig, step: int, enabled: bool) -> Iterator[Tra
 def _tensorboard(run: Path, step: int) -> Iterator[Track]:
     from torch.utils.tensorboard import SummaryWriter
 
-    # What a killed run has written of later steps is not shown.
+    # purge_step hides what a killed run wrote of later steps.
     with SummaryWriter(run / "tensorboard", purge_step=step + 1) as writer:
 
-        def track(step: int, figures: Mapping[str, float]) -> None:
-            for name, value in figures.items():
+        def track(step: int, metrics: Mapping[str, float]) -> None:
+            for name, value in metrics.items():
                 writer.add_scalar(name, value, step)
 
         yield track
@@ -69,21 +63,21 @@ def _wandb(config: TrainConfig) -> Iterator[Track]:
     import wandb
 
     run = config.log_dir
-    own_id = run / "wandb_id"  # so that a run that goes on is one run there as well
-    if not own_id.is_file():
-        own_id.write_text(secrets.token_hex(4), "utf-8")
+    stored_id = run / "wandb_id"  # so that a resumed run is one run there as well
+    if not stored_id.is_file():
+        stored_id.write_text(secrets.token_hex(4), "utf-8")
     with wandb.init(
         project=config.wandb,
-        id=own_id.read_text("utf-8"),
+        id=stored_id.read_text("utf-8"),
         name=run.name,
         dir=run,
         config=run_config.to_json(config),
         resume="allow",
     ) as session:
-        # Steps that are trained again come a second time, which its own counter would refuse.
+        # Its own step counter refuses to go back, as it must for steps trained a second time.
         session.define_metric("*", step_metric="step")
 
-        def track(step: int, figures: Mapping[str, float]) -> None:
-            session.log({"step": step, **figures})
+        def track(step: int, metrics: Mapping[str, float]) -> None:
+            session.log({"step": step, **metrics})
 
         yield track

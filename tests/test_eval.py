@@ -18,8 +18,10 @@ import torch
 
 import eval as script
 import train
-from mygpt import checkpoint, pretrained, run_config
+from mygpt import checkpoint, run_config
+from mygpt.eval import metrics
 from mygpt.evaluate import Loss, evaluate
+from mygpt.hub import __main__ as hub
 from mygpt.model import GPT
 from shards import tokenizer
 from shards.manifest import Manifest, TokenizerIdentity
@@ -60,7 +62,7 @@ def gpt2_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(gpt2_run: Path) -> Path:
     """The model of that run in Hugging Face's format."""
     folder = gpt2_run.parent / "exported"
-    assert pretrained.main(["export", str(gpt2_run), str(folder)]) == 0
+    assert hub.main(["export", str(gpt2_run), str(folder)]) == 0
     return folder
 
 
@@ -244,7 +246,7 @@ def test_without_a_prompt_documents_are_begun(
     assert [sample["prompt"] for sample in found["samples"]] == ["", ""]
     assert script.main([str(gpt2_run), "--max-new-tokens", "5", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
-    for words in ("step 6 of 6", "nats a token", "bits per byte", "unigram", "sample 2, prompt ''"):
+    for words in ("step 6 of 6", "nats per", "bits per byte", "unigram", "sample 2, prompt ''"):
         assert words in text
     assert f"{found['loss']:.4f}" in text
 
@@ -464,8 +466,8 @@ def test_every_field_is_explained(
 def test_the_unigram_baseline_of_much_text_counts_some_of_it(
     run: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "COUNTED", 1000)
-    counts = script.frequencies(Mixture.load([str(data)]))
+    monkeypatch.setattr(metrics, "ENOUGH_TOKENS", 1000)
+    counts = metrics.training_counts(Mixture.load([str(data)]))
     assert counts.tolist() == np.bincount(np.load(data / "train_00000.npy"), minlength=64).tolist()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import eval as script
 import train
-from mygpt import pretrained
+from mygpt.hub import __main__ as hub
 from shards import tokenizer
 from shards.manifest import TokenizerIdentity
 from tests.dataset import write_dataset
@@ -61,7 +61,7 @@ def test_every_item_has_the_harness_scores(tmp_path: Path) -> None:
     flags = ["tiny", "--data", str(data), "--log-dir", str(run), *MODEL.split(), *BATCH.split()]
     assert train.main(flags) == 0
     exported = tmp_path / "exported"
-    assert pretrained.main(["export", str(run), str(exported)]) == 0
+    assert hub.main(["export", str(run), str(exported)]) == 0
     write_questions(file)
     ask = ["--hellaswag", str(file), "--num-samples", "0", "--device", "cpu", "--json"]
     assert script.main([str(run), *ask]) == 0

@@ -15,13 +15,8 @@ PACKAGES = ("prepare", "shards", "mygpt", "bench")
 SCRIPTS = ("train", "eval")
 # The model and what it is trained by stand alone: of the project they import each other only.
 STANDALONE = {"mygpt.config", "mygpt.loss", "mygpt.model", "mygpt.optim"}
-# The commands of mygpt that need data.
-READ_SHARDS = {
-    "mygpt.hub.export",
-    "mygpt.report.run_summary",
-    "mygpt.report.__main__",
-    "mygpt.doctor.__main__",
-}
+# Built on the core, which never imports them; train.py imports the trackers that a flag asks for.
+ROOMS = {"mygpt.eval", "mygpt.report", "mygpt.doctor", "mygpt.hub", "mygpt.trackers"}
 MAY_IMPORT = {
     "prepare": {"prepare", "shards"},
     "shards": {"shards"},
@@ -91,6 +86,21 @@ def test_the_model_stands_alone(name: str) -> None:
     assert of_the_project(imported_by(name)) <= STANDALONE
 
 
+def room_of(name: str) -> str:
+    """The room that a module belongs to, "" if it is in none."""
+    room = ".".join(name.split(".")[:2])
+    return room if room in ROOMS else ""
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_the_core_never_imports_rooms(name: str) -> None:
+    assert FILES.keys() >= ROOMS
+    if name.startswith("mygpt.") and not room_of(name):
+        assert not {room_of(other) for other in imported_by(name)} - {""}
+    if name == "train":
+        assert {room_of(other) for other in imported_by(name)} <= {"", "mygpt.trackers"}
+
+
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_the_offline_side_never_imports_torch(name: str) -> None:
     heavy = {other.partition(".")[0] for other in imported_by(name)} & HEAVY
@@ -142,7 +152,8 @@ except SystemExit as exit_:
     print(json.dumps([exit_.code, sorted(sys.modules)]))
 """
 COMMANDS = [
-    *("prepare", "shards", "mygpt.pretrained", "mygpt.report", "mygpt.doctor"),
+    *("prepare", "shards", "mygpt.hub", "mygpt.report", "mygpt.doctor", "mygpt.plot"),
+    "mygpt.doctor.verify_resume",
     *(f"{name}.py" for name in SCRIPTS if name in FILES),
 ]
 

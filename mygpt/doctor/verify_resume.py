@@ -1,10 +1,10 @@
-"""Does a resumed run equal one that was never stopped, on this machine and with this data?
+"""Check on this machine, with this data, that a resumed run equals an uninterrupted one.
 
     python -m mygpt.doctor.verify_resume tiny --data data/web --steps 20 --device cpu
 
-Trains 2N steps at once, then N steps, a stop, and N more, and compares bit by bit; then, without
-dropout, 2N steps on one rank and on two, and compares to rounding. What is not --steps is given to
-train.py. Exit code: 0 equal; 1 not, with the first difference; 2 a training failed.
+Trains 2N steps in one go and N steps, a stop and N more, and compares bit by bit; then, without
+dropout, 2N steps on one rank and on two, and compares to rounding. Flags other than --steps go to
+train.py. Exit code: 0 equal; 1 different, with the first difference; 2 a training failed.
 """
 
 import argparse
@@ -16,40 +16,50 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mygpt import log, settings
+from shards.cli import one_line_errors
+
+
+def parse(args: Sequence[str] | None) -> tuple[int, list[str]]:
+    """Read the command line: (--steps, the flags for train.py)."""
+    parser = argparse.ArgumentParser(
+        "python -m mygpt.doctor.verify_resume",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--steps", type=int, default=10, help="N: the run is twice as long")
+    options, flags = parser.parse_known_args(args)
+    return options.steps, flags
+
+
+if __name__ == "__main__":  # answer --help before the imports below, which take seconds
+    parse(sys.argv[1:])
+
+import torch
+
+from mygpt import checkpoint, log, settings
+from mygpt.distributed import find_device
 
 TRAIN = Path(__file__).parents[2] / "train.py"
-EXIT_DIFFERENT, EXIT_FAILED = 1, 2
-# Relative difference of a loss that may come from adding up in another order.
-ROUNDING = 1e-3
+ROUNDING = 1e-3  # relative difference of losses that a different order of summation may cause
 
 
+@one_line_errors()
 def main(args: Sequence[str] | None = None) -> int:
-    """Run both comparisons and print what came of them. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m mygpt.doctor.verify_resume", description=__doc__, allow_abbrev=False
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--steps", type=int, default=10, help="N: the run is twice as long")
-    asked, flags = parser.parse_known_args(args)
+    """Run both comparisons and print their results. Returns the exit code."""
+    steps, flags = parse(args)
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as folder:
-        try:
-            found = list(differences(Path(folder), flags, asked.steps))
-        except subprocess.CalledProcessError as error:
-            parser.exit(EXIT_FAILED, f"error: train.py ended with {error.returncode}, see above\n")
-        except ValueError as error:
-            parser.exit(EXIT_FAILED, f"error: {error}\n")
-    return EXIT_DIFFERENT if any(found) else 0
+        results = []
+        for comparison, difference in differences(Path(folder), flags, steps):
+            print(f"{comparison}: {difference or 'equal'}", flush=True)
+            results.append(difference)
+    return 1 if any(results) else 0
 
 
-def differences(folder: Path, flags: Sequence[str], steps: int) -> Iterator[str]:
-    """What differs, an empty text for each comparison in which nothing does; printed as found."""
-    import torch  # for which --help should not wait
-
-    from mygpt import distributed
-
+def differences(folder: Path, flags: Sequence[str], steps: int) -> Iterator[tuple[str, str]]:
+    """Train and compare: (comparison, its first difference or "")."""
     config = settings.parse(flags, "")
-    device = distributed.find_device(config.device)
+    device = find_device(config.device)
     length = ["--max-steps", str(2 * steps), "--log-interval", str(2 * steps)]
     if device == "cuda":
         length.append("--deterministic")
@@ -57,67 +67,61 @@ def differences(folder: Path, flags: Sequence[str], steps: int) -> Iterator[str]
     train([*flags, *length], straight)
     train([*flags, *length, "--stop-at", str(steps)], stopped)
     train([*flags, *length], stopped)
-    yield told(
-        f"{2 * steps} steps against {steps} + {steps}, bit by bit", first_bit(straight, stopped)
-    )
+    comparison = f"{2 * steps} steps against {steps} + {steps}, bit by bit"
+    yield comparison, first_bit_difference(straight, stopped)
     has_two = device == "cpu" or torch.cuda.device_count() > 1
-    # Every rank draws its own dropout, so there can't be any.
-    alike = [*flags, *length, "--dropout", "0", "--device", device if has_two else "cpu"]
+    # Each rank draws a dropout mask of its own, so dropout would make the two runs differ.
+    flags = [*flags, *length, "--dropout", "0", "--device", device if has_two else "cpu"]
     if config.model.dropout or not has_two:
         shutil.rmtree(straight)
-        train(alike, straight)
-    train([*alike, "--micro-batch", str(shared_rows(config))], two, ranks=2)
-    yield told(f"{2 * steps} steps on one rank against two, to rounding", first_loss(straight, two))
+        train(flags, straight)
+    train([*flags, "--micro-batch", str(micro_batch_of_two_ranks(config))], two, ranks=2)
+    comparison = f"{2 * steps} steps on one rank against two, to rounding"
+    yield comparison, first_loss_difference(straight, two)
 
 
 def train(flags: Sequence[str], run: Path, ranks: int = 1) -> None:
-    """One training into a folder; CalledProcessError if it fails."""
+    """Train into a folder; ValueError if train.py fails."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     print(f"training into {run.name} ...", flush=True)
     command = [*launcher, str(TRAIN), *flags, "--log-dir", str(run)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise ValueError(f"train.py ended with {done.returncode}, see above")
 
 
-def shared_rows(config: settings.TrainConfig) -> int:
-    """The largest micro-batch with which two ranks can share the rows of a step."""
-    rows, rest = divmod(config.total_batch_size, 2 * config.model.block_size)
-    if rest or not rows:
+def micro_batch_of_two_ranks(config: settings.TrainConfig) -> int:
+    """The largest micro-batch with which two ranks can share the sequences of a step."""
+    sequences, rest = divmod(config.total_batch_size, 2 * config.model.block_size)
+    if rest or not sequences:
         raise ValueError(
-            f"two ranks can't share a step of {config.total_batch_size} tokens in rows of "
-            f"{config.model.block_size}: give an even number of rows with --total-batch-size"
+            f"two ranks can't share a step of {config.total_batch_size} tokens in sequences of "
+            f"{config.model.block_size}: give an even number of sequences with --total-batch-size"
         )
-    largest = min(config.micro_batch or rows, rows)
-    return next(size for size in range(largest, 0, -1) if rows % size == 0)
+    largest = min(config.micro_batch or sequences, sequences)
+    return next(size for size in range(largest, 0, -1) if sequences % size == 0)
 
 
-def told(what: str, difference: str) -> str:
-    """Print what a comparison found, and return it."""
-    print(f"{what}: {difference or 'equal'}", flush=True)
-    return difference
-
-
-def first_bit(one: Path, other: Path) -> str:
-    """Where two runs first differ: a step's log line, else a tensor of the last checkpoint."""
-    from mygpt import checkpoint
-
-    if difference := first_loss(one, other, rounding=0):
+def first_bit_difference(one: Path, other: Path) -> str:
+    """The first difference of two runs: a step's loss, or a tensor of the last checkpoint."""
+    if difference := first_loss_difference(one, other, rounding=0):
         return difference
     folders = [checkpoint.find(run) for run in (one, other)]
-    places = [checkpoint.read_state(folder)["loader"] for folder in folders]
-    if places[0] != places[1]:
-        return f"the places in the data differ: {places[0]} and {places[1]}"
+    loaders = [checkpoint.read_state(folder)["loader"] for folder in folders]
+    if loaders[0] != loaders[1]:
+        return f"the positions in the data differ: {loaders[0]} and {loaders[1]}"
     for load in (checkpoint.load_weights, checkpoint.load_optimizer):
-        tensors = [load(folder) for folder in folders]
-        for name, tensor in tensors[0].items():
-            if name not in tensors[1] or not tensor.equal(tensors[1][name]):
-                return f"{name} differs in the last checkpoint, though no loss was seen to"
+        ours, theirs = (load(folder) for folder in folders)
+        for name, tensor in ours.items():
+            if name not in theirs or not tensor.equal(theirs[name]):
+                return f"{name} differs in the last checkpoint, though all logged losses are equal"
     return ""
 
 
-def first_loss(one: Path, other: Path, rounding: float = ROUNDING) -> str:
-    """The first step of which two runs logged losses that differ by more than rounding."""
+def first_loss_difference(one: Path, other: Path, rounding: float = ROUNDING) -> str:
+    """The first step whose logged losses differ by more than rounding, or ""."""
     left, right = log.read(one).train, log.read(other).train
     for step in sorted(left.keys() | right.keys()):
         if step not in left or step not in right:

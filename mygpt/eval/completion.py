@@ -1,11 +1,11 @@
-"""Text as it is being written: token by token on a terminal, and completed at a prompt.
+"""Text as it is generated: streamed to a terminal, and interactive completion.
 
 T: tokens, V: vocabulary.
 """
 
 import codecs
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor
 from mygpt.generate import sample, stream
 from mygpt.model import GPT, KeyValueCache
 from mygpt.stopping import Interrupt
+from shards.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Tokens to text, each as soon as its bytes make whole characters.
+    """Incremental decoder: tokens to text, each character as soon as its bytes are complete.
 
-    `vocabulary` holds the bytes of every token id; ids past its end stand for no text. Bytes that
-    are not UTF-8 become U+FFFD, as when the whole is decoded at once.
+    `vocabulary` holds the bytes of every token id; ids beyond it, as a model with a padded
+    vocabulary may draw, are empty. Bytes that are not UTF-8 become U+FFFD, as in `decode`.
     """
 
     def __init__(self, vocabulary: Sequence[bytes]) -> None:
@@ -28,18 +29,18 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that the token completes, maybe none."""
-        known = token < len(self._vocabulary)
-        return self._decoder.decode(self._vocabulary[token] if known else b"")
+        """Return the text that the token completes, perhaps none."""
+        is_known = token < len(self._vocabulary)
+        return self._decoder.decode(self._vocabulary[token] if is_known else b"")
 
     def end(self) -> str:
-        """What is left of a character that was never completed."""
+        """Return what is left of an incomplete character."""
         return self._decoder.decode(b"", final=True)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is drawn, as `mygpt.generate.stream` has it; `top_k` 0 draws among all tokens."""
+    """Settings of `mygpt.generate.stream`; with `top_k` 0 it draws from all tokens."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -53,28 +54,21 @@ def continuations(
     prompt: Sequence[int],
     count: int,
     sampling: Sampling,
-    vocabulary: Sequence[bytes],
-    eot: int,
+    tokenizer: Tokenizer,
     show: bool = False,
 ) -> list[str]:
-    """`count` texts that go on after the prompt's tokens, each up to the end of its document.
+    """Sample `count` continuations of the prompt's tokens, each to the end of its document.
 
-    With `show` the first of them is printed as it comes.
+    With `show` the first of them is printed as it is generated.
     """
+    settings = asdict(sampling) | {"top_k": sampling.top_k or None}
+    vocabulary = tokenizer.vocabulary()
     texts = [""] * count
     decoders = [TextStream(vocabulary) for _ in texts]
-    for tokens in stream(
-        model,
-        [prompt] * count,
-        sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k or None,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        stop=eot,
-    ):
+    for tokens in stream(model, [prompt] * count, stop=tokenizer.eot, **settings):
         pieces = [
-            "" if token is None else decoders[row].push(token) for row, token in enumerate(tokens)
+            "" if token is None else decoder.push(token)
+            for token, decoder in zip(tokens, decoders, strict=True)
         ]
         if show:
             print(pieces[0], end="", flush=True)
@@ -86,75 +80,72 @@ def continuations(
 
 
 class Completer:
-    """A text that grows by what it is given and by what the model writes.
+    """A text that the user and the model write in turns.
 
-    The keys and values of what was read are kept, so only new tokens are computed, until the text
-    outgrows the block: then its last half block is read anew, as in `mygpt.generate.stream`.
+    The cache keeps keys and values of the text, so only new tokens are computed, until the text
+    outgrows the block: then its last half block is computed anew, as in `mygpt.generate.stream`.
     """
 
     def __init__(self, model: GPT, sampling: Sampling) -> None:
         self._model = model.eval()
         self.sampling = sampling
-        self._chance = np.random.default_rng(sampling.seed)
+        self._random = np.random.default_rng(sampling.seed)
         self.clear()
 
     def clear(self) -> None:
-        """Begin a new text."""
-        self._unread: list[int] = []
-        self._context: list[int] = []  # tokens that the cache holds
+        """Start a new text."""
+        self._new: list[int] = []  # tokens that the cache does not hold yet
+        self._context: list[int] = []  # tokens in the cache
         self._cache = KeyValueCache(self._model, 1, self._model.config.block_size)
 
     def complete(self, tokens: Sequence[int], stop: int) -> Iterator[int]:
-        """Append `tokens` to the text, then yield what the model goes on with, up to `stop`.
+        """Append `tokens` to the text, then yield the model's continuation up to `stop`.
 
-        After `stop`, which belongs to the text and is not yielded, the model has said all it
-        would. Whoever stops listening before that keeps the tokens yielded so far. Raises
-        ValueError for a text without tokens.
+        `stop` becomes part of the text but is not yielded. If the caller stops iterating earlier,
+        the text keeps the tokens yielded so far. Raises ValueError for a text without tokens.
         """
-        self._unread.extend(tokens)
-        if not self._unread:
+        self._new.extend(tokens)
+        if not self._new:
             raise ValueError("the text has no tokens: begin it with <|endoftext|>")
-        for _ in range(self.sampling.max_new_tokens):
-            logits = self._read()  # (1, V)
-            uniform = torch.tensor([1 - self._chance.random()], device=logits.device)  # (0, 1]
-            how = self.sampling
-            token = int(sample(logits, uniform, how.temperature, how.top_k or None, how.top_p))
-            self._unread.append(token)
+        sampling = self.sampling
+        for _ in range(sampling.max_new_tokens):
+            logits = self._next_logits()  # (1, V)
+            uniform = torch.tensor([1 - self._random.random()], device=logits.device)  # (0, 1]
+            drawn = sample(
+                logits, uniform, sampling.temperature, sampling.top_k or None, sampling.top_p
+            )
+            token = int(drawn)
+            self._new.append(token)
             if token == stop:
                 return
             yield token
 
-    def _read(self) -> Tensor:
-        """Logits (1, V) after the text, of which only what is new is computed."""
-        block = self._model.config.block_size
-        if len(self._context) + len(self._unread) > block:
-            text = self._context + self._unread
+    def _next_logits(self) -> Tensor:
+        """Logits (1, V) after the text, computing only its new tokens."""
+        block_size = self._model.config.block_size
+        if len(self._context) + len(self._new) > block_size:
+            text = self._context + self._new
             self.clear()
-            self._unread = text[-max(1, block // 2) :]
-        device = self._model.wte.weight.device
-        idx = torch.tensor([self._unread], device=device)  # (1, T)
-        self._context += self._unread
-        self._unread = []
+            self._new = text[-max(1, block_size // 2) :]
+        idx = torch.tensor([self._new], device=self._model.wte.weight.device)  # (1, T)
+        self._context += self._new
+        self._new = []
         return self._model.next_logits(idx, None, self._cache)
 
 
-HELP = """What you type is continued. Enter alone: go on; /new: begin anew; Ctrl-C: stop the text;
-Ctrl-D: leave."""
+HELP = """Type a text and the model continues it. Enter alone: continue; /new: start a new text;
+Ctrl-C: interrupt the model; Ctrl-D: quit."""
 
 
 def converse(
-    completer: Completer,
-    encode: Callable[[str], list[int]],
-    vocabulary: Sequence[bytes],
-    eot: int,
-    read: Callable[[str], str] = input,
+    completer: Completer, tokenizer: Tokenizer, read: Callable[[str], str] = input
 ) -> None:
-    """Let the user and the model write a text in turns, until the input ends.
+    """Complete what the user types, in turns, until the input ends.
 
-    Every text begins with <|endoftext|>, as every document of the training did.
+    Every text begins with <|endoftext|>, as every document in training does.
     """
     print(HELP)
-    begun = False
+    vocabulary, start = tokenizer.vocabulary(), [tokenizer.eot]
     while True:
         try:
             typed = read("\n> ")
@@ -163,17 +154,16 @@ def converse(
             return
         if typed == "/new":
             completer.clear()
-            begun = False
+            start = [tokenizer.eot]
             continue
-        tokens = encode(typed) if begun else [eot, *encode(typed)]
-        begun = True
         text, written = TextStream(vocabulary), 0
-        # A flag instead of an exception: the cache is never left half written.
+        # A flag and not an exception, which could leave the cache half updated.
         with Interrupt().watch() as interrupt:
-            for token in completer.complete(tokens, eot):
+            for token in completer.complete(start + tokenizer.encode(typed), tokenizer.eot):
                 print(text.push(token), end="", flush=True)
                 written += 1
                 if interrupt.seen:
                     break
-        ended = not interrupt.seen and written < completer.sampling.max_new_tokens
-        print(text.end() + "\n<|endoftext|>" * ended, end="", flush=True)
+        start = []
+        is_ended = not interrupt.seen and written < completer.sampling.max_new_tokens
+        print(text.end() + "\n<|endoftext|>" * is_ended, end="", flush=True)

@@ -1,18 +1,17 @@
-"""Multiple-choice questions, HellaSwag's above all: which ending does the model find likeliest?
+"""Multiple-choice questions, such as HellaSwag's, scored by the likelihood of each ending.
 
-A file holds a JSON object a line: `ctx`, the text so far; `endings`, the texts it may go on with;
-`label`, the index of the right one. Scores are those of lm-evaluation-harness (0.4.13), ending by
-ending: the log-probability of " " + ending after the context, without <|endoftext|> before it, the
-context cut from the left where both do not fit.
+A file holds one JSON object per line: `ctx`, the text so far; `endings`, its possible
+continuations; `label`, the index of the right one. Scores are those of lm-evaluation-harness
+(0.4.13): the log-probability of " " + ending after the context, without <|endoftext|> before it,
+the context cut from the left if both don't fit.
 
-What was found is kept in an items file, a line a question: a killed evaluation goes on from there.
+Scores are appended to an items file, one line per question, from which a killed evaluation resumes.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ import torch
 import xxhash
 
 from mygpt.distributed import Ranks, compute_dtype
-from mygpt.eval.standard_error import Estimate, proportion
 from mygpt.evaluate import default_batch_size, shown, token_losses
 from mygpt.model import GPT
+from shards.tokenizer import Tokenizer
 
-# Questions that a rank answers between two writes to the items file: enough to keep it busy.
-ROUND, ROUND_ON_CPU = 256, 16
+# Questions per rank between two writes to the items file: enough to keep the device busy.
+QUESTIONS_PER_ROUND = {"cpu": 16, "mps": 256, "cuda": 256}
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answers:
-    """For each question the log-probability of every ending, in nats."""
+    """The log-probability in nats of every ending of every question."""
 
     questions: list[Question]
     scores: list[list[float]]
@@ -53,7 +52,7 @@ class Answers:
 
     @property
     def chosen_norm(self) -> list[int]:
-        """The likeliest by log-probability a character."""
+        """The likeliest ending by log-probability per character."""
         lengths = [[len(ending) for ending in question.endings] for question in self.questions]
         return [
             int(np.argmax([s / n if n else -math.inf for s, n in zip(*both, strict=True)]))
@@ -61,30 +60,20 @@ class Answers:
         ]
 
     @property
-    def accuracy(self) -> Estimate:
-        """How often the likeliest ending is the right one."""
-        return self._right(self.chosen)
-
-    @property
-    def accuracy_norm(self) -> Estimate:
-        """How often the likeliest by log-probability a character is."""
-        return self._right(self.chosen_norm)
-
-    @property
     def chance(self) -> float:
         """The accuracy of guessing."""
         return float(np.mean([1 / len(question.endings) for question in self.questions]))
 
-    def _right(self, chosen: list[int]) -> Estimate:
-        labels = [question.label for question in self.questions]
-        return proportion(np.array(chosen) == np.array(labels))
+    def is_correct(self, chosen: list[int]) -> np.ndarray:
+        """Compare chosen endings with the labels: (n,) bool."""
+        return np.array(chosen) == np.array([question.label for question in self.questions])
 
 
 def read(path: Path, hellaswag: bool = False) -> list[Question]:
-    """The questions of a file, its contexts and endings as they stand.
+    """Read the questions of a file, contexts and endings as they are.
 
-    With `hellaswag` as lm-evaluation-harness reads that benchmark: the activity before the context,
-    WikiHow's marks in brackets taken out. Raises FileNotFoundError where there is no file, and
+    With `hellaswag`, as lm-evaluation-harness reads that benchmark: the activity before the
+    context, WikiHow's marks in brackets removed. Raises FileNotFoundError if there is no file, and
     ValueError, naming the line, for one that is no question.
     """
     questions = []
@@ -99,7 +88,7 @@ def read(path: Path, hellaswag: bool = False) -> list[Question]:
                         f"among them, found something else ({type(error).__name__}: {error})"
                     ) from None
     if not questions:
-        raise ValueError(f"expected questions in {path}, found none: a JSON object a line")
+        raise ValueError(f"expected questions in {path}, found none: one JSON object per line")
     return questions
 
 
@@ -119,7 +108,7 @@ def _question(raw: dict[str, Any], hellaswag: bool) -> Question:
 
 
 def _clean(text: str) -> str:
-    # What lm-evaluation-harness does to HellaSwag's text, step by step, for the same tokens.
+    # The steps of lm-evaluation-harness in their order, so that the tokens are the same.
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -127,8 +116,7 @@ def _clean(text: str) -> str:
 def answer(
     model: GPT,
     questions: list[Question],
-    encode: Callable[[str], list[int]],
-    eot: int,
+    tokenizer: Tokenizer,
     ranks: Ranks,
     block_size: int,
     items: Path | None = None,
@@ -136,89 +124,96 @@ def answer(
 ) -> Answers:
     """Score every ending of every question; the same on all ranks.
 
-    Ranks share out the questions, round by round. After each the main rank appends to `items` what
-    was found, and what is there already is not computed again. Raises ValueError for an ending
+    Ranks divide the questions, round by round. After each round the main rank appends its scores to
+    `items`; what that file holds already is not computed again. Raises ValueError for an ending
     that does not fit the block.
     """
     ends = np.cumsum([len(question.endings) for question in questions]).tolist()
     spans = [slice(end - len(q.endings), end) for q, end in zip(questions, ends, strict=True)]
-    scores = _known(items, spans, ranks)
-    # Those of like length together, so that little is padding.
+    scores = _stored(items, spans, ranks)
     todo = [i for i, span in enumerate(spans) if np.isnan(scores[span]).any()]
-    todo.sort(key=lambda i: len(questions[i].context))
-    size = ranks.world_size * (ROUND_ON_CPU if ranks.device.type == "cpu" else ROUND)
+    todo.sort(key=lambda i: len(questions[i].context))  # similar lengths together: less padding
+    size = ranks.world_size * QUESTIONS_PER_ROUND[ranks.device.type]
     rounds = [todo[first : first + size] for first in range(0, len(todo), size)]
-    for here in shown(rounds, len(rounds), progress and ranks.is_main):
-        own = here[ranks.rank :: ranks.world_size]
-        found = np.zeros_like(scores)
-        rows = [row for i in own for row in _rows(questions[i], encode, eot, block_size)]
-        places = [place for i in own for place in range(ends[i])[spans[i]]]
-        found[places] = _log_probabilities(model, rows, ranks.device)
-        found = np.array(ranks.all_reduce_sum(found.tolist()))
-        for i in here:
-            scores[spans[i]] = found[spans[i]]
+    for round_ in shown(rounds, len(rounds), progress and ranks.is_main):
+        own = round_[ranks.rank :: ranks.world_size]
+        new = np.zeros_like(scores)
+        windows = [w for i in own for w in _windows(questions[i], tokenizer, block_size)]
+        new[[j for i in own for j in range(ends[i])[spans[i]]]] = _log_probabilities(
+            model, windows, ranks.device
+        )
+        new = np.array(ranks.all_reduce_sum(new.tolist()))
+        for i in round_:
+            scores[spans[i]] = new[spans[i]]
         if items is not None and ranks.is_main:
-            _append(items, {i: scores[spans[i]].tolist() for i in here})
+            _append(items, {i: scores[spans[i]].tolist() for i in round_})
     return Answers(questions, [scores[span].tolist() for span in spans])
 
 
-def identity(model: GPT, questions: list[Question], block_size: int, device: torch.device) -> str:
-    """Names what decides the scores: the weights, the questions, the context, the precision."""
-    found = xxhash.xxh3_64(repr((questions, block_size, compute_dtype(device))).encode())
+def items_file(
+    document: Path,
+    name: str,
+    model: GPT,
+    questions: list[Question],
+    block_size: int,
+    device: torch.device,
+) -> Path:
+    """The items file beside `document`; its name has a hash of all that decides the scores."""
+    digest = xxhash.xxh3_64(repr((questions, block_size, compute_dtype(device))).encode())
     for parameter in model.parameters():
-        found.update(parameter.detach().cpu().contiguous().numpy().data)
-    return found.hexdigest()
+        digest.update(parameter.detach().cpu().contiguous().numpy().data)
+    return document.with_name(f"{document.stem}.{name}.{digest.hexdigest()}.jsonl")
 
 
-def _rows(
-    question: Question, encode: Callable[[str], list[int]], eot: int, block_size: int
+def _windows(
+    question: Question, tokenizer: Tokenizer, block_size: int
 ) -> list[tuple[np.ndarray, int]]:
     """For each ending the last `block_size` + 1 tokens of the text, and how many are its own."""
     context = question.context.rstrip()
-    space = question.context[len(context) :] + " "  # a word's space is in the word's token
-    begun = encode(context) or [eot]
-    rows = []
+    space = question.context[len(context) :] + " "  # GPT-2's words begin with their space
+    before = tokenizer.encode(context) or [tokenizer.eot]
+    windows = []
     for ending in question.endings:
-        whole = encode(context + space + ending)
-        own = whole[len(begun) if context else 0 :]
+        whole = tokenizer.encode(context + space + ending)
+        own = whole[len(before) if context else 0 :]
         if len(own) > block_size:
             raise ValueError(
                 f"expected endings of at most {block_size} tokens, the model's context, found one "
                 f"of {len(own)} after {question.context[-40:]!r}: leave that question out"
             )
-        rows.append((np.array((begun + own)[-block_size - 1 :]), len(own)))
-    return rows
+        windows.append((np.array((before + own)[-block_size - 1 :]), len(own)))
+    return windows
 
 
 def _log_probabilities(
-    model: GPT, rows: list[tuple[np.ndarray, int]], device: torch.device
+    model: GPT, windows: list[tuple[np.ndarray, int]], device: torch.device
 ) -> list[float]:
-    """What the model gives to the last tokens of each row, in nats."""
-    if not rows:
+    """The log-probability of each window's own tokens, in nats."""
+    if not windows:
         return []
-    ids = [row for row, _ in rows]
+    ids = [window for window, _ in windows]
     size = default_batch_size(max(map(len, ids)), device)
     found = []
     for batch, losses, _ in token_losses(model, ids, Ranks(0, 0, 1, device), size):
-        for i, row in zip(batch, losses, strict=True):
+        for i, nats in zip(batch, losses, strict=True):
             last = len(ids[i]) - 1
-            found.append(-float(row[last - rows[i][1] : last].sum()))
+            found.append(-float(nats[last - windows[i][1] : last].sum()))
     return found
 
 
-def _known(items: Path | None, spans: list[slice], ranks: Ranks) -> np.ndarray:
-    """The scores that the main rank finds in the items file, NaN for the others; on all ranks."""
+def _stored(items: Path | None, spans: list[slice], ranks: Ranks) -> np.ndarray:
+    """The scores in the main rank's items file, NaN where there is none; the same on all ranks."""
     scores = np.full(spans[-1].stop, math.nan)
     if items is not None and items.exists() and ranks.is_main:
         whole, newline, torn = items.read_bytes().rpartition(b"\n")
-        if torn:  # a killed writer left half a line: what comes next must not be glued to it
+        if torn:  # a killed writer left half a line: the next one must not be glued to it
             os.truncate(items, len(whole) + len(newline))
         for line in whole.splitlines():
             record = json.loads(line)
             scores[spans[record["item"]]] = record["log_probabilities"]
     shared = ranks.all_reduce_sum([*np.nan_to_num(scores), *~np.isnan(scores)])
-    values, there = np.split(np.array(shared), 2)
-    return np.where(there > 0, values, math.nan)
+    values, is_stored = np.split(np.array(shared), 2)
+    return np.where(is_stored > 0, values, math.nan)
 
 
 def _append(items: Path, scores: dict[int, list[float]]) -> None:

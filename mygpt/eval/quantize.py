@@ -1,8 +1,8 @@
-"""A model's weights in the form in which one token after another is computed fastest.
+"""Weights in the form in which single tokens are generated fastest.
 
-What a token takes is mostly the time to read every weight once, so smaller ones are faster. Such
-a model writes text and gives logits; it can't be trained or saved. On a CPU only the matrices
-change, and what flows between them stays fp32: rounding costs nothing where nothing is read.
+Generating a token mostly takes the time to read every weight once, so smaller weights are faster.
+The result gives logits but can't be trained or saved. On a CPU only the matrices change and
+activations stay fp32: rounding those would save no memory traffic.
 """
 
 import copy
@@ -14,44 +14,43 @@ from torch import Tensor, nn
 
 from mygpt.model import GPT
 
-MANY_ROWS = 32  # from here on torch multiplies whole matrices faster than its int8 kernel
+MAX_KERNEL_ROWS = 31  # with more, a plain matrix product is faster than torch's int8 kernel
 
 
 def with_weights(model: GPT, kind: Literal["fp32", "bf16", "int8"]) -> GPT:
-    """The same model in evaluation mode, its matrices as `kind`; `model` itself is not changed.
+    """Return the model in evaluation mode with its matrices as `kind`; `model` is not changed.
 
-    "fp32" gives the same numbers to rounding, its matrices lying in memory as one row reads them
-    fastest. "bf16" rounds them to 8 bits of mantissa, "int8" to 255 steps a row of the matrix.
-    Embeddings and what has no matrix are shared with `model`. "int8" on anything but a CPU is a
-    `ValueError`.
+    "fp32": the same numbers to rounding, in the memory layout fastest for one row. "bf16": 8 bits
+    of mantissa. "int8": 255 steps per row of the matrix, on CPUs only, else a `ValueError`.
+    Embeddings and other parameters are shared with `model`.
     """
     device = model.wte.weight.device.type
     if device != "cpu":
         if kind == "int8":
             raise ValueError(f"int8 weights are for CPUs, found {device}: use bf16 there")
         return model.eval() if kind == "fp32" else copy.deepcopy(model).bfloat16().eval()
-    made = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    form = {"fp32": _columns, "bf16": BFloat16Linear, "int8": Int8Linear}[kind]
+    result = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    convert = {"fp32": _column_major, "bf16": BFloat16Linear, "int8": Int8Linear}[kind]
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            made.set_submodule(name, form(module))
-    return made.eval()
+            result.set_submodule(name, convert(module))
+    return result.eval()
 
 
-def _columns(linear: nn.Linear) -> nn.Linear:
+def _column_major(linear: nn.Linear) -> nn.Linear:
     """The same layer, its matrix (out, in) stored as (in, out).
 
-    One row times it then reads memory in one direction, which was 1.3 x faster here. Hugging
+    A product with one row then reads memory sequentially, which was 1.3 x faster here. Hugging
     Face's GPT-2 stores most of its matrices that way.
     """
-    made = nn.Linear(linear.in_features, linear.out_features, device="meta")
-    made.weight = nn.Parameter(linear.weight.detach().T.contiguous().T, requires_grad=False)
-    made.register_parameter("bias", linear.bias)
-    return made
+    result = nn.Linear(linear.in_features, linear.out_features, device="meta")
+    result.weight = nn.Parameter(linear.weight.detach().T.contiguous().T, requires_grad=False)
+    result.register_parameter("bias", linear.bias)
+    return result
 
 
 class BFloat16Linear(nn.Module):
-    """A linear layer with bf16 weights, from fp32 to fp32."""
+    """Linear layer with bf16 weights, fp32 in and out."""
 
     weight: Tensor
     bias: Tensor | None
@@ -63,11 +62,11 @@ class BFloat16Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        return _sum(F.linear(x.bfloat16(), self.weight).float(), self.bias)
+        return _add_bias(F.linear(x.bfloat16(), self.weight).float(), self.bias)
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with int8 weights and a scale for each of its outputs, from fp32 to fp32."""
+    """Linear layer with int8 weights and one scale per output, fp32 in and out."""
 
     weight: Tensor
     scale: Tensor
@@ -84,13 +83,13 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         rows = x.flatten(0, -2).bfloat16()  # (R, in)
-        # torch's kernel reads 32 weights at a time and does not look where a row ends.
-        if len(rows) < MANY_ROWS and self.weight.size(1) % 32 == 0:
+        # The kernel reads 32 weights at a time, past the end of a row of any other width.
+        if len(rows) <= MAX_KERNEL_ROWS and self.weight.size(1) % 32 == 0:
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale).float()  # (R, out)
         else:
             y = F.linear(rows, self.weight.bfloat16()).float() * self.scale
-        return _sum(y.unflatten(0, x.shape[:-1]), self.bias)
+        return _add_bias(y.unflatten(0, x.shape[:-1]), self.bias)
 
 
-def _sum(y: Tensor, bias: Tensor | None) -> Tensor:
+def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias)

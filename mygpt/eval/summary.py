@@ -1,20 +1,23 @@
-"""The figures of an evaluation for people: on the terminal, and as Markdown to paste."""
+"""Results of an evaluation for people: tables for the terminal, and Markdown to paste."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-SHOWN_SOURCES = 12  # the largest; eval.json has them all
-ERRORS = (
-    "± one standard error, over documents. Bits per byte: of all nats, those of <|endoftext|> too, "
-    "over the UTF-8 bytes of the text."
+MAX_GROUPS = 12  # rows per table; eval.json has all of them
+LOSS_NOTE = (
+    "± one standard error, over documents. Bits per byte: all nats, those of <|endoftext|> "
+    "included, over the UTF-8 bytes of the text."
 )
-POSITIONS = "Windows begin anywhere in a document, so short contexts are often the middle of one."
-CHOICES = "± one standard error, over questions. A character: log-probability divided by length."
-Rows = list[tuple[str, ...]]  # of a table; the first is its head
+POSITION_NOTE = "Windows start anywhere in a document: a short context is often the middle of one."
+CHOICE_NOTE = (
+    "± one standard error, over questions. Per character: the log-probability of an ending "
+    "divided by its length."
+)
+Rows = list[tuple[str, ...]]  # of a table, the header first
 
 
 def text(report: Mapping[str, Any]) -> str:
-    """Everything but the samples, for a terminal."""
+    """Format a report, but for its samples, for a terminal."""
     width = max(len(name) for name, _ in _identity(report)) + 2
     lines = [f"{name:{width}}{value}" for name, value in _identity(report)]
     for rows, note in tables(report):
@@ -28,7 +31,7 @@ def text(report: Mapping[str, Any]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Everything, samples included."""
+    """Format a report with its samples as Markdown."""
     parts = ["# Evaluation", "\n".join(f"- {name}: {value}" for name, value in _identity(report))]
     for (head, *body), note in tables(report):
         bar = ("---", *["---:"] * (len(head) - 1))
@@ -41,7 +44,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def title(sample: Mapping[str, Any], number: int) -> str:
-    """What stands above a sample: its prompt, and how it was drawn from what."""
+    """The heading of a sample: its prompt and the settings it was drawn with."""
     how = [f"temperature {sample['temperature']:g}"]
     how += [f"top-k {sample['top_k']}"] if sample["top_k"] else []
     how += [f"top-p {sample['top_p']:g}"] if sample["top_p"] < 1 else []
@@ -64,81 +67,82 @@ def _identity(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "code", f"{report['version']}, {report['device']}, {report['precision']}"
 
 
-def _model(facts: Mapping[str, Any]) -> str:
-    if facts["step"] is None:
-        return facts["checkpoint"]
-    return f"{facts['checkpoint']}, step {facts['step']} of {facts['max_steps']}"
+def _model(identity: Mapping[str, Any]) -> str:
+    if identity["step"] is None:
+        return identity["checkpoint"]
+    return f"{identity['checkpoint']}, step {identity['step']} of {identity['max_steps']}"
 
 
 def tables(report: Mapping[str, Any]) -> Iterator[tuple[Rows, str]]:
-    """The tables of a report (an eval.json), the losses' first, each with the note below it."""
+    """Yield the tables of a report (an eval.json), losses first, each with the note below it."""
     if "loss" in report:
-        yield _losses(report), ERRORS
+        yield _losses(report), LOSS_NOTE
         for key in ("components", "sources"):
-            # Sources of one document each, as files of code are, tell little: eval.json has them.
+            # Sources of one document each, such as source files, say little one by one.
             if any(group["documents"] > 1 for group in report[key]):
                 yield _groups(key.removesuffix("s"), report[key])
-        yield _positions(report), POSITIONS
+        yield _positions(report), POSITION_NOTE
     for name in report["choices"]:
-        yield _choices(report, name), CHOICES
+        yield _choices(report, name), CHOICE_NOTE
 
 
 def _losses(report: Mapping[str, Any]) -> Rows:
-    rows: Rows = [("", "nats a token", "perplexity", "bits per byte")]
+    rows: Rows = [("", "nats per token", "perplexity", "bits per byte")]
     models = {"this model": report}
     if reference := report.get("reference"):
         name = _model(reference)
         if reference["trained_on"] not in (None, report["fingerprint"]):
             name += f", trained on {reference['trained_on'][:12]}"
         models[name] = reference
-    models["unigram: token frequencies"] = report["baselines"]["unigram"]
-    models["uniform: nothing known"] = report["baselines"]["uniform"]
-    for name, found in models.items():
-        nats, bits = _pm(found, "loss"), _pm(found, "bits_per_byte")
-        rows.append((name, nats, f"{found['perplexity']:,.2f}", bits))
+    models["unigram baseline: token frequencies"] = report["baselines"]["unigram"]
+    models["uniform baseline"] = report["baselines"]["uniform"]
+    for name, metrics in models.items():
+        nats, bits = _with_error(metrics, "loss"), _with_error(metrics, "bits_per_byte")
+        rows.append((name, nats, f"{metrics['perplexity']:,.2f}", bits))
     if reference:
-        rows.append(("this model less the other", _pm(reference, "difference", "+"), "", ""))
+        difference = _with_error(reference, "difference", "+")
+        rows.append(("this model minus the reference", difference, "", ""))
     return rows
 
 
-def _groups(kind: str, found: list[dict[str, Any]]) -> tuple[Rows, str]:
-    rows: Rows = [(kind, "nats a token", "bits per byte", "targets", "documents")]
-    for group in found[:SHOWN_SOURCES]:
-        counts = (f"{group['tokens']:,}", f"{group['documents']:,}")
-        rows.append((group["name"], _pm(group, "loss"), _pm(group, "bits_per_byte"), *counts))
-    left = len(found) - SHOWN_SOURCES
+def _groups(kind: str, groups: list[dict[str, Any]]) -> tuple[Rows, str]:
+    rows: Rows = [(kind, "nats per token", "bits per byte", "targets", "documents")]
+    for group in groups[:MAX_GROUPS]:
+        losses = (_with_error(group, "loss"), _with_error(group, "bits_per_byte"))
+        rows.append((group["name"], *losses, f"{group['tokens']:,}", f"{group['documents']:,}"))
+    left = len(groups) - MAX_GROUPS
     return rows, f"and {left} smaller ones, in eval.json" if left > 0 else ""
 
 
 def _positions(report: Mapping[str, Any]) -> Rows:
-    rows: Rows = [("tokens read before", "nats a token", "targets")]
-    for place in report["positions"]["bins"]:
-        low, high = place["from"], place["to"]
-        if place["tokens"]:
+    rows: Rows = [("tokens of context", "nats per token", "targets")]
+    for bin_ in report["positions"]["bins"]:
+        low, high = bin_["from"], bin_["to"]
+        if bin_["tokens"]:
             name = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-            rows.append((name, f"{place['loss']:.4f}", f"{place['tokens']:,}"))
+            rows.append((name, f"{bin_['loss']:.4f}", f"{bin_['tokens']:,}"))
     return rows
 
 
 def _choices(report: Mapping[str, Any], name: str) -> Rows:
-    rows: Rows = [(name, "accuracy", "by a character", "questions")]
+    rows: Rows = [(name, "accuracy", "accuracy per character", "questions")]
     models = {"this model": report}
     if reference := report.get("reference"):
         models[_model(reference)] = reference
-    for title_, model in models.items():
-        found = model["choices"][name]
-        figures = (_pm(found, "accuracy"), _pm(found, "accuracy_norm"))
-        rows.append((title_, *figures, f"{found['questions']:,}"))
-    rows.append(("guessing", f"{report['choices'][name]['chance']:.4f}", "", ""))
+    for model, results in models.items():
+        metrics = results["choices"][name]
+        accuracies = (_with_error(metrics, "accuracy"), _with_error(metrics, "accuracy_norm"))
+        rows.append((model, *accuracies, f"{metrics['questions']:,}"))
+    rows.append(("random guessing", f"{report['choices'][name]['chance']:.4f}", "", ""))
     return rows
 
 
-def _pm(found: Mapping[str, Any], name: str, sign: str = "") -> str:
-    """A figure with its standard error, where that is known."""
-    error = found.get(f"{name}_se")
-    return f"{found[name]:{sign}.4f}" + ("" if error is None else f" ±{error:.4f}")
+def _with_error(metrics: Mapping[str, Any], name: str, sign: str = "") -> str:
+    """Format a metric with its standard error, if there is one."""
+    error = metrics.get(f"{name}_se")
+    return f"{metrics[name]:{sign}.4f}" + ("" if error is None else f" ±{error:.4f}")
 
 
 def _escaped(cell: str) -> str:
-    """Text that Markdown leaves as it is."""
+    """Escape what Markdown would interpret."""
     return cell.replace("|", "\\|").replace("<", "\\<").replace("*", "\\*").replace("_", "\\_")

@@ -1,31 +1,38 @@
-"""What is evaluated or compared: a checkpoint of a run, or a GPT-2 in Hugging Face's format."""
+"""The model to evaluate, and the version of the code: what results are labelled with."""
 
+import importlib.metadata
+import shutil
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mygpt import checkpoint, pretrained, run_config
 from mygpt.model import GPT
 from mygpt.settings import TrainConfig
 
+SOURCE = Path(__file__).parents[2]
+
 
 @dataclass(frozen=True)
-class Subject:
-    """A model that was found but not read yet. `find` makes one."""
+class Target:
+    """A checkpoint of a run, or a GPT-2 in Hugging Face's format, not loaded yet; see `find`."""
 
-    name: str  # the folder it lies in, or its name on the hub
-    config: TrainConfig | None = None  # None for Hugging Face's format, as is what a run knows
+    name: str  # its folder, or its name on the hub
+    config: TrainConfig | None = None  # of the run; None for Hugging Face's format
     state: dict[str, Any] = field(default_factory=dict)  # the checkpoint's state.json
 
     @property
     def run(self) -> Path | None:
-        """The run that the checkpoint lies in, if it lies in one."""
+        """The run that the checkpoint lies in, if any."""
         folder = Path(self.name)
         is_in_run = self.config is not None and folder.parent.name == "checkpoints"
         return folder.parents[1] if is_in_run else None
 
-    def facts(self, model: GPT) -> dict[str, Any]:
-        """Which model it is, as JSON values; `model` is what was loaded."""
+    def identity(self, model: GPT) -> dict[str, Any]:
+        """The fields of eval.json that say which model it is; `model` is what `load` returned."""
         return {
             "checkpoint": self.name,
             "step": self.state.get("step"),
@@ -34,39 +41,64 @@ class Subject:
             "trained_on": self.state.get("fingerprint"),
         }
 
-    def load(self) -> GPT:
-        """The model, in evaluation mode, on the CPU, as float32."""
+    def load(self, device: torch.device, n_vocab: int = 0, block_size: int = 0) -> GPT:
+        """Load the model in evaluation mode, float32.
+
+        Raises ValueError if it has fewer token ids than `n_vocab` or a context below `block_size`.
+        """
         if self.config is None:
-            return pretrained.from_pretrained(self.name).eval()
-        model = GPT(self.config.model).eval()
-        checkpoint.load_model(Path(self.name), model)
-        return model
+            model = pretrained.from_pretrained(self.name)
+        else:
+            model = GPT(self.config.model)
+            checkpoint.load_model(Path(self.name), model)
+        if model.config.vocab_size < n_vocab:
+            raise ValueError(
+                f"expected a model of the dataset's {n_vocab} token ids, found one of "
+                f"{model.config.vocab_size} in {self.name}: they have different tokenizers"
+            )
+        if model.config.block_size < block_size:
+            raise ValueError(
+                f"expected a context of at most {model.config.block_size} tokens, all that "
+                f"{self.name} has, found {block_size}: give --block-size {model.config.block_size}"
+            )
+        return model.eval().to(device)
 
 
-def find(target: str | None, best: bool = False) -> Subject:
-    """The subject that a command line names.
+def find(name: str | None, best: bool = False) -> Target:
+    """Find the model that a command line names.
 
-    A run (of which the newest checkpoint, or with `best` the best by validation), a checkpoint, a
-    folder or a name on the hub in Hugging Face's format; None is the newest run under log/. Raises
-    FileNotFoundError or ValueError where there is none.
+    `name` is a run (its newest checkpoint, or with `best` the best by validation), a checkpoint, a
+    folder of Hugging Face's format or a name on its hub; None is the newest run under log/. Raises
+    FileNotFoundError or ValueError if there is none.
     """
-    run = checkpoint.newest_run(Path("log")) if target is None else Path(target)
-    if (run / "state.json").is_file():
-        return _of_checkpoint(run)
-    if _is_pretrained(run):
-        return Subject(str(run))
-    return _of_checkpoint(checkpoint.find(run, best))
+    path = checkpoint.newest_run(Path("log")) if name is None else Path(name)
+    if not (path / "state.json").is_file() and _is_pretrained(path):
+        return Target(str(path))
+    folder = checkpoint.find(path, best)
+    state = checkpoint.read_state(folder)
+    return Target(str(folder), run_config.from_json(state["config"]), state)
 
 
 def _is_pretrained(path: Path) -> bool:
-    """Whether that is a folder of Hugging Face's format, or may be a name on its hub."""
+    """True for a folder of Hugging Face's format, and for what may be a name on its hub."""
     if path.is_dir():
         return (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
-    # "gpt2" or "owner/model"; where the first part is a folder here, something in it was meant.
+    # "gpt2" or "owner/model", unless "owner" is a folder here: then a path in it was meant.
     is_here = len(path.parts) == 2 and Path(path.parts[0]).is_dir()
     return len(path.parts) <= 2 and not path.is_absolute() and not is_here
 
 
-def _of_checkpoint(folder: Path) -> Subject:
-    state = checkpoint.read_state(folder)
-    return Subject(str(folder), run_config.from_json(state["config"]), state)
+def version() -> str:
+    """myGPT's version, and the commit if the source lies in a git repository.
+
+    "-dirty" after the commit means that files differ from it.
+    """
+    try:
+        release = f"mygpt {importlib.metadata.version('mygpt')}"
+    except importlib.metadata.PackageNotFoundError:
+        release = "mygpt"
+    if not (SOURCE / ".git").exists() or shutil.which("git") is None:
+        return release
+    command = ["git", "-C", str(SOURCE), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"{release} {done.stdout.strip()}".strip()

@@ -1,14 +1,13 @@
-"""The model card of an exported model: README.md, as the Hugging Face hub shows it."""
+"""Model card of an exported model: README.md, as the Hugging Face hub shows it."""
 
 from collections.abc import Iterator
 
 from mygpt.config import GPTConfig
 from mygpt.eval import summary
-from mygpt.hub.nanogpt import Found
-from mygpt.report import run_summary
-from mygpt.report.run_summary import Facts
+from mygpt.hub.nanogpt import Imported
+from mygpt.report.run_summary import RunSummary, first_to_last
 
-MOST_ROWS = 20  # of the loss curve in numbers
+MAX_ROWS = 20  # of the table of losses
 _HEADER = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -22,53 +21,59 @@ _USE = """## Use
     from transformers import pipeline
     print(pipeline("text-generation", "{name}")("Once upon a time")[0]["generated_text"])
 
-In training every document began with `<|endoftext|>`: a prompt that is to begin a document does
-too. Nothing was done to make the model follow instructions, or to keep it from saying anything
-that its training text says.
+In training every document began with `<|endoftext|>`: a prompt that starts a document should too.
+The model was not trained to follow instructions, and nothing keeps it from repeating what is in its
+training text.
 """
 
 
-def of_run(name: str, about: Facts, step: int, parameters: int, proof: str) -> str:
-    """The card of the checkpoint at `step` of a run."""
+def of_run(name: str, about: RunSummary, parameters: int, comparison: str) -> str:
+    """The card of a run's checkpoint."""
     parts = [
-        f"{_HEADER}\n# {name}\n\n{_shape(about.config.model, parameters)} Trained by myGPT.\n",
+        f"{_HEADER}\n# {name}\n\n{_shape(about.config.model, parameters)} Trained with myGPT.\n",
         _USE.format(name=name),
         "## Data\n\n" + "\n".join(_data(about)) + "\n",
-        "## Training\n\n" + "\n".join(_training(about, step)) + "\n",
-        "## Evaluation\n\n" + _evaluation(about, step) + "\n",
-        f"## The same model\n\nLogits of transformers and of myGPT, compared at export: {proof}.\n",
+        "## Training\n\n" + "\n".join(_training(about)) + "\n",
+        "## Evaluation\n\n" + _evaluation(about) + "\n",
+        _compared(comparison),
     ]
     return "\n".join(parts)
 
 
-def of_nanogpt(name: str, found: Found, proof: str) -> str:
-    """The card of a model that came from nanoGPT."""
-    step = "unknown" if found.step is None else f"{found.step:,}"
-    loss = "unknown" if found.val_loss is None else f"{found.val_loss:.4f} nats a token"
+def of_nanogpt(name: str, imported: Imported, comparison: str) -> str:
+    """The card of a model imported from nanoGPT."""
+    model = imported.model
+    step = "unknown" if imported.step is None else f"{imported.step:,}"
+    loss = imported.val_loss
+    told = "unknown" if loss is None else f"{loss:.4f} nats per token"
     parts = [
-        f"{_HEADER}\n# {name}\n\n{_shape(found.model.config, found.model.num_params())}\n",
-        f"## Training\n\nTrained by nanoGPT. Step: {step}. Best validation loss as its checkpoint "
-        f"has it: {loss}. What it was trained on the checkpoint does not say.\n",
-        f"## The same model\n\nLogits of transformers and of myGPT, compared: {proof}.\n",
+        f"{_HEADER}\n# {name}\n\n{_shape(model.config, model.num_params())}\n",
+        f"## Training\n\nTrained with nanoGPT. Step: {step}. Best validation loss recorded in its "
+        f"checkpoint: {told}. The checkpoint does not say what it was trained on.\n",
+        _compared(comparison),
     ]
     return "\n".join(parts)
+
+
+def _compared(comparison: str) -> str:
+    return f"## Equivalence\n\nLogits of transformers and myGPT compared at export: {comparison}.\n"
 
 
 def _shape(model: GPTConfig, parameters: int) -> str:
     biases = "" if model.bias else " It has no biases: those in the file are zeros."
     return (
-        f"A GPT-2 of {model.n_layers} layers, {model.n_heads} heads, {model.n_embed} wide, "
+        f"A GPT-2 of {model.n_layers} layers, {model.n_heads} heads, width {model.n_embed} and "
         f"{model.block_size} tokens of context: {parameters:,} parameters.{biases}"
     )
 
 
-def _data(about: Facts) -> Iterator[str]:
-    """Which dataset, and what is in it where it can be seen."""
-    yield f"- fingerprint: `{about.fingerprint}`"
-    for before in about.earlier:
-        yield f"- until step {before['until']:,}: `{before['fingerprint']}`"
+def _data(about: RunSummary) -> Iterator[str]:
+    """Yield the dataset's identity, and its contents if it can be opened."""
+    yield f"- fingerprint: `{about.record.fingerprint}`"
+    for former in about.record.earlier:
+        yield f"- until step {former['until']:,}: `{former['fingerprint']}`"
     if about.dataset is None:
-        yield "- the dataset itself was out of reach at export"
+        yield "- the dataset was not available at export"
         return
     yield f"- tokenizer: {about.dataset.tokenizer.name}, `{about.dataset.tokenizer.hash}`"
     pairs = zip(about.dataset.components, about.dataset.manifests, strict=True)
@@ -82,31 +87,30 @@ def _data(about: Facts) -> Iterator[str]:
         )
 
 
-def _training(about: Facts, step: int) -> Iterator[str]:
-    config = about.config
-    yield f"- step {step:,} of {config.max_steps:,}, {config.total_batch_size:,} tokens each"
+def _training(about: RunSummary) -> Iterator[str]:
+    config, history = about.config, about.history
+    yield f"- step {about.step:,} of {config.max_steps:,}, {config.total_batch_size:,} tokens each"
     yield (
         f"- {config.optimizer}, {config.schedule} schedule from {config.max_lr:g} to "
         f"{config.min_lr:g}, weight decay {config.weight_decay:g}, dropout "
         f"{config.model.dropout:g}, seed {config.seed}"
     )
-    if not about.history.val:
+    if not history.val:
         return
     if (about.run / "loss.png").is_file():
         yield "\n![loss](loss.png)"
     yield "\n| step | training loss | validation loss, fixed subset |\n|---:|---:|---:|"
-    validations = list(about.history.val.items())
-    for at, loss in (validations[i] for i in run_summary.spread(len(validations), MOST_ROWS)):
-        train = about.history.train.get(at)
-        yield f"| {at:,} | {'' if train is None else f'{train:.4f}'} | {loss:.4f} |"
+    validations = list(history.val.items())
+    for step, loss in (validations[i] for i in first_to_last(len(validations), MAX_ROWS)):
+        train = f"{history.train[step]:.4f}" if step in history.train else ""
+        yield f"| {step:,} | {train} | {loss:.4f} |"
 
 
-def _evaluation(about: Facts, step: int) -> str:
-    """The tables of eval.md, said to be of another step where they are."""
+def _evaluation(about: RunSummary) -> str:
+    """The tables of eval.md, with a note if they are of another step."""
     found = about.evaluation
     if found is None:
-        return "Not evaluated over the whole validation split."
-    other = "" if found["step"] == step else f"\n\nOf step {found['step']}, not of this one."
-    return (
-        summary.markdown({**found, "samples": []}).replace("# Evaluation", other.strip(), 1).strip()
-    )
+        return "Not evaluated on the whole validation split."
+    tables = summary.markdown({**found, "samples": []}).removeprefix("# Evaluation").strip()
+    other = f"Of step {found['step']}, not of this one.\n\n" if found["step"] != about.step else ""
+    return other + tables

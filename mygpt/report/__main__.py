@@ -1,9 +1,9 @@
-"""A run's report: one HTML file that needs nothing else, for a browser or a phone.
+"""Report of a run: one HTML file that needs nothing else, for a browser or a phone.
 
     python -m mygpt.report log/demo     writes log/demo/report.html
 
-What it was trained on and how, its curves, the steps it skipped, what it wrote while it learned,
-and what eval.py found: all read from the run's folder, some of it from the dataset's manifest.
+It holds the data, the settings, the curves, skipped steps, texts written during training and the
+results of eval.py, all read from the run's folder and the dataset's manifest.
 """
 
 import argparse
@@ -13,21 +13,47 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mygpt.doctor.memory import parameters
+from shards.cli import one_line_errors
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """Read the flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mygpt.report", description="Write a run's report into RUN/report.html."
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument(
+        "--data", action="append", default=[], help="where its dataset lies, if it has moved"
+    )
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":  # answer --help before the imports below, which take seconds
+    parse(sys.argv[1:])
+
 from mygpt.eval import summary
 from mygpt.report import page, run_summary
 from mygpt.report.chart import Line, chart
-from mygpt.report.run_summary import Facts
+from mygpt.report.run_summary import RunSummary
 from shards.files import atomic_file
+from shards.stream import Mixture
 
-MOST_SAMPLES = 8  # shown; the others are folded away
+MAX_SAMPLES = 8  # the others are folded away
+
+
+@one_line_errors()
+def main(args: Sequence[str] | None = None) -> int:
+    """Write the report of the run on the command line. Returns the exit code."""
+    options = parse(args)
+    print(write(options.run, options.data))
+    return 0
 
 
 def write(run: Path, data: Sequence[str] = ()) -> Path:
     """Write RUN/report.html, all or nothing, and return its path.
 
     `data` says where the dataset lies, if it has moved. Raises FileNotFoundError or ValueError, in
-    one line, where there is no run.
+    one line, if there is no run.
     """
     path = run / "report.html"
     html = page.document(f"{run.name} · myGPT", _parts(run_summary.of_run(run, data)))
@@ -36,73 +62,70 @@ def write(run: Path, data: Sequence[str] = ()) -> Path:
     return path
 
 
-def _parts(about: Facts) -> Iterator[str]:
+def _parts(about: RunSummary) -> Iterator[str]:
     yield f"<header>\n<h1>{page.escape(about.run.name)}</h1>\n{_lead(about)}\n</header>\n<main>"
     yield page.tiles(_tiles(about))
-    yield page.section("Learning", _losses(about))
-    yield page.section("Along the way", _curves(about), _skipped(about))
-    yield page.section("What it writes", *_samples(about))
+    yield page.section("Loss", _losses(about))
+    yield page.section("Training", _curves(about), _skipped(about))
+    yield page.section("Samples", *_samples(about))
     yield page.section("Evaluation", *_evaluation(about))
     yield page.section("Data", *_data(about))
     yield page.section("Configuration", *_configuration(about))
     command = page.escape(f"python -m mygpt.report {about.run}")
-    yield f"</main>\n<footer>Made by <code>{command}</code>.</footer>"
+    yield f"</main>\n<footer>Written by <code>{command}</code></footer>"
 
 
-def _lead(about: Facts) -> str:
+def _lead(about: RunSummary) -> str:
     config, model = about.config, about.config.model
-    done = max(about.history.train, default=0)
-    state = "finished" if done >= config.max_steps else f"at step {done:,}"
+    state = "finished" if about.step >= config.max_steps else f"at step {about.step:,}"
     sources = ", ".join(c.name for c in about.dataset.components) if about.dataset else "data"
     return page.paragraph(
-        f"A GPT-2 of {model.n_layers} layers, {model.n_heads} heads, {model.n_embed} wide, "
+        f"A GPT-2 of {model.n_layers} layers, {model.n_heads} heads, width {model.n_embed} and "
         f"{model.block_size} tokens of context, trained on {sources}; {state}.",
         "lead",
     )
 
 
-def _tiles(about: Facts) -> Iterator[tuple[str, str, str]]:
-    """The figures at the top: exact ones where eval.py has run, else those of the log."""
+def _tiles(about: RunSummary) -> Iterator[tuple[str, str, str]]:
+    """Yield the key numbers: exact ones if eval.py has run, else those of the log."""
     history, found = about.history, about.evaluation
     if found and "loss" in found:
         note = f"whole validation split, step {found.get('step')}"
         yield "Validation loss", f"{found['loss']:.4f}", note
-        yield "Perplexity", f"{found['perplexity']:,.2f}", "equally likely tokens"
+        yield "Perplexity", f"{found['perplexity']:,.2f}", "exp(loss)"
         yield "Bits per byte", f"{found['bits_per_byte']:.4f}", "<|endoftext|> included"
     elif history.val:
         step, loss = list(history.val.items())[-1]
         yield "Validation loss", f"{loss:.4f}", f"fixed subset, step {step:,}"
         yield "Perplexity", f"{math.exp(min(loss, 700)):,.2f}", "of that subset"
-        best = min(history.val.values())
-        yield "Best validation loss", f"{best:.4f}", "fixed subset"
-    done = max(history.train, default=0)
-    tokens = _compact(done * about.config.total_batch_size)
-    yield "Steps", f"{done:,}", f"of {about.config.max_steps:,}; {tokens} tokens"
-    yield "Parameters", _compact(parameters(about.config.model)), "embeddings included"
+        yield "Best validation loss", f"{min(history.val.values()):.4f}", "fixed subset"
+    tokens = _compact(about.step * about.config.total_batch_size)
+    yield "Steps", f"{about.step:,}", f"of {about.config.max_steps:,}; {tokens} tokens"
+    yield "Parameters", _compact(about.config.model.num_params), "embeddings included"
     if speeds := sorted(history.tokens_per_second.values()):
-        yield "Tokens a second", _compact(speeds[len(speeds) // 2]), "median of the steps"
+        yield "Tokens per second", _compact(speeds[len(speeds) // 2]), "median over steps"
 
 
 def _compact(number: float) -> str:
-    """A count in three digits: 7.24M."""
+    """Format a count with three digits: 7.24M."""
     for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= factor:
             return f"{number / factor:.3g}{letter}"
     return f"{number:.3g}"
 
 
-def _losses(about: Facts) -> str:
+def _losses(about: RunSummary) -> str:
     history = about.history
     lines = [
         Line("training, smoothed", "first", history.train, "smoothed"),
         Line("validation subset", "second", history.val, "dots"),
     ]
     if history.unigram is not None:
-        name = f"token frequencies alone, {history.unigram:.2f}"
+        name = f"unigram baseline, {history.unigram:.2f}"
         lines.append(Line(name, "quiet", {0: history.unigram}, "level"))
-    drawn = chart("Loss", "nats a token", lines, is_log=True, marks=history.skipped)
+    drawn = chart("Loss", "nats per token", lines, is_log=True, marks=history.skipped)
     rows = [
-        [f"{step:,}", _number(history.train.get(step)), f"{loss:.4f}"]
+        [f"{step:,}", f"{history.train[step]:.4f}" if step in history.train else "", f"{loss:.4f}"]
         for step, loss in history.val.items()
     ]
     head = ("step", "training loss", "validation loss")
@@ -110,60 +133,51 @@ def _losses(about: Facts) -> str:
     return f'<div class="large">{drawn}</div>' + (numbers if rows else "")
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _curves(about: Facts) -> str:
+def _curves(about: RunSummary) -> str:
     history = about.history
     drawn = (
         chart("Learning rate", "", [Line("learning rate", "third", history.lr)]),
         chart(
             "Gradient norm",
-            "unclipped",
+            "before clipping",
             [Line("norm", "first", history.norm, "smoothed")],
             is_log=True,
             marks=history.skipped,
         ),
         chart(
             "Throughput",
-            "tokens a second",
-            [Line("tokens a second", "first", history.tokens_per_second, "smoothed")],
+            "tokens per second",
+            [Line("tokens per second", "first", history.tokens_per_second, "smoothed")],
         ),
     )
     return f'<div class="charts">{"".join(drawn)}</div>'
 
 
-def _skipped(about: Facts) -> str:
+def _skipped(about: RunSummary) -> str:
     rows = [[f"{step:,}", reason] for step, reason in about.history.skipped.items()]
     if not rows:
         return ""
     title = f"{len(rows)} skipped step{'s' * (len(rows) > 1)}"
-    return page.table(rows, ("step", "why"), title)
+    return page.table(rows, ("step", "reason"), title)
 
 
-def _samples(about: Facts) -> Iterator[str]:
-    """What was written during training, oldest first, then what eval.py drew at the end."""
-    samples = [
-        page.text_sample(f"step {sample['step']:,}", sample["prompt"], sample["text"])
-        for sample in about.samples
-    ]
+def _samples(about: RunSummary) -> Iterator[str]:
+    """Yield the texts written during training, oldest first, then those of eval.py."""
     found = about.evaluation or {}
-    samples += [
-        page.text_sample(f"eval.py, step {found.get('step')}", sample["prompt"], sample["text"])
-        for sample in found.get("samples", ())
-    ]
-    shown = run_summary.spread(len(samples), MOST_SAMPLES)
+    texts = [(f"step {sample['step']:,}", sample) for sample in about.samples]
+    texts += [(f"eval.py, step {found.get('step')}", sample) for sample in found.get("samples", ())]
+    samples = [page.text_sample(title, text["prompt"], text["text"]) for title, text in texts]
+    shown = run_summary.first_to_last(len(samples), MAX_SAMPLES)
     yield from (samples[i] for i in shown)
     if rest := [sample for i, sample in enumerate(samples) if i not in shown]:
         yield page.details(f"{len(rest)} more", *rest)
 
 
-def _evaluation(about: Facts) -> Iterator[str]:
+def _evaluation(about: RunSummary) -> Iterator[str]:
     found = about.evaluation
     if found is None:
         yield page.paragraph(
-            f"Not evaluated over the whole validation split yet: python eval.py {about.run}", "note"
+            f"Not evaluated on the whole validation split yet: python eval.py {about.run}", "note"
         )
         return
     tables = [
@@ -173,58 +187,49 @@ def _evaluation(about: Facts) -> Iterator[str]:
     yield from tables[:1]
     if losses := found.get("positions", {}).get("loss"):
         values = {read: loss for read, loss in enumerate(losses, start=1) if loss is not None}
-        title = "Loss by the number of tokens read before"
-        yield chart(title, "nats a token", [Line("loss", "first", values, "smoothed")])
+        title = "Loss by length of the context"
+        yield chart(title, "nats per token", [Line("loss", "first", values, "smoothed")])
     yield from tables[1:]
 
 
-def _data(about: Facts) -> Iterator[str]:
+def _data(about: RunSummary) -> Iterator[str]:
     if about.dataset is None:
-        yield page.paragraph(f"The dataset is out of reach: {about.missing}", "note")
-        yield page.table([["fingerprint", about.fingerprint]])
+        yield page.paragraph(f"The dataset could not be opened: {about.missing}", "note")
+        yield page.table([["fingerprint", about.record.fingerprint]])
         return
     rows = []
     for component, manifest in zip(about.dataset.components, about.dataset.manifests, strict=True):
         for name, split in manifest.splits.items():
-            a_token = f"{split.text_bytes / split.tokens:.2f}" if split.tokens else ""
-            rows.append(
-                [
-                    f"{component.name}, {'training' if name == 'train' else 'validation'}",
-                    *(f"{n:,}" for n in (split.tokens, split.documents, len(split.shards))),
-                    a_token,
-                ]
-            )
-    head = ("", "tokens", "documents", "shards", "bytes a token")
+            title = f"{component.name}, {'training' if name == 'train' else 'validation'}"
+            counts = (f"{n:,}" for n in (split.tokens, split.documents, len(split.shards)))
+            ratio = f"{split.text_bytes / split.tokens:.2f}" if split.tokens else ""
+            rows.append([title, *counts, ratio])
+    head = ("", "tokens", "documents", "shards", "bytes per token")
     yield page.table(rows, head, numbers=4)
-    yield page.table(_identity(about))
+    yield page.table(_identity(about, about.dataset))
 
 
-def _identity(about: Facts) -> Iterator[list[str]]:
-    assert about.dataset is not None
-    yield ["fingerprint", about.fingerprint]
-    for before in about.earlier:
-        yield [f"until step {before['until']:,}", before["fingerprint"]]
-    tokenizer = about.dataset.tokenizer
+def _identity(about: RunSummary, dataset: Mixture) -> Iterator[list[str]]:
+    yield ["fingerprint", about.record.fingerprint]
+    for former in about.record.earlier:
+        yield [f"until step {former['until']:,}", former["fingerprint"]]
+    tokenizer = dataset.tokenizer
     yield ["tokenizer", f"{tokenizer.name}, {tokenizer.n_vocab:,} ids, {tokenizer.hash[:12]}"]
-    for component, manifest in zip(about.dataset.components, about.dataset.manifests, strict=True):
-        several = len(about.dataset.manifests) > 1
-        weight = f"weight {component.weight:g}; " if several else ""
+    for component, manifest in zip(dataset.components, dataset.manifests, strict=True):
+        weight = f"weight {component.weight:g}; " if len(dataset.manifests) > 1 else ""
         rule = ", ".join(f"{key} {value}" for key, value in manifest.split_rule.items())
-        counts = ", ".join(f"{count:,} {key}" for key, count in manifest.counts.items())
         yield [component.name, f"{weight}generation {manifest.generation}; {rule}"]
-        if counts:
+        if manifest.counts:
+            counts = ", ".join(f"{count:,} {key}" for key, count in manifest.counts.items())
             yield [f"{component.name}, documents", counts]
-        names = [source.name for source in manifest.sources]
-        told = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-        if names:
-            yield [f"{component.name}, files", told]
+        if names := [source.name for source in manifest.sources]:
+            more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+            yield [f"{component.name}, files", ", ".join(names[:5]) + more]
 
 
-def _configuration(about: Facts) -> Iterator[str]:
+def _configuration(about: RunSummary) -> Iterator[str]:
     values = asdict(about.config)
-    model = values.pop("model")
-    told = {"model": model, "training": values}
-    for title, settings in told.items():
+    for title, settings in {"model": values.pop("model"), "training": values}.items():
         rows = [[name, _setting(value)] for name, value in settings.items()]
         yield page.details(f"{title}, {len(rows)} settings", page.table(rows))
 
@@ -235,24 +240,6 @@ def _setting(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """Write the report of the run named on the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mygpt.report", description="Write a run's report into RUN/report.html."
-    )
-    parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument(
-        "--data", action="append", default=[], help="where its dataset lies, if it has moved"
-    )
-    asked = parser.parse_args(args)
-    try:
-        print(write(asked.run, asked.data))
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Line charts as HTML: an inline SVG stretched to the page's width, its labels as text beside it.
+"""Line charts as HTML: an inline SVG stretched to the page's width, with labels as text beside it.
 
-So a chart is as sharp and its labels are as readable on a phone as on a wide screen, and no script
-is needed. Colours, sizes and places of labels are the style sheet's (`report.css`).
+So lines are sharp and labels readable at any width, on a phone as on a desk, without a script.
+Colours, sizes and positions of labels are set in `report.css`.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Literal
 
@@ -15,13 +15,17 @@ import numpy as np
 from mygpt.plot import smoothed
 
 Series = Mapping[int, float]  # step → value
-WIDTH, HEIGHT = 1000, 300  # of the drawing, in units of its own
-POINTS = 400  # a longer series is drawn as so many means, and the span around each
+WIDTH, HEIGHT = 1000, 300  # of the drawing, in its own units
+MAX_POINTS = 400  # a longer series is drawn as that many means, with the range around each
 
 
 @dataclass(frozen=True)
 class Line:
-    """One series of a chart: `raw` in the background with its average before it, or with dots."""
+    """One series of a chart.
+
+    "smoothed": the moving average over the raw values in the background; "dots": a dot per value;
+    "level": a horizontal line at the last value.
+    """
 
     name: str
     colour: Literal["first", "second", "third", "quiet"]
@@ -31,14 +35,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to heights: linear, or logarithmic where that suits what falls fast at first."""
+    """Linear or logarithmic scale from `low` to `high`."""
 
     low: float
     high: float
     is_log: bool = False
 
-    def place(self, value: float) -> float:
-        """Where a value lies: 0 at the lower end, 1 at the upper one."""
+    def fraction(self, value: float) -> float:
+        """Position of a value on the axis, from 0 at `low` to 1 at `high`."""
         if self.is_log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -52,12 +56,12 @@ def chart(
     is_log: bool = False,
     marks: Mapping[int, str] | None = None,
 ) -> str:
-    """A `<figure>` of lines over the steps of a run; `marks` are steps with what happened there.
+    """A `<figure>` of lines over the steps of a run; `marks` are steps with a text for each.
 
-    Values that are not finite, and on a logarithmic axis those not above 0, are left out. Without
-    any value a sentence says so.
+    Values that are not finite, or on a logarithmic axis not above 0, are left out. If there are
+    none, a sentence says so.
     """
-    lines = [_cleaned(line, is_log) for line in lines]
+    lines = [replace(line, values=_drawable(line.values, is_log)) for line in lines]
     lines = [line for line in lines if line.values]
     if not lines:
         return f"<figure><figcaption>{escape(title)}</figcaption><p>Not in the log.</p></figure>"
@@ -65,37 +69,33 @@ def chart(
     last = max(max(line.values) for line in lines if line.style != "level" or len(lines) == 1)
     x = Axis(0, max(last, 1))
     drawn = "".join(part for line in lines for part in _drawing(line, x, y))
-    drawn += "".join(_mark(x.place(step), text) for step, text in (marks or {}).items())
+    drawn += "".join(_mark(x, step, text) for step, text in (marks or {}).items())
     return (
         f"<figure><figcaption>{escape(title)} <small>{escape(unit)}</small></figcaption>"
         f'<div class="plot">{_grid(x, y)}<svg viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'preserveAspectRatio="none" role="img" aria-label="{escape(_summary(title, lines))}">'
+        f'preserveAspectRatio="none" role="img" aria-label="{escape(_in_words(title, lines))}">'
         f"{drawn}</svg></div>{_legend(lines, marks)}</figure>"
     )
 
 
-def _cleaned(line: Line, is_log: bool) -> Line:
-    values = {
-        step: value
-        for step, value in line.values.items()
-        if math.isfinite(value) and (value > 0 or not is_log)
-    }
-    return Line(line.name, line.colour, values, line.style)
+def _drawable(values: Series, is_log: bool) -> Series:
+    lowest = 0 if is_log else -math.inf
+    return {step: value for step, value in values.items() if lowest < value < math.inf}
 
 
 def _axis(values: Sequence[float], is_log: bool) -> Axis:
-    """An axis that holds the values with a little room."""
+    """An axis that holds the values with a small margin."""
     low, high = min(values), max(values)
     if is_log:
-        room = max((high / low) ** 0.05, 1.02)
-        return Axis(low / room, high * room, is_log=True)
-    room = (high - low or abs(high) or 1) * 0.06
-    # What begins near 0 begins at 0: a small wobble then does not look like a fall.
-    return Axis(0 if 0 <= low < 0.6 * high else low - room, high + room)
+        margin = max((high / low) ** 0.05, 1.02)
+        return Axis(low / margin, high * margin, is_log=True)
+    margin = (high - low or abs(high) or 1) * 0.06
+    # Values that begin near 0 get an axis from 0: a small wobble should not look like a fall.
+    return Axis(0 if 0 <= low < 0.6 * high else low - margin, high + margin)
 
 
 def ticks(axis: Axis, count: int) -> list[float]:
-    """Round numbers inside the axis, about `count` of them."""
+    """About `count` round numbers on the axis."""
     if axis.is_log:
         found = _log_ticks(axis)
         if len(found) >= 3:
@@ -113,35 +113,34 @@ def _log_ticks(axis: Axis) -> list[float]:
 
 
 def _round_step(rough: float) -> float:
-    """1, 2 or 5 times a power of ten, whichever comes closest."""
+    """1, 2 or 5 times a power of ten, whichever is closest."""
     power = 10.0 ** math.floor(math.log10(rough))
     return min((1, 2, 5, 10), key=lambda lead: abs(math.log(lead * power / rough))) * power
 
 
 def short(value: float) -> str:
-    """A number as an axis has it: 20k, 1.5M, 0.003, 6e-05."""
-    size = abs(value)
+    """A number as an axis label: 20k, 1.5M, 0.003, 6e-05."""
     for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= factor:
+        if abs(value) >= factor:
             return f"{value / factor:.4g}{letter}"
     return f"{value:.3g}"
 
 
 def _grid(x: Axis, y: Axis) -> str:
-    """The lines behind the drawing, and the numbers beside it: all for the eye alone."""
+    """Grid lines with their labels, hidden from screen readers."""
     rows = "".join(
-        f'<span class="y" style="bottom:{100 * y.place(tick):.2f}%">{short(tick)}</span>'
+        f'<span class="y" style="bottom:{100 * y.fraction(tick):.2f}%">{short(tick)}</span>'
         for tick in ticks(y, 4)
     )
     columns = "".join(
-        f'<span class="x" style="left:{100 * x.place(tick):.2f}%">{short(tick)}</span>'
+        f'<span class="x" style="left:{100 * x.fraction(tick):.2f}%">{short(tick)}</span>'
         for tick in ticks(x, 4)
     )
     return f'<div class="grid" aria-hidden="true">{rows}{columns}</div>'
 
 
 def _drawing(line: Line, x: Axis, y: Axis) -> Iterator[str]:
-    """The elements of one line."""
+    """Yield the SVG elements of one line."""
     steps, values = list(line.values), list(line.values.values())
 
     def path(xs: Sequence[float], ys: Sequence[float], kind: str) -> str:
@@ -149,64 +148,54 @@ def _drawing(line: Line, x: Axis, y: Axis) -> Iterator[str]:
         return f'<polyline class="{line.colour} {kind}" points="{points}"/>'
 
     if line.style == "level":
-        level = values[-1]
-        yield path([x.low, x.high], [level, level], "level")
+        yield path([x.low, x.high], [values[-1]] * 2, "level")
         return
     if line.style == "smoothed":
-        yield from _background(steps, values, path)
+        yield path(*_raw(steps, values), "raw")
         values = smoothed(values).tolist()
     yield path(*_thinned(steps, values, np.mean), "line")
     if line.style == "dots":
         for step, value in line.values.items():
-            # A line of no length with round ends: a circle would be stretched with the drawing.
-            at = f"{_x(x, step)} {_y(y, value)}"
+            # A line of length 0 with round ends: a circle would be stretched with the drawing.
+            point = f"{_x(x, step)} {_y(y, value)}"
             title = escape(f"step {step:,}: {value:.4f}")
-            yield f'<path class="{line.colour} dot" d="M{at} l0 0"><title>{title}</title></path>'
+            yield f'<path class="{line.colour} dot" d="M{point} l0 0"><title>{title}</title></path>'
 
 
-def _background(
-    steps: list[int],
-    values: list[float],
-    path: Callable[[Sequence[float], Sequence[float], str], str],
-) -> Iterator[str]:
-    """The values as they are; of a long series its lowest and highest ones, step by step."""
-    if len(steps) <= POINTS:
-        yield path(steps, values, "raw")
-        return
+def _raw(steps: list[int], values: list[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """The values themselves; of a long series the lowest and highest of each stretch."""
+    if len(steps) <= MAX_POINTS:
+        return steps, values
     xs, lowest = _thinned(steps, values, np.min)
     _, highest = _thinned(steps, values, np.max)
-    band = [value for pair in zip(lowest, highest, strict=True) for value in pair]
-    yield path([at for at in xs for _ in range(2)], band, "raw")
+    return np.repeat(xs, 2).tolist(), np.stack([lowest, highest], axis=1).ravel().tolist()
 
 
 def _thinned(
     steps: Sequence[float], values: Sequence[float], of: Callable[[np.ndarray], float]
-) -> tuple[list[float], list[float]]:
-    """At most `POINTS` of a series: the middle step and the value `of` each stretch of it."""
-    if len(steps) <= POINTS:
-        return list(steps), list(values)
-    parts = zip(
-        np.array_split(np.array(steps), POINTS), np.array_split(values, POINTS), strict=True
-    )
-    pairs = [(float(a.mean()), float(of(b))) for a, b in parts]
-    return [a for a, _ in pairs], [b for _, b in pairs]
+) -> tuple[Sequence[float], Sequence[float]]:
+    """At most `MAX_POINTS` of a series: the mean step and `of` the values of each stretch."""
+    if len(steps) <= MAX_POINTS:
+        return steps, values
+    middles = [float(part.mean()) for part in np.array_split(np.array(steps), MAX_POINTS)]
+    return middles, [float(of(part)) for part in np.array_split(values, MAX_POINTS)]
 
 
 def _x(x: Axis, step: float) -> str:
-    return f"{WIDTH * x.place(step):.1f}"
+    return f"{WIDTH * x.fraction(step):.1f}"
 
 
 def _y(y: Axis, value: float) -> str:
-    return f"{HEIGHT * (1 - y.place(value)):.1f}"
+    return f"{HEIGHT * (1 - y.fraction(value)):.1f}"
 
 
-def _mark(place: float, text: str) -> str:
-    at = f"{WIDTH * place:.1f}"
-    return f'<path class="mark" d="M{at} 0 V{HEIGHT}"><title>{escape(text)}</title></path>'
+def _mark(x: Axis, step: int, text: str) -> str:
+    title = f"<title>{escape(text)}</title>"
+    return f'<path class="mark" d="M{_x(x, step)} 0 V{HEIGHT}">{title}</path>'
 
 
-def _summary(title: str, lines: Sequence[Line]) -> str:
-    """The chart in words, for those who do not see it."""
+def _in_words(title: str, lines: Sequence[Line]) -> str:
+    """A description of the chart, for screen readers."""
     told = []
     for line in lines:
         values = list(line.values.values())

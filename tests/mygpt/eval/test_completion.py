@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tiktoken
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from mygpt.config import GPTConfig
 from mygpt.eval.completion import HELP, Completer, Sampling, TextStream, continuations, converse
 from mygpt.generate import generate
 from mygpt.model import GPT
+from shards.tokenizer import Tokenizer
 from tests.mygpt.support import decided
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -20,8 +22,15 @@ pytestmark = pytest.mark.usefixtures("quick")
 EOT = 256
 STOP = 257  # which this model never writes
 BYTES = [bytes([i]) for i in range(256)]  # a vocabulary of single bytes
+RANKS = {byte: i for i, byte in enumerate(BYTES)}
 SHAPE = GPTConfig(block_size=24, vocab_size=260, n_layers=2, n_heads=2, n_embed=16)
 GREEDY = Sampling(temperature=0, max_new_tokens=9)
+
+
+def bytes_tokenizer(eot: int) -> Tokenizer:
+    """A tokenizer of single bytes."""
+    encoding = tiktoken.Encoding("bytes", pat_str=".", mergeable_ranks=RANKS, special_tokens={})
+    return Tokenizer("bytes", 256, eot, "", _reference=encoding)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +65,7 @@ def test_continuations_are_what_generate_draws(
         model, [[EOT, 70]] * 3, 30, temperature=1.0, top_k=40, top_p=0.9, seed=3, stop=EOT
     )
     expected = [bytes(t for t in row if t < 256).decode("utf-8", "replace") for row in drawn]
-    assert continuations(model, [EOT, 70], 3, how, BYTES, EOT, show) == expected
+    assert continuations(model, [EOT, 70], 3, how, bytes_tokenizer(EOT), show) == expected
     assert capsys.readouterr().out == (expected[0] + "\n" if show else "")
 
 
@@ -100,7 +109,7 @@ def conversation(completer: Completer, *typed: str) -> None:
             raise EOFError
         return line
 
-    converse(completer, lambda text: list(text.encode()), BYTES, STOP, read)
+    converse(completer, bytes_tokenizer(STOP), read)
 
 
 def test_a_conversation(model: GPT, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ def test_the_whole() -> None:
 
 @pytest.mark.parametrize("most", [1000, 3])
 def test_groups_hold_every_document_once(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "MAX_SOURCES", most)
+    monkeypatch.setattr(metrics, "MAX_GROUPS", most)
     losses, text_bytes = some_losses(200)
     groups = np.random.default_rng(1).choice([0, 2, 3, 7, 8], 200, p=[0.1, 0.2, 0.3, 0.35, 0.05])
     found = metrics.by_group(losses, text_bytes, groups, [f"n{i}" for i in range(9)])

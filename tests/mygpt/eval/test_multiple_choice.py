@@ -1,6 +1,7 @@
 """Scores of endings against Hugging Face's logits one ending at a time; nothing is scored twice."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from mygpt.config import GPTConfig
 from mygpt.distributed import Ranks
-from mygpt.eval import multiple_choice
+from mygpt.eval import metrics, multiple_choice
 from mygpt.eval.multiple_choice import Answers, Question
 from mygpt.model import GPT
 from shards import tokenizer
@@ -30,7 +31,7 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def coder() -> tokenizer.Tokenizer:
+def gpt2() -> tokenizer.Tokenizer:
     return tokenizer.load("gpt2")
 
 
@@ -40,57 +41,58 @@ def model() -> GPT:
     return decided(GPT(SHAPE).eval())
 
 
-def one_at_a_time(model: GPT, coder: tokenizer.Tokenizer, question: Question) -> list[float]:
+def one_at_a_time(model: GPT, gpt2: tokenizer.Tokenizer, question: Question) -> list[float]:
     """The log-probability of each ending's tokens, each asked of the model on its own."""
     scores = []
     for ending in question.endings:
         context = question.context.rstrip()
-        before = len(coder.encode(context))
-        ids = coder.encode(question.context + " " + ending)
+        before = len(gpt2.encode(context))
+        ids = gpt2.encode(question.context + " " + ending)
         if not context:
-            ids, before = [coder.eot, *ids], 1
+            ids, before = [gpt2.eot, *ids], 1
         score = 0.0
-        for place in range(before, len(ids)):
+        for i in range(before, len(ids)):
             # As lm-evaluation-harness: the last tokens of the whole, whatever is cut off.
-            window = ids[max(0, len(ids) - SHAPE.block_size - 1) : place]
+            window = ids[max(0, len(ids) - SHAPE.block_size - 1) : i]
             with torch.no_grad():
                 logits, _ = model(torch.tensor([window]))
             assert logits is not None
-            score += logits[0, -1].double().log_softmax(0)[ids[place]].item()
+            score += logits[0, -1].double().log_softmax(0)[ids[i]].item()
         scores.append(score)
     return scores
 
 
-def asked(model: GPT, coder: tokenizer.Tokenizer, **options: Any) -> Answers:
+def answered(model: GPT, gpt2: tokenizer.Tokenizer, **options: Any) -> Answers:
     options = {"ranks": ALONE, "block_size": 32} | options
-    return multiple_choice.answer(model, QUESTIONS, coder.encode, coder.eot, **options)
+    return multiple_choice.answer(model, QUESTIONS, gpt2, **options)
 
 
 def test_scores_are_those_of_every_token_asked_for_alone(
-    model: GPT, coder: tokenizer.Tokenizer
+    model: GPT, gpt2: tokenizer.Tokenizer
 ) -> None:
-    found = asked(model, coder)
+    found = answered(model, gpt2)
     for question, scores in zip(QUESTIONS, found.scores, strict=True):
-        assert scores == pytest.approx(one_at_a_time(model, coder, question), rel=1e-5)
+        assert scores == pytest.approx(one_at_a_time(model, gpt2, question), rel=1e-5)
 
 
 def test_accuracies() -> None:
     questions = [Question("", ("a", "bcd", ""), 1), Question("", ("ab", "cd"), 1)]
     found = Answers(questions, [[-2.0, -3.0, -2.5], [-1.0, -1.0]])
     assert (found.chosen, found.chosen_norm) == ([0, 0], [1, 0])
-    assert (found.accuracy.value, found.accuracy_norm.value) == (0.0, 0.5)
-    assert found.accuracy_norm.error == pytest.approx(0.5)
-    assert found.chance == pytest.approx((1 / 3 + 1 / 2) / 2)
+    accuracies = metrics.of_answers({"some": found})["some"]
+    assert (accuracies["accuracy"], accuracies["accuracy_norm"]) == (0.0, 0.5)
+    assert accuracies["accuracy_norm_se"] == pytest.approx(0.5)
+    assert accuracies["chance"] == pytest.approx((1 / 3 + 1 / 2) / 2)
 
 
 def test_what_was_scored_is_not_scored_again(
-    model: GPT, coder: tokenizer.Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: GPT, gpt2: tokenizer.Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    items, whole = tmp_path / "items.jsonl", asked(model, coder)
-    monkeypatch.setattr(multiple_choice, "ROUND_ON_CPU", 2)
+    items, whole = tmp_path / "items.jsonl", answered(model, gpt2)
+    monkeypatch.setattr(multiple_choice, "QUESTIONS_PER_ROUND", {"cpu": 2})
     monkeypatch.setattr(multiple_choice, "_append", killed_after(2, multiple_choice._append))
     with pytest.raises(KeyboardInterrupt):
-        asked(model, coder, items=items)
+        answered(model, gpt2, items=items)
     monkeypatch.undo()
     with open(items, "ab") as file:
         file.write(b'{"item": 3, "log_pr')  # killed while it wrote
@@ -104,10 +106,10 @@ def test_what_was_scored_is_not_scored_again(
         return score(model, new, device)
 
     monkeypatch.setattr(multiple_choice, "_log_probabilities", counted)
-    found = asked(model, coder, items=items)
+    found = answered(model, gpt2, items=items)
     assert len(rows) == sum(len(q.endings) for i, q in enumerate(QUESTIONS) if i not in begun)
     assert np.concatenate(found.scores) == pytest.approx(np.concatenate(whole.scores), rel=1e-5)
-    assert asked(model, coder, items=items).scores == found.scores
+    assert answered(model, gpt2, items=items).scores == found.scores
     records = [json.loads(line) for line in items.read_text().splitlines()]
     assert sorted(record["item"] for record in records) == [0, 1, 2, 3, 4]
 
@@ -125,37 +127,43 @@ def killed_after(writes: int, append: Any) -> Any:
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_ranks_share_the_questions(
-    model: GPT, coder: tokenizer.Tokenizer, world_size: int, monkeypatch: pytest.MonkeyPatch
+    model: GPT, gpt2: tokenizer.Tokenizer, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each rank's own scores, the others' being zeros: together they are all, each once."""
-    monkeypatch.setattr(Ranks, "sums", lambda self, values: list(values))
-    monkeypatch.setattr(multiple_choice, "ROUND_ON_CPU", 1)
+    monkeypatch.setattr(Ranks, "all_reduce_sum", lambda self, values: list(values))
+    monkeypatch.setattr(multiple_choice, "QUESTIONS_PER_ROUND", {"cpu": 1})
     shares = [
         np.concatenate(
-            asked(model, coder, ranks=Ranks(rank, rank, world_size, ALONE.device)).scores
+            answered(model, gpt2, ranks=Ranks(rank, rank, world_size, ALONE.device)).scores
         )
         for rank in range(world_size)
     ]
     assert (np.count_nonzero(shares, axis=0) == 1).all()
-    whole = np.concatenate(asked(model, coder).scores)
+    whole = np.concatenate(answered(model, gpt2).scores)
     np.testing.assert_allclose(np.sum(shares, axis=0), whole, rtol=1e-5)
 
 
-def test_an_identity_is_of_all_that_decides(model: GPT) -> None:
+def test_the_items_files_name_is_of_all_that_decides(model: GPT) -> None:
+    def name(model: GPT, questions: list[Question], block_size: int) -> str:
+        document, device = Path("here/eval.md"), ALONE.device
+        file = multiple_choice.items_file(document, "some", model, questions, block_size, device)
+        assert re.fullmatch(r"here/eval\.some\.[0-9a-f]{16}\.jsonl", str(file))
+        return file.name
+
     names = {
-        multiple_choice.identity(model, QUESTIONS, 32, ALONE.device),
-        multiple_choice.identity(model, QUESTIONS[:-1], 32, ALONE.device),
-        multiple_choice.identity(model, QUESTIONS, 31, ALONE.device),
-        multiple_choice.identity(GPT(SHAPE), QUESTIONS, 32, ALONE.device),
+        name(model, QUESTIONS, 32),
+        name(model, QUESTIONS[:-1], 32),
+        name(model, QUESTIONS, 31),
+        name(GPT(SHAPE), QUESTIONS, 32),
     }
     assert len(names) == 4
-    assert multiple_choice.identity(model, QUESTIONS, 32, ALONE.device) in names
+    assert name(model, QUESTIONS, 32) in names
 
 
-def test_an_ending_that_does_not_fit_is_said(model: GPT, coder: tokenizer.Tokenizer) -> None:
+def test_an_ending_that_does_not_fit_is_said(model: GPT, gpt2: tokenizer.Tokenizer) -> None:
     long = [Question("A", ("b", "c " * 40), 0)]
     with pytest.raises(ValueError, match="at most 32 tokens"):
-        multiple_choice.answer(model, long, coder.encode, coder.eot, ALONE, 32)
+        multiple_choice.answer(model, long, gpt2, ALONE, 32)
 
 
 def test_reading(tmp_path: Path) -> None:

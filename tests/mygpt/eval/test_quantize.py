@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mygpt.config import GPTConfig
-from mygpt.eval.quantize import MANY_ROWS, Int8Linear, with_weights
+from mygpt.eval.quantize import MAX_KERNEL_ROWS, Int8Linear, with_weights
 from mygpt.generate import generate
 from mygpt.model import GPT
 
@@ -26,7 +26,7 @@ def model(request) -> GPT:
 
 
 @pytest.mark.parametrize(("kind", "error"), [("fp32", 1e-5), ("bf16", 0.02), ("int8", 0.03)])
-@pytest.mark.parametrize("rows", [1, 3, 2 * MANY_ROWS])
+@pytest.mark.parametrize("rows", [1, 3, 2 * MAX_KERNEL_ROWS])
 def test_logits_are_those_of_the_model_but_for_rounding(model, kind, error, rows):
     made = with_weights(model, kind)
     idx = torch.randint(0, VOCAB, (1, rows))

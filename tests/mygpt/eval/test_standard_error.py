@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mygpt.eval.standard_error import proportion, ratio
+from mygpt.eval.metrics import proportion, ratio
 
 
 def some_documents(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -89,7 +89,7 @@ def test_the_terminal(report: dict[str, Any]) -> None:
     cells = [[cell.strip() for cell in row if cell.strip()] for row in table]
     assert cells[0] == ["this model", "2.0000 ±0.1250", "7.40", "0.6667 ±0.1250"]
     assert cells[1] == ["gpt2", "3.0000", "7.40", "1.0000"]
-    assert cells[3] == ["this model less the other", "-1.0000 ±0.0100"]
+    assert cells[3] == ["this model minus the reference", "-1.0000 ±0.0100"]
     assert ["this model", "0.5000 ±0.1000", "0.5000", "8"] in cells
     assert "and 2 smaller ones, in eval.json" in lines
     assert all(line == line.rstrip() for line in lines)
@@ -131,5 +131,5 @@ def test_files_of_one_document_each_are_not_listed(report: dict[str, Any]) -> No
 def test_without_losses_only_the_questions(report: dict[str, Any]) -> None:
     del report["loss"], report["reference"]
     text = summary.text(report)
-    assert "nats a token" not in text
+    assert "nats per token" not in text
     assert "hellaswag" in text and "guessing" in text

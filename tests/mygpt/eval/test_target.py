@@ -12,6 +12,7 @@ from mygpt.eval import target
 from mygpt.model import GPT
 from mygpt.settings import TrainConfig
 
+CPU = torch.device("cpu")
 SHAPE = GPTConfig(block_size=8, vocab_size=19, n_layers=1, n_heads=1, n_embed=8)
 
 
@@ -33,10 +34,10 @@ def test_a_run_is_its_newest_or_best_checkpoint(tmp_path: Path) -> None:
     best = target.find(str(run), best=True)
     assert best.name == str(checkpoint.folder_of(run, 2))
     assert target.find(best.name, best=True) == best
-    loaded = newest.load()
+    loaded = newest.load(CPU)
     assert not loaded.training
     assert torch.equal(loaded.wte.weight, model.wte.weight)
-    facts = newest.facts(loaded)
+    facts = newest.identity(loaded)
     assert (facts["step"], facts["parameters"]) == (3, model.num_params())
 
 
@@ -52,9 +53,9 @@ def test_hugging_faces_format(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "model")
     found = target.find(str(tmp_path / "model"))
     assert (found.config, found.run) == (None, None)
-    model = found.load()
+    model = found.load(CPU)
     assert model.config == SHAPE and not model.training
-    assert found.facts(model)["step"] is None
+    assert found.identity(model)["step"] is None
 
 
 def test_names_on_the_hub_are_told_from_paths(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mygpt.eval import measurement as module
-from mygpt.eval.measurement import version
+from mygpt.eval import target as module
+from mygpt.eval.target import version
 
 NOBODY = ["-c", "user.name=nobody", "-c", "user.email=nobody@nowhere"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mygpt import pretrained
 from mygpt.config import GPTConfig
+from mygpt.hub import __main__ as hub
 from mygpt.hub import nanogpt
 from mygpt.model import GPT
 from mygpt.pretrained import from_pretrained
@@ -42,7 +42,7 @@ def checkpoint(vocab_size: int, prefix: str = "", **args: Any) -> tuple[dict[str
 def test_a_character_model(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw, model = checkpoint(65, prefix)
     torch.save(raw, tmp_path / "ckpt.pt")
-    assert pretrained.main(["import", str(tmp_path), str(tmp_path / "out")]) == 0
+    assert hub.main(["import", str(tmp_path), str(tmp_path / "out")]) == 0
     assert "tokenizer   none" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
@@ -50,13 +50,13 @@ def test_a_character_model(prefix: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert back.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in model.named_parameters())
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
-    assert "Step: 2,000. Best validation loss as its checkpoint has it: 3.2500" in card
+    assert "Step: 2,000. Best validation loss recorded in its checkpoint: 3.2500" in card
 
 
 def test_a_padded_gpt2_vocabulary_is_cut(tmp_path: Path) -> None:
     raw, model = checkpoint(50304)
     torch.save(raw, tmp_path / "ckpt.pt")
-    assert pretrained.main(["import", str(tmp_path / "ckpt.pt"), str(tmp_path / "out")]) == 0
+    assert hub.main(["import", str(tmp_path / "ckpt.pt"), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     back = from_pretrained(tmp_path / "out")
     assert torch.equal(back.wte.weight, model.wte.weight[:50257])
@@ -95,7 +95,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     raw, _ = checkpoint(65, n_layer=3)
     torch.save(raw, tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match=r"tensor h\.2\.attn\.c_attn\.weight of shape"):
+    with pytest.raises(ValueError, match=r"tensor h\.2\.attn\.c_attn\.weight: expected shape"):
         nanogpt.load(tmp_path / "ckpt.pt")
     del raw["model_args"]["n_head"]
     torch.save(raw, tmp_path / "ckpt.pt")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mygpt.report.chart import HEIGHT, POINTS, WIDTH, Axis, Line, chart, short, ticks
+from mygpt.report.chart import HEIGHT, MAX_POINTS, WIDTH, Axis, Line, chart, short, ticks
 
 NUMBERS = st.floats(1e-9, 1e12)
 
@@ -25,7 +25,7 @@ def test_ticks_are_few_round_and_inside(a: float, b: float, is_log: bool) -> Non
     found = ticks(axis, 4)
     assert 2 <= len(found) <= 16
     assert found == sorted(set(found))
-    assert all(-1e-9 <= axis.place(tick) <= 1 + 1e-9 for tick in found if tick > 0)
+    assert all(-1e-9 <= axis.fraction(tick) <= 1 + 1e-9 for tick in found if tick > 0)
 
 
 def test_a_line_goes_through_its_values() -> None:
@@ -60,7 +60,7 @@ def test_one_value_is_enough() -> None:
 def test_a_long_series_is_thinned_without_losing_its_spikes() -> None:
     values = dict.fromkeys(range(1, 50001), 1.0) | {33_333: 9.0}
     html = chart("x", "", [Line("a", "first", values, "smoothed")])
-    assert len(points(html, "line")) == POINTS
+    assert len(points(html, "line")) == MAX_POINTS
     assert min(y for _, y in points(html, "raw")) == pytest.approx(HEIGHT * 0.03, rel=1)
     assert len(html) < 60_000
 

@@ -11,7 +11,7 @@ EVIL = "<i>&\"' </pre><script>"
     "part",
     [
         page.section(EVIL, "<p></p>"),
-        page.paragraph(EVIL),
+        page.paragraph(EVIL, "note"),
         page.tiles([(EVIL, EVIL, EVIL)]),
         page.table([[EVIL, EVIL]], (EVIL, EVIL), EVIL, numbers=1),
         page.details(EVIL),
@@ -27,7 +27,7 @@ def test_it_is_escaped(part: str) -> None:
 
 def test_nothing_makes_nothing() -> None:
     assert page.section("A heading", "", "") == ""
-    assert page.paragraph("") == ""
+    assert page.paragraph("", "note") == ""
 
 
 def test_numbers_are_set_as_numbers_and_rows_are_named() -> None:

@@ -85,11 +85,11 @@ def test_it_says_what_the_files_say(run: Path, data: Manifest) -> None:
     found = json.loads((run / "eval.json").read_text())
     for part in (
         "a <run>",
-        "2 layers, 2 heads, 16 wide, 24 tokens of context, trained on random; finished.",
+        "2 layers, 2 heads, width 16 and 24 tokens of context, trained on random; finished.",
         f"of {STEPS}",
         f"{found['loss']:.4f}",
         f"{found['perplexity']:,.2f}",
-        "unigram: token frequencies",
+        "unigram baseline",
         "hella <swag>",
         EVIL,
         data.fingerprint,
@@ -130,14 +130,16 @@ def test_a_young_run_without_its_dataset(data: Manifest, tmp_path: Path) -> None
     text = "".join(parsed(html).text)
     assert "at step 0" in text
     assert "Not in the log." in text
-    assert "The dataset is out of reach: expected a dataset with manifest.json in" in text
-    assert "Not evaluated over the whole validation split yet" in text
+    assert "The dataset could not be opened: expected a dataset with manifest.json in" in text
+    assert "Not evaluated on the whole validation split yet" in text
     assert data.fingerprint in text
     assert sorted(path.name for path in run.glob("*.html")) == ["report.html"]
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main([str(tmp_path)]) == 2
+    with pytest.raises(SystemExit) as exit_:
+        report.main([str(tmp_path)])
+    assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: expected a run with config.json in ")
     assert error.count("\n") == 1

@@ -17,7 +17,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     write_run(tmp_path / "run", data)
     about = run_summary.of_run(tmp_path / "run")
     assert about.dataset is not None
-    assert about.dataset.fingerprint == about.fingerprint == data.fingerprint
+    assert about.dataset.fingerprint == about.record.fingerprint == data.fingerprint
     assert len(about.history.train) == STEPS == about.config.max_steps
     assert (about.missing, about.evaluation, about.samples) == ("", None, [])
 
@@ -33,7 +33,7 @@ def test_a_dataset_that_moved_or_is_another(tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "other", seed=1)
     wrong = run_summary.of_run(tmp_path / "run", [str(other.folder)])
     assert wrong.dataset is None
-    assert f"expected the dataset {data.fingerprint[:12]}, found" in wrong.missing
+    assert f"{data.fingerprint[:12]}, found" in wrong.missing
 
 
 def test_what_is_no_run_or_damaged(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_what_is_no_run_or_damaged(tmp_path: Path) -> None:
 
 @given(st.integers(0, 500), st.integers(2, 30))
 def test_the_spread_is_even_and_has_both_ends(count: int, most: int) -> None:
-    found = run_summary.spread(count, most)
+    found = run_summary.first_to_last(count, most)
     assert len(found) == min(count, most)
     assert found == sorted(set(found))
     if count:
