@@ -1,8 +1,8 @@
-"""Files of remote datasets, kept on this machine: one cache for all processes, of bounded size.
+"""Cache of remote datasets' files on this machine, shared by all processes and of bounded size.
 
-A file lies under the hash of its content, so it is right whatever wrote it, and datasets share what
-they have in common. The least recently used go when room is needed. Where it lies and how large it
-may grow: `MYGPT_CACHE` (~/.cache/mygpt/shards) and `MYGPT_CACHE_GB` (100).
+A file is named by the sha256 of its content, so a hit is always right and datasets share what they
+have in common. The least recently used files are evicted when room is needed. `MYGPT_CACHE`
+(~/.cache/mygpt/shards) is its folder, `MYGPT_CACHE_GB` (100) its limit.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from shards import remote
 
 DEFAULT_GIGABYTES = 100.0
 PARTIAL = ".part"
-# Locks are files: a handful for all content, so that they need not be cleared away.
+# A fixed number of lock files for all content, so that none need be cleared away.
 LOCKS = 64
 FETCHING_THREADS = 4
 BLOCK_BYTES = 1 << 24
@@ -29,13 +29,13 @@ ROOM_PAUSE_SECONDS = 0.1
 
 
 def folder() -> Path:
-    """Where the cache lies."""
+    """Return the folder of the cache."""
     chosen = os.environ.get("MYGPT_CACHE")
     return Path(chosen) if chosen else Path.home() / ".cache" / "mygpt" / "shards"
 
 
 def limit_bytes() -> int:
-    """How large the cache may grow. Raises ValueError for a `MYGPT_CACHE_GB` that is no size."""
+    """Return the size limit of the cache. Raises ValueError unless `MYGPT_CACHE_GB` is above 0."""
     given = os.environ.get("MYGPT_CACHE_GB", str(DEFAULT_GIGABYTES))
     try:
         size = int(float(given) * 1e9)
@@ -47,10 +47,10 @@ def limit_bytes() -> int:
 
 
 def open_file(uri: str, name: str, sha256: str) -> IO[bytes]:
-    """A file of the remote folder `uri`, whole and of this hash, from the cache if it is there.
+    """Open a file of the remote folder `uri`, fetched and checked unless it is in the cache.
 
-    What is open stays readable when it is evicted. Raises FileNotFoundError where there is no such
-    file, OSError after several attempts to read it, and ValueError for other content.
+    An open file stays readable when it is evicted. Raises FileNotFoundError if there is no such
+    file, OSError after several attempts to read it, and ValueError if its content has another hash.
     """
     if file := _open_kept(sha256):
         return file
@@ -58,12 +58,12 @@ def open_file(uri: str, name: str, sha256: str) -> IO[bytes]:
     with _lock_of(sha256):
         # Another process may have fetched it while this one waited.
         return _open_kept(sha256) or remote.retried(
-            lambda: _fetch(uri, name, sha256), f"{uri}/{name}"
+            lambda: _fetch(uri, name, sha256), f"read {uri}/{name}"
         )
 
 
 def keep(sha256: str) -> bool:
-    """Mark a file as used now; False if it is not, or no longer, in the cache."""
+    """Mark a file as used now; return False if it is not, or no longer, in the cache."""
     try:
         os.utime(folder() / sha256)
     except FileNotFoundError:
@@ -72,10 +72,10 @@ def keep(sha256: str) -> bool:
 
 
 def fetch_ahead(files: Iterable[tuple[str, str, str]]) -> None:
-    """Begin to bring files (uri, name, sha256) into the cache, on threads, in this order.
+    """Start to fetch files (uri, name, sha256) that are not in the cache, on threads, in order.
 
-    Only the first few that are not there: call it again and again. One that can't be had is passed
-    over: whoever comes to need it is told why.
+    Only a few at a time are queued: call it repeatedly. Errors are ignored here; `open_file` raises
+    them when the file is needed.
     """
     threads, fetching = _threads(os.getpid())
     for uri, name, sha256 in files:
@@ -83,10 +83,10 @@ def fetch_ahead(files: Iterable[tuple[str, str, str]]) -> None:
             return
         if sha256 not in fetching and not keep(sha256):
             fetching.add(sha256)
-            threads.submit(_bring, uri, name, sha256, fetching)
+            threads.submit(_fetch_quietly, uri, name, sha256, fetching)
 
 
-def _bring(uri: str, name: str, sha256: str, fetching: set[str]) -> None:
+def _fetch_quietly(uri: str, name: str, sha256: str, fetching: set[str]) -> None:
     with suppress(OSError, ValueError):
         open_file(uri, name, sha256).close()
     fetching.discard(sha256)
@@ -94,30 +94,30 @@ def _bring(uri: str, name: str, sha256: str, fetching: set[str]) -> None:
 
 @cache
 def _threads(process: int) -> tuple[ThreadPoolExecutor, set[str]]:
-    """The threads of a process, a fork has none of its parent's, and the hashes they are after."""
+    """Return a process's threads (a fork has none of its parent's) and the hashes being fetched."""
     return ThreadPoolExecutor(FETCHING_THREADS, "fetch"), set()
 
 
 def _open_kept(sha256: str) -> IO[bytes] | None:
-    """A file that is in the cache, marked as used; else None."""
+    """Open a file that is in the cache and mark it as used, or return None."""
     if not keep(sha256):
         return None
     try:
         return open(folder() / sha256, "rb")
     except FileNotFoundError:
-        return None  # evicted since
+        return None  # evicted in between
 
 
 def _fetch(uri: str, name: str, sha256: str) -> IO[bytes]:
-    """Download one file, check it, and let it appear; called with its lock held."""
+    """Download one file, check its hash and rename it into place; called with its lock held."""
     partial = folder() / f"{sha256}{PARTIAL}"
     try:
-        with remote.opened(uri, name) as source:
+        with remote.open_once(uri, name) as source:
             _make_room(source.seek(0, os.SEEK_END), partial)
-            for _ in range(2):  # what came over a network may have been altered on the way
+            for _ in range(2):  # a transfer may corrupt it once
                 source.seek(0)
                 if (found := _copy(source, partial)) == sha256:
-                    file = open(partial, "rb")  # noqa: SIM115 - opened before it may be evicted
+                    file = open(partial, "rb")  # noqa: SIM115 - opened before it can be evicted
                     os.replace(partial, folder() / sha256)
                     return file
         raise ValueError(
@@ -130,7 +130,7 @@ def _fetch(uri: str, name: str, sha256: str) -> IO[bytes]:
 
 
 def _copy(source: IO[bytes], partial: Path) -> str:
-    """Copy all of a file; returns its sha256."""
+    """Copy all of a file and return its sha256."""
     digest = hashlib.sha256()
     with open(partial, "r+b") as out:
         while block := source.read(BLOCK_BYTES):
@@ -140,9 +140,9 @@ def _copy(source: IO[bytes], partial: Path) -> str:
 
 
 def _make_room(size: int, partial: Path) -> None:
-    """Evict until `size` bytes fit, and take them by making `partial` that long.
+    """Evict files until `size` bytes fit, and reserve them by making `partial` that long.
 
-    Files being fetched count in full. Raises ValueError for a file that can't ever fit.
+    Files being fetched count in full. Raises ValueError for a file larger than the limit.
     """
     limit = limit_bytes()
     if size > limit:
@@ -164,11 +164,11 @@ def _make_room(size: int, partial: Path) -> None:
                 with open(partial, "wb") as file:
                     file.truncate(size)
                 return
-        time.sleep(ROOM_PAUSE_SECONDS)  # what others are fetching can be evicted soon
+        time.sleep(ROOM_PAUSE_SECONDS)  # files being fetched elsewhere can be evicted soon
 
 
 def _kept() -> Iterator[tuple[Path, os.stat_result]]:
-    """The files in the cache, those being fetched too."""
+    """Yield the files in the cache, those being fetched included."""
     with os.scandir(folder()) as entries:
         for entry in entries:
             if not entry.name.endswith(".lock"):
@@ -177,7 +177,7 @@ def _kept() -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _evict(path: Path, partial: Path) -> bool:
-    """Remove a file; one being fetched only if whoever fetched it is gone."""
+    """Remove a file, one being fetched only if its process is gone; return True if removed."""
     try:
         # Under the lock that is held for `partial` nobody else can be fetching.
         if path.suffix == PARTIAL and _lock_number(path.stem) != _lock_number(partial.stem):
@@ -186,7 +186,7 @@ def _evict(path: Path, partial: Path) -> bool:
         else:
             path.unlink(missing_ok=True)
     except (Timeout, PermissionError):
-        return False  # still written to, or, on Windows, still open
+        return False  # still being written, or, on Windows, still open
     return True
 
 
@@ -195,5 +195,5 @@ def _lock_number(sha256: str) -> int:
 
 
 def _lock_of(sha256: str, timeout: float = -1) -> FileLock:
-    """The lock under which a file is fetched; it raises Timeout after `timeout` seconds."""
+    """Return the lock held while a file is fetched; it raises Timeout after `timeout` seconds."""
     return FileLock(folder() / f"fetch-{_lock_number(sha256):02}.lock", timeout=timeout)

@@ -1,4 +1,4 @@
-"""Is a dataset what its manifest says? Every byte of it is read, at the speed of the disk."""
+"""Checks of a dataset against its manifest: of every byte, or of sizes in the background."""
 
 import hashlib
 import io
@@ -18,12 +18,14 @@ from shards.manifest import Manifest, Shard, Split
 from shards.reader import REMEDY, open_file, open_tokens, read_index
 from shards.writer import DTYPE, npy_header
 
+# Between two shards of a background check: the batches come first.
+PAUSE_SECONDS = 0.001
+
 
 def verify(manifest: Manifest) -> Iterator[tuple[Shard, list[str]]]:
-    """Each shard of the dataset, in order, with what is wrong with it and its index, a line each.
+    """Yield each shard of the dataset, in order, with its faults and its index's, a line each.
 
-    Hashing and NumPy leave the interpreter's lock, so threads read as many shards as there are
-    cores.
+    Hashing and NumPy release the interpreter's lock, so as many threads read as there are cores.
     """
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -31,8 +33,7 @@ def verify(manifest: Manifest) -> Iterator[tuple[Shard, list[str]]]:
 
 
 def check(manifest: Manifest, split: str, part: slice = slice(None)) -> None:
-    """Raise ValueError for the first shard of a split, or of a part of its shards, that is not what
-    the manifest says."""
+    """Raise ValueError for the first faulty shard of a split, or of a part of its shards."""
     only = replace(manifest, splits={split: Split(manifest.splits[split].shards[part])})
     for _, found in verify(only):
         if found:
@@ -40,7 +41,7 @@ def check(manifest: Manifest, split: str, part: slice = slice(None)) -> None:
 
 
 def faults(manifest: Manifest, shard: Shard) -> list[str]:
-    """What is wrong with one shard and its index: hash, size, id range, documents."""
+    """Return the faults of one shard and its index: hash, size, id range, documents."""
     found: list[str] = []
     for check in (_check_tokens, _check_index):
         try:
@@ -52,14 +53,12 @@ def faults(manifest: Manifest, shard: Shard) -> list[str]:
 
 def _check_tokens(manifest: Manifest, shard: Shard) -> Iterator[str]:
     tokens = open_tokens(manifest, shard)
-    path = manifest.location_of(shard.file)
     yield from _check_hash(manifest, shard.file, shard.sha256)
     highest = int(tokens.max(initial=0))
     if highest >= manifest.tokenizer.n_vocab:
-        at = int(np.argmax(tokens))
         yield (
-            f"expected ids below {manifest.tokenizer.n_vocab} in {path}, found {highest} at token "
-            f"{at}"
+            f"expected ids below {manifest.tokenizer.n_vocab} in "
+            f"{manifest.location_of(shard.file)}, found {highest} at token {np.argmax(tokens)}"
         )
 
 
@@ -83,18 +82,12 @@ def _check_hash(manifest: Manifest, name: str, expected: str) -> Iterator[str]:
     with open_file(manifest, name, expected) as file:
         found = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
     if found != expected:
-        yield f"expected sha256 {expected[:12]} of {manifest.location_of(name)}, found {found[:12]}"
+        path = manifest.location_of(name)
+        yield f"expected sha256 {expected[:12]} of {path}, found {found[:12]}"
 
 
-# --- Looking over all shards of a dataset in the background, while training goes on.
-
-
-# Between two shards: the batches come first.
-PAUSE_SECONDS = 0.001
-
-
-class Sweep:
-    """Opens each shard once, for its size and header, on a thread that ends with this object.
+class BackgroundCheck:
+    """Check of the size and header of shards on a thread that ends with this object.
 
     Of a remote dataset the sizes in the store's listing are compared. `check` raises the first
     FileNotFoundError or ValueError found.
@@ -103,22 +96,24 @@ class Sweep:
     def __init__(self, parts: Sequence[tuple[Manifest, Sequence[Shard]]]) -> None:
         self.fault: Exception | None = None
         self._thread = threading.Thread(
-            target=_sweep, args=(weakref.ref(self), parts), name="sweep", daemon=True
+            target=_run, args=(weakref.ref(self), parts), name="background-check", daemon=True
         )
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what was found, if anything was."""
+        """Raise the fault, if one was found so far."""
         if self.fault is not None:
             raise self.fault
 
     def join(self) -> None:
-        """Wait until all has been looked at."""
+        """Wait until all shards are checked."""
         self._thread.join()
 
 
-def _sweep(owner: "weakref.ref[Sweep]", parts: Sequence[tuple[Manifest, Sequence[Shard]]]) -> None:
-    """Set `fault` of the sweep to the first thing that is wrong."""
+def _run(
+    owner: "weakref.ref[BackgroundCheck]", parts: Sequence[tuple[Manifest, Sequence[Shard]]]
+) -> None:
+    """Set the owner's `fault` to the first one found; end when the owner is no more."""
     try:
         for manifest, shards in parts:
             if manifest.uri:
@@ -138,13 +133,9 @@ def _compare_sizes(manifest: Manifest, shards: Sequence[Shard]) -> None:
     """Raise FileNotFoundError or ValueError for a shard that is missing or of another size."""
     sizes = remote.sizes(manifest.uri)
     for shard in shards:
+        path = manifest.location_of(shard.file)
         expected = len(npy_header(shard.tokens)) + shard.tokens * DTYPE.itemsize
         if (found := sizes.get(shard.file)) is None:
-            raise FileNotFoundError(
-                f"expected {manifest.location_of(shard.file)}, found no such file: {REMEDY}"
-            )
+            raise FileNotFoundError(f"expected the shard {path}, found no such file: {REMEDY}")
         if found != expected:
-            raise ValueError(
-                f"expected {expected} bytes in {manifest.location_of(shard.file)}, found {found}: "
-                f"{REMEDY}"
-            )
+            raise ValueError(f"expected {expected} bytes in {path}, found {found}: {REMEDY}")

@@ -1,4 +1,4 @@
-"""How every command of the project reports bad input: one line on stderr, exit code 2."""
+"""Error handling of every command of the project: one line on stderr for bad input, exit code 2."""
 
 import os
 import sys
@@ -7,21 +7,20 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130  # as shells have it for Ctrl-C
+EXIT_INTERRUPTED = 130  # the convention of shells for Ctrl-C
 
 
 @contextmanager
 def one_line_errors(if_interrupted: str = "") -> Iterator[None]:
-    """Turn a ValueError or OSError into `error: ...` on one line and exit code 2, Ctrl-C into 130.
+    """Exit with 2 and `error: ...` on one line for ValueError and OSError, with 130 for Ctrl-C.
 
-    `if_interrupted` is what there is to say after "interrupted".
-    Messages are written where the error is found (expected, found, what to do), so a traceback
-    would add nothing for the reader. Any other exception is a fault of ours and keeps its own.
+    `if_interrupted` follows the word "interrupted". Messages say expected, found and what to do, so
+    a traceback would add nothing. Any other exception is a bug and keeps its traceback.
     """
     try:
         yield
     except BrokenPipeError:
-        # The reader of our output (`| head`) has gone: nothing is wrong and nobody listens.
+        # The reader of our output (`| head`) has closed it: not an error.
         sys.stderr.close()
         sys.exit(0)
     except KeyboardInterrupt:
@@ -33,11 +32,11 @@ def one_line_errors(if_interrupted: str = "") -> Iterator[None]:
 
 
 def end_with(main: Callable[[], int]) -> NoReturn:
-    """Run a command and leave with its exit code: on the spot, if torchrun started the process.
+    """Run a command and exit with its code, without finalising Python under torchrun.
 
-    gloo frees tensors on threads of its own, for which they need Python's lock. One that waits for
-    it in the moment in which Python begins to end aborts the process instead, with "terminate
-    called without an active exception", and a run that was well finished would count as crashed.
+    gloo frees tensors on its own threads, for which they take Python's lock. A thread that waits
+    for it while the interpreter shuts down aborts the process ("terminate called without an active
+    exception"), and a run that ended well would count as crashed.
     """
     try:
         code = main()
@@ -48,6 +47,6 @@ def end_with(main: Callable[[], int]) -> NoReturn:
     if "RANK" not in os.environ:
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # whose reader has gone, or which is closed
+        with suppress(OSError, ValueError):  # its reader has gone, or it is closed
             stream.flush()
     os._exit(code)

@@ -1,8 +1,9 @@
-"""The rank-aware streaming loader: token windows of one split in one global, seeded order.
+"""The rank-aware streaming loader: windows of one split in one global, seeded order.
 
-There is one stream of windows, a function of the datasets, the seed and the block size. A position
-counted in windows says where in it a run is; ranks are offsets. World size, micro-batch and
-accumulation only decide who reads which row, so any of them may change on resume (promise 5).
+The stream of windows is a function of the datasets, the seed and the block size. A run's place in
+it is one position, counted in windows; ranks are offsets. World size, micro-batch and gradient
+accumulation only decide which rank reads which window, so any of them may change on resume
+(promise 5). B: batch size, T: block size, N: windows in the buffer.
 """
 
 import time
@@ -16,26 +17,26 @@ import numpy as np
 import torch
 
 from shards import cache
-from shards.checks import Sweep
+from shards.checks import BackgroundCheck
 from shards.order import ORDER_VERSION
 from shards.reader import ShardReader
 from shards.stream import MixedStream, Mixture
 
-# --- The rows that one rank reads of the global stream, batch after batch, as they lie on disk.
-
-
-# Tokens read at once, shard by shard: a call for each row would take as long as the row. The first
-# time it is one batch, then twice as many each time, so that the first one need not wait.
+STATE_VERSION = 2
+# Tokens read at once, sorted by shard: one call per window would take as long as the window. The
+# first read is one batch, each later one twice as many, so that the first batch need not wait.
 READ_TOKENS = 1 << 22
-# Rows after which the memory of the maps is given back, at most 64 KB each.
-HELD_ROWS = 1 << 14
+# Windows after which the pages of the maps are released, at most 64 KB each.
+HELD_WINDOWS = 1 << 14
+# Batches prepared for a GPU, which computes while the next one is copied to it.
+PREFETCH = 2
 
 
-class RankRows:
-    """Windows of T + 1 tokens, uint16: those of this rank's batches, from any position on.
+class BatchReader:
+    """Batches of one rank as they lie on disk, from any position of the stream.
 
     Raises ValueError or FileNotFoundError for datasets that can't be served, and from `read` for a
-    shard that is found to be wrong, be it by the look over all of them in the background.
+    faulty shard, whether it is being read or was found by the check in the background.
     """
 
     def __init__(
@@ -55,52 +56,52 @@ class RankRows:
         self._readers = [ShardReader(manifest, split, count) for manifest in mixture.manifests]
         self.stream = MixedStream(mixture, split, block_size, seed, shuffle_shards)
         _check_cache(self._readers, shuffle_shards)
-        self._sweep: Sweep | None = None
-        self._position = self._next = 0
-        self._rows = np.empty((0, self.width), np.uint16)
-        self._most = max(1, READ_TOKENS // (batch_size * self.width))
-        self._batches = 1
-        self._rows_held = 0
+        self._check: BackgroundCheck | None = None
+        self._buffer = np.empty((0, self.width), np.uint16)
+        self._max_batches = max(1, READ_TOKENS // (batch_size * self.width))
+        self._held_windows = 0
+        self.seek(0)
 
     def seek(self, position: int) -> None:
         """Go to a position of the stream, counted in windows of all ranks."""
-        self._position = position
-        self._next, self._rows, self._batches = 0, self._rows[:0], 1
+        self._position = position  # of the first window that is not in the buffer
+        self._used, self._buffer, self._batches = 0, self._buffer[:0], 1
 
     def read(self) -> np.ndarray:
-        """The next batch, (batch_size, T + 1) uint16, in memory that the next one may take."""
-        if self._sweep is not None:
-            self._sweep.check()
-        if self._next == len(self._rows):
-            self._read_ahead()
-        batch = self._rows[self._next : self._next + self.batch_size]
-        self._next += self.batch_size
+        """Return the next batch, (B, T + 1) uint16, valid until the next call."""
+        if self._check is not None:
+            self._check.check()
+        if self._used == len(self._buffer):
+            self._fill_buffer()
+        batch = self._buffer[self._used : self._used + self.batch_size]
+        self._used += self.batch_size
         return batch
 
-    def _read_ahead(self) -> None:
-        """Bring this rank's rows of the next batches into memory."""
-        if self._sweep is None:
-            # Each rank looks at a share of the shards: what one finds ends all.
+    def _fill_buffer(self) -> None:
+        """Read this rank's part of the next global batches."""
+        if self._check is None:
+            # Each rank checks a part of the shards: a fault found by one ends them all.
             own = slice(self.rank, None, self.world_size)
-            self._sweep = Sweep([(reader.manifest, reader.shards[own]) for reader in self._readers])
-        self._house_keeping()
-        step = self.batch_size * self.world_size
-        own_rows = self._position + self.rank * self.batch_size + np.arange(self.batch_size)
-        positions = (np.arange(self._batches)[:, None] * step + own_rows).ravel()
-        rows = self._rows
-        if len(rows) != len(positions):
-            rows = np.empty((len(positions), self.width), np.uint16)
-        self._gather(rows, *self.stream.locate(positions))
-        # Only now: who tries again after an error gets the same batch.
-        self._rows = rows
-        self._position += self._batches * step
-        self._next, self._batches = 0, min(2 * self._batches, self._most)
-        self._rows_held += len(positions)
+            parts = [(reader.manifest, reader.shards[own]) for reader in self._readers]
+            self._check = BackgroundCheck(parts)
+        self._manage_files()
+        global_batch = self.batch_size * self.world_size
+        first = self._position + self.rank * self.batch_size + np.arange(self.batch_size)
+        positions = (np.arange(self._batches)[:, None] * global_batch + first).ravel()  # (N,)
+        buffer = self._buffer
+        if len(buffer) != len(positions):
+            buffer = np.empty((len(positions), self.width), np.uint16)
+        self._copy_windows(buffer, *self.stream.locate(positions))
+        # Assigned last: after an error, the next call reads the same batch.
+        self._buffer = buffer
+        self._position += self._batches * global_batch
+        self._used, self._batches = 0, min(2 * self._batches, self._max_batches)
+        self._held_windows += len(positions)
 
-    def _gather(
-        self, rows: np.ndarray, sources: np.ndarray, shards: np.ndarray, starts: np.ndarray
+    def _copy_windows(
+        self, buffer: np.ndarray, sources: np.ndarray, shards: np.ndarray, starts: np.ndarray
     ) -> None:
-        """Copy rows from where they lie, those of a shard together, to their places in `rows`."""
+        """Copy windows, each given by its source, shard and first token (N,), shard by shard."""
         order = np.lexsort((starts, shards, sources))
         sources, shards, starts = sources[order], shards[order], starts[order]
         is_first = (np.diff(shards, prepend=-1) != 0) | (np.diff(sources, prepend=-1) != 0)
@@ -111,28 +112,28 @@ class RankRows:
         )
         for source, shard, first, end in parts:
             tokens = self._readers[source].tokens(shard)
-            # Every place as the beginning of a row, without a copy.
+            # Overlapping windows from every token on, a view without a copy.
             shape, strides = (len(tokens) - self.width + 1, self.width), tokens.strides * 2
             windows = np.ndarray(shape, tokens.dtype, tokens, 0, strides)
-            rows[order[first:end]] = windows[starts[first:end]]
+            buffer[order[first:end]] = windows[starts[first:end]]
 
-    def _house_keeping(self) -> None:
-        """Fetch what comes next, and give back what was used."""
+    def _manage_files(self) -> None:
+        """Fetch the shards that are read next, and release the memory of what was read."""
         for reader, shards in zip(self._readers, self.stream.ahead(self._position), strict=True):
-            reader.forget_evicted()
+            reader.close_evicted()
             reader.fetch_ahead(shards)
-            if self._rows_held >= HELD_ROWS:
-                reader.let_go()
-        self._rows_held %= HELD_ROWS
+            if self._held_windows >= HELD_WINDOWS:
+                reader.release_pages()
+        self._held_windows %= HELD_WINDOWS
 
 
 def _check_cache(readers: list[ShardReader], shuffle_shards: int) -> None:
-    """Raise ValueError where remote shards that are shuffled together don't fit into the cache."""
+    """Raise ValueError if remote shards that are shuffled together don't fit into the cache."""
     needed = 0
     for reader in readers:
         if reader.manifest.uri:
             sizes = sorted((2 * shard.tokens for shard in reader.shards), reverse=True)
-            # Those being read, and those fetched meanwhile.
+            # A group being read, and the next one being fetched meanwhile.
             needed += sum(sizes[: 2 * shuffle_shards] if shuffle_shards else sizes)
     if needed and needed > cache.limit_bytes():
         raise ValueError(
@@ -142,24 +143,18 @@ def _check_cache(readers: list[ShardReader], shuffle_shards: int) -> None:
         )
 
 
-STATE_VERSION = 2
-# Batches read ahead for a GPU, which computes while the next one is brought to it.
-AHEAD = 2
-
-
 class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
-    """Endless iterator of (x, y), each (batch_size, block_size) int64 on `device`.
+    """Endless iterator of (x, y), each (B, T) int64 on `device`; y is x one token later.
 
-    `data` is the folder of a dataset, or several as `shards.stream.parse` reads them. y is x one
-    token later. Together the ranks' k-th batches hold the windows
-    [k * batch_size * world_size, (k + 1) * batch_size * world_size) of the stream; rank r holds
-    its r-th part. Every window of the split is served once an epoch, of several sources in each
-    one's own epochs; batches may straddle epochs. With `shuffle_shards` only that many shards are
-    shuffled together at a time. With `verify` every byte is read and hashed before the first batch.
-    `wait_seconds` counts the time spent inside `next`.
+    `data` is an opened mixture, the folder or URI of a dataset, or several specs that
+    `shards.stream.parse` reads. Together the ranks' k-th batches hold the windows
+    [k * batch_size * world_size, (k + 1) * batch_size * world_size) of the stream, rank r the r-th
+    part of them. Every window of the split is served once per epoch, each source of a mixture
+    having epochs of its own; batches may straddle epochs. With `shuffle_shards` only that many
+    shards are shuffled together. `wait_seconds` is the time spent inside `next`.
 
     Raises FileNotFoundError or ValueError for a dataset that is missing, altered or shorter than
-    one block, and ValueError for sizes and ranks that can't be.
+    one block, and ValueError for impossible sizes and ranks.
     """
 
     def __init__(
@@ -184,8 +179,8 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         if not isinstance(data, Mixture):
             data = Mixture.load([str(data)] if isinstance(data, str | Path) else data)
         self.mixture = data
-        self._rows = RankRows(
-            self.mixture, split, batch_size, block_size, rank, world_size, seed, shuffle_shards
+        self._reader = BatchReader(
+            data, split, batch_size, block_size, rank, world_size, seed, shuffle_shards
         )
         self.split, self.seed, self.shuffle_shards = split, seed, shuffle_shards
         self.batch_size, self.block_size = batch_size, block_size
@@ -193,30 +188,41 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         self.device = torch.device(device)
         self.wait_seconds = 0.0
         self._position = 0
-        self._pinned = PinnedRows(self._rows, self.device) if self.device.type == "cuda" else None
+        self._thread = _reading_thread(self.device) if self.device.type == "cuda" else None
+        self._prefetched: deque[Future[torch.Tensor]] = deque()
 
     @property
     def windows_per_epoch(self) -> int:
         """Windows of the split, all sources together."""
-        return sum(stream.windows_per_epoch for stream in self._rows.stream.streams)
+        return sum(stream.windows_per_epoch for stream in self._reader.stream.streams)
 
     @property
     def unused_tokens(self) -> int:
-        """Tokens that no window of an epoch holds."""
-        return sum(stream.unused_tokens for stream in self._rows.stream.streams)
+        """Tokens of the split that no window of an epoch holds."""
+        return sum(stream.unused_tokens for stream in self._reader.stream.streams)
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         started = time.perf_counter()
-        if self._pinned:
-            window = self._pinned.next()
+        if self._thread:
+            while len(self._prefetched) <= PREFETCH:
+                self._prefetched.append(self._thread.submit(self._read_pinned))
+            batch = self._prefetched.popleft().result()
         else:
-            window = widened(torch.from_numpy(self._rows.read()), self.device)  # (B, T + 1)
+            batch = torch.from_numpy(self._reader.read())
+        windows = to_int64(batch, self.device)  # (B, T + 1)
         self._position += self.batch_size * self.world_size
         self.wait_seconds += time.perf_counter() - started
-        return window[:, :-1], window[:, 1:]
+        return windows[:, :-1], windows[:, 1:]
+
+    def _read_pinned(self) -> torch.Tensor:
+        # torch's allocator reuses pinned memory only after the copy from it has finished.
+        return torch.from_numpy(self._reader.read()).pin_memory()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is after the last batch handed out: JSON, one position in windows."""
+        """Return, as JSON, the position after the last batch handed out and the stream's identity.
+
+        Batches that were only prefetched don't count.
+        """
         return {
             "version": STATE_VERSION,
             "order": ORDER_VERSION,
@@ -251,49 +257,30 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
                 f"expected a loader state with a position from 0, found {position!r}: resume from "
                 "another checkpoint"
             )
+        for batch in self._prefetched:
+            if not batch.cancel():
+                batch.exception()  # wait for the one being read
+        self._prefetched.clear()
+        self._reader.seek(position)
         self._position = position
-        if self._pinned:
-            self._pinned.clear()
-        self._rows.seek(self._position)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(source, shard, first token) of the stream's windows at `positions`, each int64 (n,)."""
-        return self._rows.stream.locate(positions)
+        """Return (source, shard, first token) of the stream's windows at `positions`, each (N,)."""
+        return self._reader.stream.locate(positions)
 
 
-class PinnedRows:
-    """Batches read on a thread of their own into memory from which a GPU copies by itself."""
-
-    def __init__(self, rows: RankRows, device: torch.device) -> None:
-        # The thread must not make a context of its own on another GPU: it would take memory there.
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self._thread = ThreadPoolExecutor(1, "loader", torch.cuda.set_device, (index,))
-        self._rows, self._device = rows, device
-        self._ahead: deque[Future[torch.Tensor]] = deque()
-
-    def next(self) -> torch.Tensor:
-        """The next batch, (B, T + 1) int64 on the GPU."""
-        while len(self._ahead) <= AHEAD:
-            self._ahead.append(self._thread.submit(self._read))
-        return widened(self._ahead.popleft().result(), self._device)
-
-    def clear(self) -> None:
-        """Drop what was read ahead."""
-        for batch in self._ahead:
-            if not batch.cancel():
-                batch.exception()  # wait for the one under way
-        self._ahead.clear()
-
-    def _read(self) -> torch.Tensor:
-        # torch gives pinned memory out again only when the copy from it is done.
-        return torch.from_numpy(self._rows.read()).pin_memory()
+def _reading_thread(device: torch.device) -> ThreadPoolExecutor:
+    """Return a thread that reads ahead for a GPU."""
+    # Set its GPU: otherwise pinning would create a context on GPU 0, which takes memory there.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return ThreadPoolExecutor(1, "loader", torch.cuda.set_device, (index,))
 
 
-def widened(narrow: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint16 as int64 on the device."""
+def to_int64(tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return uint16 token ids as int64 on the device."""
     if device.type == "cpu":
-        return narrow.long()
-    # Two bytes a token cross the bus. Few devices compute with uint16, so the bits go as int16,
-    # and the sign is taken off where they arrive.
+        return tokens.long()
+    # Copied as 2 bytes each. Few devices compute with uint16, so the bits travel as int16, and the
+    # mask undoes the sign extension on the device.
     is_pinned = device.type == "cuda"
-    return narrow.view(torch.int16).to(device, non_blocking=is_pinned).long() & 0xFFFF
+    return tokens.view(torch.int16).to(device, non_blocking=is_pinned).long() & 0xFFFF

@@ -148,7 +148,7 @@ class Manifest:
         """Return the dataset as of `generation`. Raises ValueError if it has no such generation."""
         if not 0 <= generation <= self.generation:
             raise ValueError(
-                f"expected a generation from 0 to {self.generation} in {self.folder}, found "
+                f"expected a generation from 0 to {self.generation} in {self.location}, found "
                 f"{generation}: this copy is older than the run or checkpoint that names it; copy "
                 "the newer dataset here"
             )

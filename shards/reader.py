@@ -1,4 +1,7 @@
-"""Shards as windows: opening them, and the exact cover of a split that evaluation uses."""
+"""Reading of shards: memory maps, document indexes, and the exact cover of a split for evaluation.
+
+B windows of up to T + 1 tokens, D documents. Anything not as the manifest says is a ValueError.
+"""
 
 import mmap
 import os
@@ -6,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import IO, overload
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -16,19 +19,20 @@ from shards import cache
 from shards.manifest import Manifest, Shard
 from shards.writer import DTYPE, INDEX_SCHEMA, npy_header
 
-# Maps kept open by one reader at most; each holds a file descriptor.
+# At most so many maps are open at once; each holds a file descriptor.
 MAX_OPEN = 4096
-# A map's pages count as this process's memory once they were read, 16 at a time. Of a split beyond
-# a gigabyte they are let go from time to time; the system still has them in its cache.
+# Pages of a map that were read count as memory of this process. Of a split of more tokens they are
+# released from time to time; the operating system still has them in its page cache.
 LARGE_TOKENS = 1 << 29
 COUNTED_AT_ONCE = 1 << 22
 REMEDY = "restore it, or prepare the dataset again"
 
 
 class ShardReader:
-    """The shards of one split, memory-mapped when first used; so many `readers` share `max_open()`.
+    """Memory maps of the shards of one split, opened on first use and closed by least recent use.
 
-    Raises ValueError for a split without shards, FileNotFoundError where one is not in the folder.
+    `readers` is how many readers share the limit on open maps. Raises ValueError for a split
+    without shards, FileNotFoundError if one is missing from the folder.
     """
 
     def __init__(self, manifest: Manifest, split: str, readers: int = 1) -> None:
@@ -46,7 +50,7 @@ class ShardReader:
         self._is_large = sum(shard.tokens for shard in self.shards) > LARGE_TOKENS
 
     def tokens(self, index: int) -> np.ndarray:
-        """Token ids of shard `index`, a read-only view of the file, (n_tokens,) uint16."""
+        """Return token ids of shard `index`, (n_tokens,) uint16, a read-only view of the file."""
         view = self._open.get(index)
         if view is None:
             view = self._open[index] = open_tokens(self.manifest, self.shards[index])
@@ -55,27 +59,27 @@ class ShardReader:
         return view
 
     def fetch_ahead(self, indices: Iterable[int]) -> None:
-        """Bring shards of a remote dataset into the cache, on threads, in this order."""
+        """Start to fetch shards of a remote dataset into the cache, in this order."""
         if self.manifest.uri:
             shards = (self.shards[index] for index in indices)
             cache.fetch_ahead((self.manifest.uri, shard.file, shard.sha256) for shard in shards)
 
-    def forget_evicted(self) -> None:
-        """Close what is no longer in the cache, to free its space; mark the rest as used."""
+    def close_evicted(self) -> None:
+        """Close the maps of files evicted from the cache, to free their space; mark the others."""
         if self.manifest.uri:
             for index in list(self._open):
                 if not cache.keep(self.shards[index].sha256):
                     del self._open[index]
 
-    def let_go(self) -> None:
-        """Give back the memory of what was read of a large split; it is mapped as before."""
+    def release_pages(self) -> None:
+        """Release the memory of a large split with madvise(MADV_DONTNEED); the maps stay valid."""
         if self._is_large and hasattr(mmap, "MADV_DONTNEED"):
             for view in self._open.values():
                 _map_of(view).madvise(mmap.MADV_DONTNEED)
 
 
 def max_open() -> int:
-    """How many maps readers may hold together: at most half of the files a process may open."""
+    """Return the limit on open maps: at most half of the files that this process may open."""
     try:
         import resource
     except ImportError:  # Windows
@@ -86,8 +90,8 @@ def max_open() -> int:
 
 def _check_presence(manifest: Manifest, shards: Sequence[Shard]) -> None:
     """Raise FileNotFoundError for the first shard whose name is not in the folder."""
-    there = set(os.listdir(manifest.folder))
-    missing = [shard.file for shard in shards if shard.file not in there]
+    present = set(os.listdir(manifest.folder))
+    missing = [shard.file for shard in shards if shard.file not in present]
     if missing:
         raise FileNotFoundError(
             f"expected the shard {manifest.path(missing[0])}, found no such file ({len(missing)} "
@@ -114,8 +118,7 @@ def open_file(manifest: Manifest, file: str, sha256: str) -> IO[bytes]:
 def open_tokens(manifest: Manifest, shard: Shard) -> np.ndarray:
     """Map one shard, (n_tokens,) uint16, after checking its header and exact size.
 
-    Raises FileNotFoundError for a missing file, ValueError for one not as the manifest says, and
-    OSError for a remote one that can't be read.
+    Raises as `open_file`, and ValueError if the file is not as the manifest says.
     """
     # Compared, not parsed: NumPy parses headers as Python, which fails in threads of Python 3.11.
     header = _header(shard.tokens)
@@ -136,17 +139,16 @@ _header = lru_cache(npy_header)
 
 
 def _map_of(view: np.ndarray) -> mmap.mmap:
-    """The map that a shard's tokens are a view of."""
+    """Return the map that a shard's tokens are a view of."""
     content = view.base.obj if isinstance(view.base, memoryview) else view.base
     assert isinstance(content, mmap.mmap)
     return content
 
 
 def read_index(manifest: Manifest, shard: Shard) -> pa.Table:
-    """The index of one shard, as `shards.writer.INDEX_SCHEMA` says.
+    """Return the document index of one shard, with the columns of `shards.writer.INDEX_SCHEMA`.
 
-    Raises FileNotFoundError for a missing file, ValueError for one that is no index, and OSError
-    for a remote one that can't be read.
+    Raises as `open_file`, and ValueError if the file is not such an index.
     """
     name = manifest.location_of(shard.index)
     with open_file(manifest, shard.index, shard.index_sha256) as content:
@@ -163,41 +165,15 @@ def read_index(manifest: Manifest, shard: Shard) -> pa.Table:
     return index
 
 
-class EvalWindows(Sequence[np.ndarray]):
-    """A split cut into consecutive windows so that each target occurs exactly once (promise 9).
-
-    Window i holds 2 to `block_size` + 1 token ids, uint16; its targets are all but the first.
-    The first token of a shard, an `<|endoftext|>` unless a long document goes on, has no target.
-    """
-
-    def __init__(self, manifest: Manifest, split: str, block_size: int) -> None:
-        self._reader = ShardReader(manifest, split)
-        self.block_size = block_size
-        targets = np.array([max(shard.tokens - 1, 0) for shard in self._reader.shards])
-        self._ends = np.cumsum(-(-targets // block_size))
-        self.n_targets = int(targets.sum())
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    @overload
-    def __getitem__(self, index: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
-    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        first = int(self._ends[shard - 1]) if shard else 0
-        start = (index - first) * self.block_size
-        self._reader.fetch_ahead(range(shard + 1, min(shard + 2, len(self._ends))))
-        return self._reader.tokens(shard)[start : start + self.block_size + 1]
-
-    def spread(self, n_tokens: int) -> list[int]:
-        """Indices of evenly spaced windows with about `n_tokens` targets, at least one window."""
-        return evenly_spaced(len(self), max(1, n_tokens // self.block_size))
+def token_counts(manifest: Manifest, split: str) -> np.ndarray:
+    """Count the occurrences of each token id in a split, (n_vocab,) int64."""
+    reader = ShardReader(manifest, split)
+    counts = np.zeros(manifest.tokenizer.n_vocab, np.int64)
+    for index in range(len(reader.shards)):
+        tokens = reader.tokens(index)
+        for start in range(0, len(tokens), COUNTED_AT_ONCE):  # bincount copies to eight bytes each
+            counts += np.bincount(tokens[start : start + COUNTED_AT_ONCE], minlength=len(counts))
+    return counts
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
@@ -206,36 +182,58 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def token_counts(manifest: Manifest, split: str) -> np.ndarray:
-    """How often each token id occurs in the split, (n_vocab,) int64."""
-    reader = ShardReader(manifest, split)
-    counts = np.zeros(manifest.tokenizer.n_vocab, np.int64)
-    for index in range(len(reader.shards)):
-        tokens = reader.tokens(index)
-        for start in range(0, len(tokens), COUNTED_AT_ONCE):  # bincount widens to eight bytes
-            counts += np.bincount(tokens[start : start + COUNTED_AT_ONCE], minlength=len(counts))
-    return counts
+class EvalWindows:
+    """Consecutive windows of a split in which each target occurs exactly once (promise 9).
 
+    Window i holds 2 to `block_size` + 1 token ids, uint16; all but the first are targets. The first
+    token of a shard, an `<|endoftext|>` unless a long document continues there, is never one.
+    """
 
-# --- Whose tokens an evaluation scores: the document and the source of every target of a split.
+    def __init__(self, manifest: Manifest, split: str, block_size: int) -> None:
+        self.block_size = block_size
+        self._reader = ShardReader(manifest, split)
+        targets = np.array([max(shard.tokens - 1, 0) for shard in self._reader.shards])
+        self._ends = np.cumsum(-(-targets // block_size))
+        self.n_targets = int(targets.sum())
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        shard, start = self.locate(index)
+        self._reader.fetch_ahead(range(shard + 1, min(shard + 2, len(self._ends))))
+        return self._reader.tokens(shard)[start : start + self.block_size + 1]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return (shard, first token) of window `index`."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard, window = _locate(self._ends, index)
+        return shard, window * self.block_size
+
+    def spread(self, n_tokens: int) -> list[int]:
+        """Return indices of evenly spaced windows with about `n_tokens` targets, at least one."""
+        return evenly_spaced(len(self), max(1, n_tokens // self.block_size))
 
 
 class DocumentWindows:
-    """The exact cover of a split of one or several datasets, and the document of each target.
+    """The `EvalWindows` of one or several datasets, one after the other, with their documents.
 
-    Windows are those of `EvalWindows`, one dataset after the other. A target belongs to the
-    document of the token before it: so a document has its text and the `<|endoftext|>` that ends
-    it. One that goes on in the next shard is still one, though the first token there is no target.
+    A target belongs to the document of the token before it, so a document scores its text and the
+    `<|endoftext|>` that ends it. A document that continues in the next shard is one, although the
+    first token there is no target.
 
-    Attributes, D documents: `n_documents`; `text_bytes`, int64 (D,); `dataset`, int64 (D,), the
-    index into `manifests`; `source`, int64 (D,), the index into the sources of all manifests, one
-    list after the other. Raises FileNotFoundError or ValueError for shards and indexes that are
-    missing or not as their manifest says.
+    Attributes: `n_documents`; `text_bytes`, int64 (D,); `dataset`, int64 (D,), an index into
+    `manifests`; `source`, int64 (D,), an index into the sources of all manifests, concatenated.
+    Raises FileNotFoundError or ValueError as `open_tokens` and `read_index` do.
     """
 
     def __init__(self, manifests: Sequence[Manifest], split: str, block_size: int) -> None:
         self.block_size = block_size
-        self._parts = [_Part(manifest, split, block_size) for manifest in manifests]
+        self._parts = [_DatasetDocuments(manifest, split, block_size) for manifest in manifests]
         self._ends = np.cumsum([len(part.windows) for part in self._parts])
         sizes = [len(part.source) for part in self._parts]
         self._first_documents = np.cumsum([0, *sizes])
@@ -255,49 +253,43 @@ class DocumentWindows:
     def __getitem__(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        part, within = self._place(index)
-        return self._parts[part].windows[within]
+        part, window = _locate(self._ends, index)
+        return self._parts[part].windows[window]
 
     def documents(self, index: int) -> np.ndarray:
-        """The document of each target of window `index`, int64, ascending."""
-        part, within = self._place(index)
-        return self._first_documents[part] + self._parts[part].documents(within)
-
-    def _place(self, index: int) -> tuple[int, int]:
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        return part, index - (int(self._ends[part - 1]) if part else 0)
+        """Return the document of each target of window `index`, int64, ascending."""
+        part, window = _locate(self._ends, index)
+        return self._first_documents[part] + self._parts[part].documents(window)
 
 
-class _Part:
-    """One dataset of them; documents are counted from 0."""
+class _DatasetDocuments:
+    """The windows of one dataset and their documents, counted from 0."""
 
     def __init__(self, manifest: Manifest, split: str, block_size: int) -> None:
         self.windows = EvalWindows(manifest, split, block_size)
-        self.block_size = block_size
-        shards = manifest.splits[split].shards
-        # Where each shard's windows end, as EvalWindows cuts it.
-        targets = np.array([max(shard.tokens - 1, 0) for shard in shards])
-        self._window_ends = np.cumsum(-(-targets // block_size))
-        indexes = [read_index(manifest, shard) for shard in shards]
-        self._row_ends = np.cumsum([len(index) for index in indexes])
+        indexes = [read_index(manifest, shard) for shard in manifest.splits[split].shards]
+        self._row_ends = np.cumsum([0, *map(len, indexes)])
         columns = {
             name: np.concatenate([index[name].to_numpy() for index in indexes])
             for name in ("offset", "source", "text_bytes", "continued")
         }
         self._offsets = columns["offset"]
-        begins = ~columns["continued"]
-        begins[:1] = True
-        self._documents = np.cumsum(begins) - 1
-        self.source = columns["source"][begins]
+        is_start = ~columns["continued"]
+        is_start[:1] = True
+        self._documents = np.cumsum(is_start) - 1
+        self.source = columns["source"][is_start]
         self.text_bytes = np.bincount(self._documents, columns["text_bytes"]).astype(np.int64)
 
     def documents(self, index: int) -> np.ndarray:
-        """The document of each target of one window."""
-        shard = int(np.searchsorted(self._window_ends, index, side="right"))
-        first_window = int(self._window_ends[shard - 1]) if shard else 0
-        first_row = int(self._row_ends[shard - 1]) if shard else 0
-        rows = slice(first_row, int(self._row_ends[shard]))
-        start = (index - first_window) * self.block_size
-        before = np.arange(start, start + len(self.windows[index]) - 1)
-        found = np.searchsorted(self._offsets[rows], before, side="right") - 1
+        """Return the document of each target of one window."""
+        shard, start = self.windows.locate(index)
+        rows = slice(int(self._row_ends[shard]), int(self._row_ends[shard + 1]))
+        contexts = np.arange(start, start + len(self.windows[index]) - 1)
+        found = np.searchsorted(self._offsets[rows], contexts, side="right") - 1
         return self._documents[rows][found]
+
+
+def _locate(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """Return (part, index within it) of an index into parts that end at `ends`, (n_parts,)."""
+    part = int(np.searchsorted(ends, index, side="right"))
+    return part, index - (int(ends[part - 1]) if part else 0)

@@ -1,6 +1,7 @@
-"""Which window lies at a position of the stream: of one dataset, and of several by their weights.
+"""The global order of windows: of one dataset, and of several mixed by their weights.
 
-A position is worked out, not looked up, so seeking costs nothing and no order is held in memory.
+A position of the stream is mapped to a window by computation, not by a table, so seeking is O(1)
+and no order is held in memory. P positions at once; arrays are int64.
 """
 
 import hashlib
@@ -20,19 +21,18 @@ import orjson
 from shards.manifest import Manifest, Shard, TokenizerIdentity
 from shards.order import key_of, permute
 
-# --- Several datasets as one: `--data web=0.7:data/web --data code=0.3:data/code`.
-
-
-# Part of the identity of every stream of several sources, as ORDER_VERSION is of every stream.
+# Part of the identity of every mixture of several sources, as ORDER_VERSION is of every stream.
 MIXTURE_VERSION = 1
 SPEC = re.compile(r"([A-Za-z0-9_-]+)=([^:/]*):(.+)")
-# Places are worked out in 64 bits: a period of the pattern, squared, must fit.
+# Positions are computed in 64 bits: the period of the pattern, squared, must fit.
 MAX_PERIOD = 2**31
+# Domain separation: keys of group orders and of orders inside a group differ from other keys.
+GROUPS, INSIDE = 1, 2
 
 
 @dataclass(frozen=True)
 class Component:
-    """One source of a stream: its name, its weight among the others, and where it lies."""
+    """One source of a mixture: its name, its weight among the others, and its folder or URI."""
 
     name: str
     weight: float
@@ -40,9 +40,9 @@ class Component:
 
 
 def parse(specs: Sequence[str]) -> tuple[Component, ...]:
-    """The sources that `NAME=WEIGHT:FOLDER` or plain `FOLDER` (weight 1) spell out, by name.
+    """Return the sources that `NAME=WEIGHT:FOLDER` or plain `FOLDER` (weight 1) spell, by name.
 
-    Raises ValueError for none, for a weight that is no positive number, and for a name twice.
+    Raises ValueError for no source, a weight that is not a positive number, and a repeated name.
     """
     found = sorted((_component(spec) for spec in specs), key=lambda component: component.name)
     if not found:
@@ -58,7 +58,6 @@ def parse(specs: Sequence[str]) -> tuple[Component, ...]:
 
 
 def _component(spec: str) -> Component:
-    """One source, as its spec has it."""
     if not (match := SPEC.fullmatch(spec)):
         path = urlsplit(spec).path if "://" in spec else spec
         last = PurePosixPath(path.replace("\\", "/")).name
@@ -77,7 +76,7 @@ def _component(spec: str) -> Component:
 
 
 def integer_weights(components: Sequence[Component]) -> tuple[int, ...]:
-    """The weights in the smallest whole numbers. Raises ValueError where these are too large."""
+    """Return the weights as the smallest integers. Raises ValueError if these are too large."""
     # Of the decimal number as written: 0.7 is seven tenths, not the binary fraction next to it.
     exact = [Fraction(repr(component.weight)) for component in components]
     scale = math.lcm(*(weight.denominator for weight in exact))
@@ -85,7 +84,7 @@ def integer_weights(components: Sequence[Component]) -> tuple[int, ...]:
     whole = [weight // math.gcd(*whole) for weight in whole]
     if sum(whole) > MAX_PERIOD:
         raise ValueError(
-            f"expected weights whose ratios are of fewer digits, found "
+            f"expected weights whose ratios have fewer digits, found "
             f"{', '.join(f'{c.name}={c.weight:g}' for c in components)}: round them"
         )
     return tuple(whole)
@@ -93,7 +92,7 @@ def integer_weights(components: Sequence[Component]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The sources of a stream and their manifests, both sorted by name."""
+    """One or several opened datasets: their components and manifests, both sorted by name."""
 
     components: tuple[Component, ...]
     manifests: tuple[Manifest, ...]
@@ -112,28 +111,11 @@ class Mixture:
         tokenizers, generations of other names, or another fingerprint.
         """
         components = parse(specs)
-        chosen: Mapping[str, int | None] = dict.fromkeys(c.name for c in components)
-        if generations is not None:
-            if len(components) == len(generations) == 1:
-                # The name of an only source is that of its folder, which may be moved.
-                chosen = {components[0].name: next(iter(generations.values()))}
-            elif generations.keys() != chosen.keys():
-                raise ValueError(
-                    f"expected the sources {', '.join(sorted(generations))}, found "
-                    f"{', '.join(chosen)}: give the --data that the run began with"
-                )
-            else:
-                chosen = generations
-        manifests = tuple(Manifest.load(c.folder, chosen[c.name]) for c in components)
-        for component, manifest in zip(components, manifests, strict=True):
-            if manifest.tokenizer != manifests[0].tokenizer:
-                raise ValueError(
-                    f"expected the tokenizer {manifests[0].tokenizer.name} "
-                    f"{manifests[0].tokenizer.hash[:12]} of {components[0].folder} in "
-                    f"{component.folder} too, found {manifest.tokenizer.name} "
-                    f"{manifest.tokenizer.hash[:12]}: prepare both with the same one"
-                )
-        mixture = cls(components, manifests)
+        chosen = _generation_of_each(components, generations)
+        mixture = cls(
+            components, tuple(Manifest.load(c.folder, chosen[c.name]) for c in components)
+        )
+        mixture._check_tokenizers()
         if expect and mixture.fingerprint != expect:
             raise ValueError(
                 f"expected the dataset with fingerprint {expect[:12]}, found "
@@ -142,9 +124,19 @@ class Mixture:
             )
         return mixture
 
+    def _check_tokenizers(self) -> None:
+        for component, manifest in zip(self.components, self.manifests, strict=True):
+            if manifest.tokenizer != self.tokenizer:
+                raise ValueError(
+                    f"expected the tokenizer {self.tokenizer.name} {self.tokenizer.hash[:12]} of "
+                    f"{self.components[0].folder} in {component.folder} too, found "
+                    f"{manifest.tokenizer.name} {manifest.tokenizer.hash[:12]}: prepare both with "
+                    "the same one"
+                )
+
     @cached_property
     def fingerprint(self) -> str:
-        """Of one dataset its own; of several the hash of their names, weights and fingerprints."""
+        """The fingerprint of an only dataset; of several a hash of names, weights, fingerprints."""
         if len(self.manifests) == 1:
             return self.manifests[0].fingerprint
         names = [component.name for component in self.components]
@@ -153,9 +145,9 @@ class Mixture:
         identity = {"mixture": MIXTURE_VERSION, "sources": sources}
         return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
-    @property
+    @cached_property
     def weights(self) -> tuple[int, ...]:
-        """The weights in the smallest whole numbers."""
+        """The weights as the smallest integers."""
         return integer_weights(self.components)
 
     @property
@@ -166,62 +158,72 @@ class Mixture:
 
     @property
     def tokenizer(self) -> TokenizerIdentity:
-        """The tokenizer that made the tokens of all of them."""
+        """The tokenizer of all sources."""
         return self.manifests[0].tokenizer
 
     def tokens(self, split: str) -> int:
-        """Token ids of a split, all sources together."""
+        """Return the token count of a split, all sources together."""
         return sum(manifest.splits[split].tokens for manifest in self.manifests)
 
-    def text_bytes(self, split: str) -> int:
-        """UTF-8 bytes of the documents of a split, all sources together."""
-        return sum(manifest.splits[split].text_bytes for manifest in self.manifests)
+
+def _generation_of_each(
+    components: Sequence[Component], generations: Mapping[str, int] | None
+) -> Mapping[str, int | None]:
+    """Return the generation of each source by name. Raises ValueError for other names."""
+    names = [component.name for component in components]
+    if generations is None:
+        return dict.fromkeys(names)
+    if len(names) == len(generations) == 1:
+        # The name of an only source is that of its folder, which may have been moved.
+        return {names[0]: next(iter(generations.values()))}
+    if generations.keys() != set(names):
+        raise ValueError(
+            f"expected the sources {', '.join(sorted(generations))}, found {', '.join(names)}: "
+            "give the --data with which the run was started"
+        )
+    return generations
 
 
-def share_out(places: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(source, index) of each place of a stream, all int64 of the same shape (n,).
+def interleave(positions: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (source, index in that source's own stream) of each position, (P,).
 
-    `index` is how often the source was taken before. It differs from the source's share of the
-    places by at most 1/2 for two sources, and 1/2 more with each doubling of their number.
+    The index is the number of earlier positions of the same source. It differs from the source's
+    share of the positions by at most 1/2 for two sources, and 1/2 more for each doubling of them.
     """
     if len(weights) == 1:
-        return np.zeros_like(places), places
+        return np.zeros_like(positions), positions
     middle = len(weights) // 2
     left, total = sum(weights[:middle]), sum(weights)
-    before = _share(places, left, total)
-    is_left = _share(places + 1, left, total) > before
-    sources, indices = np.empty_like(places), np.empty_like(places)
-    sources[is_left], indices[is_left] = share_out(before[is_left], weights[:middle])
+    before = _scaled(positions, left, total)
+    is_left = _scaled(positions + 1, left, total) > before
+    sources, indices = np.empty_like(positions), np.empty_like(positions)
+    sources[is_left], indices[is_left] = interleave(before[is_left], weights[:middle])
     is_right = ~is_left
-    right, inside = share_out((places - before)[is_right], weights[middle:])
+    right, inside = interleave((positions - before)[is_right], weights[middle:])
     sources[is_right], indices[is_right] = right + middle, inside
     return sources, indices
 
 
-def count_before(place: int, weights: Sequence[int]) -> list[int]:
-    """How often each source is taken before `place`."""
+def count_before(position: int, weights: Sequence[int]) -> list[int]:
+    """Return the number of positions of each source before `position`."""
     if len(weights) == 1:
-        return [place]
+        return [position]
     middle = len(weights) // 2
-    left = int(_share(np.array(place), sum(weights[:middle]), sum(weights)))
-    return count_before(left, weights[:middle]) + count_before(place - left, weights[middle:])
+    left = int(_scaled(np.array(position), sum(weights[:middle]), sum(weights)))
+    return count_before(left, weights[:middle]) + count_before(position - left, weights[middle:])
 
 
-def _share(places: np.ndarray, part: int, total: int) -> np.ndarray:
-    """part / total of each number of places, rounded to the nearest, without leaving 64 bits."""
-    periods, rest = np.divmod(places, total)
+def _scaled(counts: np.ndarray, part: int, total: int) -> np.ndarray:
+    """Return counts * part / total rounded to the nearest integer, without overflow of 64 bits."""
+    periods, rest = np.divmod(counts, total)
     return periods * part + (rest * part + total // 2) // total
 
 
-# Told apart from the keys of windows and of phases.
-GROUPS, INSIDE = 1, 2
-
-
 class WindowStream:
-    """The windows of some shards in a seeded order that is another in each epoch.
+    """Endless stream of the windows of some shards, in a seeded order that differs each epoch.
 
-    With `shuffle_shards` K the order of an epoch is that of groups of K shards, put together anew
-    in each epoch, one group after the other, shuffled inside; with 0 all shards are one group.
+    With `shuffle_shards` K an epoch is a sequence of groups of K shards, drawn anew each epoch and
+    shuffled inside; with 0 all shards are one group.
     """
 
     def __init__(
@@ -238,55 +240,55 @@ class WindowStream:
         self._grouped = lru_cache(maxsize=4)(self._group)
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, first token) of the windows at `indices` of the stream, each int64 (n,)."""
-        epochs, places = np.divmod(indices.astype(np.int64), self.windows_per_epoch)
+        """Return (shard, first token) of the windows at `indices` of the stream, each (P,)."""
+        epochs, within_epoch = np.divmod(indices.astype(np.int64), self.windows_per_epoch)
         if self.shuffle_shards:
-            shards, within = self._locate_in_groups(epochs, places)
+            shards, windows = self._locate_in_groups(epochs, within_epoch)
         else:
             keys = key_of(self.seed, epochs)
-            windows = permute(places, self.windows_per_epoch, keys).astype(np.int64)
-            shards = np.searchsorted(self._ends, windows, side="right")
-            within = windows - (self._ends - self._windows)[shards]
-        # The tokens that no window holds are others in each epoch: the first window begins
-        # anywhere within them, so that block boundaries move too.
+            chosen = permute(within_epoch, self.windows_per_epoch, keys).astype(np.int64)
+            shards = np.searchsorted(self._ends, chosen, side="right")
+            windows = chosen - (self._ends - self._windows)[shards]
+        # The first window of a shard starts anywhere within the slack, anew each epoch, so that
+        # other tokens are left out and block boundaries move.
         phases = key_of(self.seed, epochs, shards) % (self._slack[shards] + 1).astype(np.uint64)
-        return shards, within * self.block_size + phases.astype(np.int64)
+        return shards, windows * self.block_size + phases.astype(np.int64)
 
     def ahead(self, index: int) -> Iterator[int]:
-        """The shards of the group that window `index` is in, then those of the next."""
+        """Yield the shards of the group of window `index`, then those of the next group."""
         if not self.shuffle_shards:
             yield from range(len(self._ends))
             return
-        epoch, place = divmod(index, self.windows_per_epoch)
+        epoch, within_epoch = divmod(index, self.windows_per_epoch)
         order, _, group_ends = self._grouped(epoch)
-        group = int(np.searchsorted(group_ends, place, side="right"))
+        group = int(np.searchsorted(group_ends, within_epoch, side="right"))
         first = group * self.shuffle_shards
         yield from order[first : first + 2 * self.shuffle_shards].tolist()
         if group + 1 >= len(group_ends):
             yield from self._grouped(epoch + 1)[0][: self.shuffle_shards].tolist()
 
     def _locate_in_groups(
-        self, epochs: np.ndarray, places: np.ndarray
+        self, epochs: np.ndarray, within_epoch: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, window within it) of places in an epoch."""
-        shards, within = np.empty_like(places), np.empty_like(places)
+        """Return (shard, window in it) of positions within their epochs, each (P,)."""
+        shards, windows = np.empty_like(within_epoch), np.empty_like(within_epoch)
         for epoch in np.unique(epochs).tolist():
             order, ends, group_ends = self._grouped(epoch)
             own = np.flatnonzero(epochs == epoch)
-            groups = np.searchsorted(group_ends, places[own], side="right")
+            groups = np.searchsorted(group_ends, within_epoch[own], side="right")
             for group in np.unique(groups).tolist():
-                rows = own[groups == group]
+                members = own[groups == group]
                 first = int(group_ends[group - 1]) if group else 0
                 key = key_of(self.seed, epoch, INSIDE, group)
-                inside = permute(places[rows] - first, int(group_ends[group]) - first, key)
-                windows = first + inside.astype(np.int64)
-                nth = np.searchsorted(ends, windows, side="right")
-                shards[rows] = order[nth]
-                within[rows] = windows - (ends - self._windows[order])[nth]
-        return shards, within
+                inside = permute(within_epoch[members] - first, int(group_ends[group]) - first, key)
+                chosen = first + inside.astype(np.int64)
+                nth = np.searchsorted(ends, chosen, side="right")
+                shards[members] = order[nth]
+                windows[members] = chosen - (ends - self._windows[order])[nth]
+        return shards, windows
 
     def _group(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The order of the shards in an epoch; the windows up to the end of each, of each group."""
+        """Return the shards in an epoch's order, and the window at which each shard, group ends."""
         count = len(self._ends)
         order = permute(np.arange(count), count, key_of(self.seed, epoch, GROUPS)).astype(np.int64)
         ends = np.cumsum(self._windows[order])
@@ -295,9 +297,9 @@ class WindowStream:
 
 
 class MixedStream:
-    """The windows of one split of a mixture, each source in the order of its own stream.
+    """Endless stream of one split of a mixture, each source in the order of its own stream.
 
-    Raises ValueError for a source without a window, since its turn would come.
+    Raises ValueError for a source without a single window.
     """
 
     def __init__(
@@ -313,14 +315,14 @@ class MixedStream:
                 longest = max(shard.tokens for shard in manifest.splits[split].shards)
                 raise ValueError(
                     f"expected a {split} shard with more than {block_size} tokens in "
-                    f"{manifest.folder}, found at most {longest}: prepare more text, or use a "
+                    f"{manifest.location}, found at most {longest}: prepare more text, or use a "
                     "shorter --block-size, or choose the validation text by --split position, "
                     "--val-fraction or --val-source"
                 )
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(source, shard, first token) of the windows at `positions`, each int64 (n,)."""
-        sources, indices = share_out(positions.astype(np.int64), self._weights)
+        """Return (source, shard, first token) of the windows at `positions`, each (P,)."""
+        sources, indices = interleave(positions.astype(np.int64), self._weights)
         shards, starts = np.empty_like(sources), np.empty_like(sources)
         for number, stream in enumerate(self.streams):
             own = sources == number
@@ -328,6 +330,6 @@ class MixedStream:
         return sources, shards, starts
 
     def ahead(self, position: int) -> list[Iterator[int]]:
-        """The shards of each source that are read from `position` on: its group's, the next's."""
+        """Return, for each source, the shards that are read next from `position`."""
         counts = count_before(position, self._weights)
         return [stream.ahead(count) for stream, count in zip(self.streams, counts, strict=True)]

@@ -1,4 +1,4 @@
-"""Atomic shard files: tokens to a standard .npy, and beside it the index of the documents in it."""
+"""Writing of shards: tokens as a standard .npy file, and beside it the index of its documents."""
 
 import hashlib
 import io
@@ -21,16 +21,16 @@ INDEX_SCHEMA = pa.schema(
     [
         ("offset", pa.int64()),  # of the document's first token, its <|endoftext|>, in the shard
         ("source", pa.int32()),  # index into the manifest's sources
-        ("row", pa.int64()),  # the document's place in its source: row, line or byte, from 0
+        ("row", pa.int64()),  # the document's position in its source: row, line or byte, from 0
         ("text_bytes", pa.int64()),  # its UTF-8 size
-        # It goes on with the row before, maybe of the shard before: no <|endoftext|> stands here.
+        # True: continues the row before, maybe of the shard before; no <|endoftext|> stands here.
         ("continued", pa.bool_()),
     ]
 )
 
 
 def to_uint16(ids: np.ndarray) -> np.ndarray:
-    """The same ids as uint16. Raises ValueError where one does not fit, and never wraps."""
+    """Return the ids as uint16. Raises ValueError if one does not fit; ids never wrap."""
     if ids.dtype == DTYPE:
         return ids
     low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
@@ -44,23 +44,23 @@ def to_uint16(ids: np.ndarray) -> np.ndarray:
 
 @dataclass
 class ShardWriter:
-    """One shard being written. Get it from `open_shard`."""
+    """One shard being written. `open_shard` makes one."""
 
     _file: IO[bytes]
     tokens: int = 0
     _index: list[pa.RecordBatch] = field(default_factory=list)
 
     def write(self, ids: np.ndarray) -> None:
-        """Append token ids, (n,). Raises ValueError for an id that uint16 can't hold."""
+        """Append token ids, (n,). Raises ValueError as `to_uint16`."""
         self._file.write(np.ascontiguousarray(to_uint16(ids)).data)
         self.tokens += len(ids)
 
     def note(self, documents: pa.RecordBatch) -> None:
-        """Append rows of the index, offsets counted from the start of the shard."""
+        """Append rows to the index, offsets counted from the start of the shard."""
         self._index.append(documents)
 
     def finish(self) -> pa.Table:
-        """Put the now known length into the header; returns the index."""
+        """Write the header, now that the length is known, and return the index."""
         self._file.seek(0)
         self._file.write(npy_header(self.tokens))
         return pa.Table.from_batches(self._index, schema=INDEX_SCHEMA)
@@ -68,9 +68,9 @@ class ShardWriter:
 
 @contextmanager
 def open_shard(path: Path, result: list[Shard], durable: bool = True) -> Iterator[ShardWriter]:
-    """Write the shard `path` and its index; both appear on leaving the block, or neither is whole.
+    """Write the shard `path` and its index; both appear whole when the block ends, or not at all.
 
-    Appends the finished shard's description to `result`; the index file is renamed first, so a
+    Appends the description of the finished shard to `result`. The index is renamed first, so a
     shard that exists has its index. `durable` is that of `atomic_file`.
     """
     index_path = path.with_name(path.stem + INDEX_SUFFIX)
@@ -80,7 +80,7 @@ def open_shard(path: Path, result: list[Shard], durable: bool = True) -> Iterato
         yield writer
         index = writer.finish()
         with atomic_file(index_path, durable) as index_file:
-            # Numbers hardly ever repeat: with a dictionary the file is larger and takes longer.
+            # Values hardly ever repeat: with a dictionary the file is larger and slower to write.
             pq.write_table(index, index_file, compression="zstd", use_dictionary=False)
             index_hash = _sha256(index_file)
         result.append(
@@ -97,7 +97,7 @@ def open_shard(path: Path, result: list[Shard], durable: bool = True) -> Iterato
 
 
 def npy_header(tokens: int) -> bytes:
-    """The .npy header of `(tokens,)` uint16; NumPy pads it so that any length takes as much."""
+    """Return the .npy header of `(tokens,)` uint16, which NumPy pads to one size for any length."""
     buffer = io.BytesIO()
     description = {"descr": DTYPE.str, "fortran_order": False, "shape": (tokens,)}
     np.lib.format.write_array_header_1_0(buffer, description)
@@ -105,6 +105,6 @@ def npy_header(tokens: int) -> bytes:
 
 
 def _sha256(file: IO[bytes]) -> str:
-    """Hex sha256 of a whole open file."""
+    """Return the hex sha256 of a whole open file."""
     file.seek(0)
     return hashlib.file_digest(cast(io.BufferedRandom, file), "sha256").hexdigest()

@@ -128,19 +128,11 @@ def test_a_document_that_goes_on_over_shards(
     assert {row["shard"] for row in rows} == {"train_00000.npy", "train_00001.npy"}
 
 
-def test_a_run_of_version_1(
+def test_a_run_of_version_1_is_refused(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    new = write_run(tmp_path / "new", [str(folders["web"])])
-    record = json.loads((new / "config.json").read_text("utf-8"))
-    del record["generations"], record["config"]["shuffle_shards"]
-    record |= {"version": 1, "generation": 0}
-    record["config"]["data"] = str(folders["web"])
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old/config.json").write_text(json.dumps(record), "utf-8")
-    args = ("--step", 3)
-    old = explained(capsys, "--run", tmp_path / "old", *args)
-    assert old == explained(capsys, "--run", new, *args)
+    run = write_run(tmp_path / "run", [str(folders["web"])], version=1)
+    refused(capsys, "use the version of myGPT that wrote it", "--run", run, "--step", 1)
 
 
 def test_a_run_that_moved_on_to_a_later_generation(
@@ -171,9 +163,11 @@ def test_what_can_not_be_explained(
     refused(capsys, "from 0 to 5, found 1 and 6", "--run", run, "--step", 1, "--row", 6)
     refused(capsys, "config.json", "--run", tmp_path / "none", "--step", 1)
     other = ("--data", str(folders["code"]))
-    refused(capsys, "expected the fingerprint", "--run", run, "--step", 1, *other)
+    refused(capsys, "expected the dataset with fingerprint", "--run", run, "--step", 1, *other)
     assert explained(capsys, "--run", run, "--step", 1, "--data", folders["web"])
     (run / "config.json").write_text('{"config": {"seed": 1}}', "utf-8")
-    refused(capsys, "a run's settings in", "--run", run, "--step", 1)
+    refused(capsys, "expected format mygpt-run version 2", "--run", run, "--step", 1)
     (run / "config.json").write_text("{", "utf-8")
-    refused(capsys, "a run's settings in", "--run", run, "--step", 1)
+    refused(capsys, "expected a JSON object", "--run", run, "--step", 1)
+    write_run(run, [str(folders["web"])], config={"seed": "7"})
+    refused(capsys, "type int for config.seed", "--run", run, "--step", 1)

@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import loader as loader_module
-from shards import loader as rows_module
-from shards.checks import Sweep, check
+from shards.checks import BackgroundCheck, check
 from shards.loader import TokenLoader
 from shards.manifest import Manifest
 from shards.stream import Mixture
@@ -36,7 +35,7 @@ RAGGED = {
 def _plan_little() -> Iterator[None]:
     """64 ranks in one process, each reading thousands of rows ahead, would only take time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_module, "READ_TOKENS", 512)
+        patch.setattr(loader_module, "READ_TOKENS", 512)
         yield
 
 
@@ -173,7 +172,7 @@ def test_restored_at_every_step_it_goes_on_the_same(
     folders: dict[str, Path], name: str, groups: int, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Rows are read ahead: a state is of the batch handed out, however many more were read.
-    monkeypatch.setattr(rows_module, "READ_TOKENS", ahead)
+    monkeypatch.setattr(loader_module, "READ_TOKENS", ahead)
     folder, batch = folders[name], 3
 
     def new() -> TokenLoader:
@@ -238,11 +237,11 @@ def test_worlds_up_to_1024_share_one_stream(
     # The ranks' rows alone: 1,024 loaders would each read the manifest.
     folder, batch, block = folders["many"], 2, 8
     mixture = Mixture.load([str(folder)])
-    monkeypatch.setattr(rows_module, "READ_TOKENS", 1)
+    monkeypatch.setattr(loader_module, "READ_TOKENS", 1)
     starting = 3 * world
     taken = []
     for rank in range(world):
-        own = rows_module.RankRows(mixture, "train", batch, block, rank, world, 0, groups)
+        own = loader_module.BatchReader(mixture, "train", batch, block, rank, world, 0, groups)
         own.seek(starting)
         taken += [own.read().copy() for _ in range(2)]
     by_batch = np.stack(taken).reshape(world, 2, batch, block + 1).swapaxes(0, 1)
@@ -340,7 +339,7 @@ def test_what_lies_ahead_is_what_comes(tmp_path: Path) -> None:
     lengths = (33, 41, 49, 33, 57, 65, 33)
     arange_dataset(tmp_path, lengths)
     loader = TokenLoader(tmp_path, "train", 1, 8, shuffle_shards=3)
-    stream = loader._rows.stream.streams[0]
+    stream = loader._reader.stream.streams[0]
     for position in range(3 * loader.windows_per_epoch):
         (shard,), _ = stream.locate(np.array([position]))
         ahead = list(stream.ahead(position))
@@ -407,14 +406,14 @@ def test_read_ahead_for_a_gpu_the_state_is_of_the_batch_handed_out(
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     whole = stream(folder, 90, 8).reshape(-1, 3, 9)
-    assert running._pinned and resumed._pinned
+    assert running._thread and resumed._thread
     for step in range(25):
         state = running.state_dict()
         assert state["position"] == 3 * step
         resumed.load_state_dict(state)
         assert np.array_equal(rows(resumed, 3).reshape(-1, 3, 9), whole[step : step + 3])
         assert np.array_equal(rows(running, 1), whole[step])
-        assert len(running._pinned._ahead) == loader_module.AHEAD
+        assert len(running._prefetched) == loader_module.PREFETCH
 
 
 def test_memory_is_given_back_and_nothing_changes(
@@ -422,8 +421,8 @@ def test_memory_is_given_back_and_nothing_changes(
 ) -> None:
     whole = stream(folders["many"], 200, 8)
     calls = []
-    monkeypatch.setattr(rows_module, "HELD_ROWS", 10)
-    monkeypatch.setattr(rows_module.ShardReader, "let_go", lambda self: calls.append(self))
+    monkeypatch.setattr(loader_module, "HELD_WINDOWS", 10)
+    monkeypatch.setattr(loader_module.ShardReader, "release_pages", lambda self: calls.append(self))
     assert np.array_equal(rows(TokenLoader(folders["many"], "train", 1, 8), 200), whole)
     assert calls
 
@@ -449,16 +448,16 @@ def test_after_an_error_the_same_batch_is_served(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = stream(folders["many"], 120, 8).reshape(-1, 2, 9)
-    monkeypatch.setattr(rows_module, "READ_TOKENS", 200)
+    monkeypatch.setattr(loader_module, "READ_TOKENS", 200)
     loader = TokenLoader(folders["many"], "train", 2, 8)
-    tokens, calls = rows_module.ShardReader.tokens, count()
+    tokens, calls = loader_module.ShardReader.tokens, count()
 
-    def failing(self: rows_module.ShardReader, index: int) -> np.ndarray:
+    def failing(self: loader_module.ShardReader, index: int) -> np.ndarray:
         if next(calls) in (0, 30, 31, 90):
             raise OSError("the network is gone")
         return tokens(self, index)
 
-    monkeypatch.setattr(rows_module.ShardReader, "tokens", failing)
+    monkeypatch.setattr(loader_module.ShardReader, "tokens", failing)
     failed = 0
     for batch in whole:
         while True:
@@ -640,21 +639,21 @@ def test_a_short_shard_is_found_in_the_background(dataset: Manifest) -> None:
     # The first batch is of another shard.
     position = next(i for i in range(20) if loader.locate(np.array([i]))[1] != 2)
     loader.load_state_dict(loader.state_dict() | {"position": position})
-    loader._rows._read_ahead()
-    assert loader._rows._sweep
-    loader._rows._sweep.join()
+    loader._reader._fill_buffer()
+    assert loader._reader._check
+    loader._reader._check.join()
     with pytest.raises(ValueError, match=r"expected 70 tokens .*train_00002"):
         next(loader)
 
 
-def test_ranks_share_the_sweep(dataset: Manifest) -> None:
+def test_ranks_share_the_background_check(dataset: Manifest) -> None:
     with open(dataset.path("train_00002.npy"), "r+b") as file:
         file.truncate(200)
     shards = dataset.splits["train"].shards
     for rank in range(3):
-        sweep = Sweep([(dataset, shards[rank::3])])
-        sweep.join()
-        assert (sweep.fault is not None) == (rank == 2)
+        background = BackgroundCheck([(dataset, shards[rank::3])])
+        background.join()
+        assert (background.fault is not None) == (rank == 2)
 
 
 def test_an_altered_shard_is_found_by_check(dataset: Manifest) -> None:
@@ -672,8 +671,8 @@ def test_an_altered_shard_is_found_by_check(dataset: Manifest) -> None:
 def test_time_inside_next_is_counted(dataset: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = TokenLoader(dataset.folder, "train", 1, 8)
     assert loader.wait_seconds == 0
-    read = loader._rows.read
-    monkeypatch.setattr(loader._rows, "read", lambda: (time.sleep(0.01), read())[1])
+    read = loader._reader.read
+    monkeypatch.setattr(loader._reader, "read", lambda: (time.sleep(0.01), read())[1])
     for _ in range(3):
         next(loader)
     assert loader.wait_seconds >= 0.03

@@ -38,12 +38,11 @@ def test_every_target_once(
         assert (np.diff(window.astype(int)) == 1).all(), "its context is what stands before it"
 
 
-def test_windows_by_index_and_slice(tmp_path: Path) -> None:
+def test_windows_by_index(tmp_path: Path) -> None:
     windows = EvalWindows(arange_dataset(tmp_path, train=(2,), val=(10, 8)), "val", 4)
     firsts = [2, 6, 10, 12, 16]
     assert len(windows) == 5
     assert [int(window[0]) for window in windows] == firsts
-    assert [int(window[0]) for window in windows[1:4:2]] == firsts[1:4:2]
     assert [int(windows[i][0]) for i in range(5)] == firsts
     for index in (5, -6):
         with pytest.raises(IndexError):
@@ -218,7 +217,7 @@ def test_memory_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shards = ShardReader(arange_dataset(tmp_path, (5000,)), "train")
     view = shards.tokens(0)
     assert view[::64].sum() == np.arange(0, 5000, 64).sum()
-    shards.let_go()
+    shards.release_pages()
     assert view.tolist() == list(range(5000)), "what is still held is read again"
 
 

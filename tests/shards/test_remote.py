@@ -16,8 +16,8 @@ from filelock import FileLock
 from pyarrow import fs
 
 from shards import cache, inspect, remote
-from shards.checks import Sweep, verify
-from shards.loader import RankRows, TokenLoader
+from shards.checks import BackgroundCheck, verify
+from shards.loader import BatchReader, TokenLoader
 from shards.manifest import FILE_NAME, Manifest
 from shards.reader import EvalWindows, token_counts
 from shards.stream import Mixture
@@ -181,14 +181,14 @@ def test_an_altered_shard_is_refused_on_arrival(
     assert cached(tmp_path / "cache") <= {shard.sha256 for shard in shards} - {shards[1].sha256}
 
 
-def test_the_sweep_compares_sizes(uri: str, bucket: fs.FileSystem) -> None:
+def test_the_background_check_compares_sizes(uri: str, bucket: fs.FileSystem) -> None:
     manifest = Manifest.load(uri)
     parts = [(manifest, manifest.splits["train"].shards)]
 
-    def swept() -> Sweep:
-        sweep = Sweep(parts)
-        sweep.join()
-        return sweep
+    def swept() -> BackgroundCheck:
+        background = BackgroundCheck(parts)
+        background.join()
+        return background
 
     swept().check()
     name = f"{uri.removeprefix('s3://')}/train_00003.npy"
@@ -217,8 +217,8 @@ def test_the_cache_keeps_within_its_size(
             sizes = {path.stem: found.st_size for path, found in cache._kept()}
         assert sum(sizes.values()) <= room
     assert seen >= {shard.sha256 for shard in local.splits["train"].shards}, "all of it came by"
-    reader = loader._rows._readers[0]
-    reader.forget_evicted()
+    reader = loader._reader._readers[0]
+    reader.close_evicted()
     assert {reader.shards[i].sha256 for i in reader._open} <= cached(tmp_path / "cache")
 
 
@@ -238,9 +238,9 @@ def test_a_cache_that_is_too_small_is_refused(uri: str, monkeypatch: pytest.Monk
 def test_what_comes_next_is_fetched_ahead(uri: str, tmp_path: Path) -> None:
     loader = TokenLoader([uri], "train", 1, BLOCK, shuffle_shards=3)
     next(loader)
-    order = list(loader._rows.stream.streams[0].ahead(0))
+    order = list(loader._reader.stream.streams[0].ahead(0))
     assert len(order) == 6
-    wanted = {loader._rows._readers[0].shards[i].sha256 for i in order}
+    wanted = {loader._reader._readers[0].shards[i].sha256 for i in order}
     wait_for(lambda: wanted <= cached(tmp_path / "cache"))
 
 
@@ -259,15 +259,15 @@ def test_many_threads_fetch_a_file_once(uri: str, local: Manifest, proxy: Proxy)
 READ = """
 import sys
 from shards.stream import Mixture
-from shards.loader import RankRows
-rows = RankRows(Mixture.load([sys.argv[1]]), "train", 4, 16, int(sys.argv[2]), 2, 0, 0)
+from shards.loader import BatchReader
+rows = BatchReader(Mixture.load([sys.argv[1]]), "train", 4, 16, int(sys.argv[2]), 2, 0, 0)
 print(sum(int(rows.read().sum()) for _ in range(100)))
 """
 
 
 def test_ranks_share_one_cache(uri: str, local: Manifest, proxy: Proxy) -> None:
     def total(rank: int, data: str) -> int:
-        mixed = RankRows(Mixture.load([data]), "train", 4, 16, rank, 2, 0, 0)
+        mixed = BatchReader(Mixture.load([data]), "train", 4, 16, rank, 2, 0, 0)
         return sum(int(mixed.read().sum()) for _ in range(100))
 
     started = [

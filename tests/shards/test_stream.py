@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shards.loader import TokenLoader
 from shards.manifest import Manifest, TokenizerIdentity
-from shards.stream import Component, Mixture, integer_weights, parse, share_out
+from shards.stream import Component, Mixture, integer_weights, interleave, parse
 from tests.shards.support import arange_dataset, grown, write_dataset
 
 WEIGHTS = st.lists(st.integers(1, 1000), min_size=1, max_size=9)
@@ -25,7 +25,7 @@ WEIGHTS = st.lists(st.integers(1, 1000), min_size=1, max_size=9)
 @given(weights=WEIGHTS, start=st.integers(0, 2**40))
 def test_each_source_counts_its_own_windows(weights: list[int], start: int) -> None:
     places = np.arange(start, start + 500)
-    sources, indices = share_out(places, weights)
+    sources, indices = interleave(places, weights)
     assert sources.min() >= 0 and sources.max() < len(weights)
     for number in range(len(weights)):
         own = indices[sources == number]
@@ -35,7 +35,7 @@ def test_each_source_counts_its_own_windows(weights: list[int], start: int) -> N
 @given(weights=WEIGHTS, start=st.integers(0, 2**40))
 def test_shares_are_exact_to_a_small_constant(weights: list[int], start: int) -> None:
     places = np.arange(start, start + 300)
-    sources, indices = share_out(places, weights)
+    sources, indices = interleave(places, weights)
     bound = Fraction((len(weights) - 1).bit_length(), 2)
     for place, source, index in zip(places, sources, indices, strict=True):
         share = Fraction(weights[source], sum(weights)) * int(place)
@@ -44,7 +44,7 @@ def test_shares_are_exact_to_a_small_constant(weights: list[int], start: int) ->
 
 @given(weights=WEIGHTS)
 def test_the_first_place_is_the_first_of_its_source(weights: list[int]) -> None:
-    sources, indices = share_out(np.arange(sum(weights)), weights)
+    sources, indices = interleave(np.arange(sum(weights)), weights)
     assert np.bincount(sources, minlength=len(weights)).tolist() == weights, "a whole period"
     for number in range(len(weights)):
         assert indices[sources == number][0] == 0
@@ -53,7 +53,7 @@ def test_the_first_place_is_the_first_of_its_source(weights: list[int]) -> None:
 def test_far_places_with_long_weights() -> None:
     weights = (2**30 + 1, 2**30 - 3)
     places = np.array([0, 10**18, 2**62])
-    sources, indices = share_out(places, weights)
+    sources, indices = interleave(places, weights)
     for place, source, index in zip(places, sources, indices, strict=True):
         assert abs(int(index) - Fraction(int(place) * weights[source], 2**31 - 2)) <= 1
 
@@ -199,7 +199,6 @@ def test_totals_and_names(folders: dict[str, Path]) -> None:
     mixture = Mixture.load(specs(folders))
     assert [c.name for c in mixture.components] == ["code", "web"]
     assert mixture.tokens("train") == 92 + 250 and mixture.tokens("val") == 70
-    assert mixture.text_bytes("val") == 0
     assert mixture.generations == {"code": 0, "web": 0}
     assert mixture.tokenizer == Manifest.load(folders["web"]).tokenizer
     loader = TokenLoader(specs(folders), "train", 1, 8)
