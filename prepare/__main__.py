@@ -1,8 +1,8 @@
-"""Tokenise text into a dataset of memory-mapped shards.
+"""Tokenize text into a dataset of memory-mapped shards.
 
     python -m prepare SOURCE... --out data/NAME
 
-Rerunning a killed run resumes it; rerunning a finished one says so and does nothing.
+Running the command again resumes an interrupted dataset; a finished one is left as it is.
 """
 
 import tyro
@@ -12,10 +12,10 @@ from shards.cli import one_line_errors
 
 
 def main() -> None:
-    """Parse the flags and prepare."""
+    """Parse the flags and run the job."""
     options = tyro.cli(Options, prog="python -m prepare")
     with one_line_errors(": finished work is kept, the same command goes on"):
-        from prepare.job import run  # after the flags, so that --help answers at once
+        from prepare.job import run  # NumPy and Arrow are loaded only after --help has answered
 
         run(options)
 

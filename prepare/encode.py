@@ -1,4 +1,4 @@
-"""A batch of documents → token ids with their `<|endoftext|>`, audited against tiktoken."""
+"""Batches of documents encoded to token ids with `<|endoftext|>`, audited against tiktoken."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ from prepare.split import content_hashes
 from shards.tokenizer import Tokenizer, cut, string_buffers
 from shards.writer import DTYPE, to_uint16
 
-# One document in so many is encoded by tiktoken too, chosen by content, and the first of a unit;
-# of a long one only the head. At a tenth of the encoder's speed this costs some two percent.
+# One document in so many, chosen by its hash, and the first of each unit are encoded by tiktoken
+# too; of a long one only the head. At a tenth of the encoder's speed this costs some two percent.
 AUDITED_ONE_IN = 512
 AUDITED_CHARACTERS = 1 << 12
 
@@ -23,10 +23,10 @@ class AuditError(Exception):
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of a batch of n documents, each but a continued one begun by `<|endoftext|>`.
+    """Tokens of a batch of n documents, each preceded by `<|endoftext|>` unless continued.
 
-    tokens: n byte strings, each the uint16 tokens of a document, for Arrow to join and filter;
-    text_bytes: (n,) int64, UTF-8 bytes of each; hashes: (n, 2) uint64, of each one's content.
+    tokens: n byte strings, each the uint16 tokens of a document, so that Arrow can join and filter
+    them; text_bytes: (n,) int64, UTF-8 bytes of each; hashes: (n, 2) uint64, content hash of each.
     """
 
     tokens: pa.LargeBinaryArray
@@ -39,19 +39,21 @@ class Encoded:
         return np.diff(string_buffers(self.tokens)[0]) // DTYPE.itemsize
 
 
-def encode(tokenizer: Tokenizer, batch: Batch, first: bool) -> Encoded:
-    """Encode a batch; `first` says that it is its unit's first. Raises AuditError."""
+def encode(tokenizer: Tokenizer, batch: Batch, audit_first: bool) -> Encoded:
+    """Encode a batch; with `audit_first` its first document is audited in any case.
+
+    Raises AuditError if the audit finds a difference.
+    """
     hashes = content_hashes(batch.texts) if batch.hashes is None else batch.hashes
     ids, offsets = tokenizer.encode_batch(batch.texts)
-    chosen = hashes[:, 1] % np.uint64(AUDITED_ONE_IN) == 0
-    chosen[:1] |= first
-    for index in np.flatnonzero(chosen).tolist():
-        found = ids[offsets[index] : offsets[index + 1]]
-        if not _agrees(tokenizer, batch.texts[index].as_py(), found):
-            where = f"source {batch.sources[index]} at {batch.rows[index]}"
+    audited = hashes[:, 1] % np.uint64(AUDITED_ONE_IN) == 0
+    audited[:1] |= audit_first
+    for i in np.flatnonzero(audited).tolist():
+        if not _agrees(tokenizer, batch.texts[i].as_py(), ids[offsets[i] : offsets[i + 1]]):
+            where = f"source {batch.sources[i]} at {batch.rows[i]}"
             raise AuditError(f"gigatoken and tiktoken differ on the document of {where}")
     tokens = _as_bytes(to_uint16(ids), offsets)
-    if batch.begins:
+    if not batch.continued:
         eot = np.array(tokenizer.eot, DTYPE).tobytes()
         tokens = pc.binary_join_element_wise(
             pa.scalar(eot, tokens.type), tokens, pa.scalar(b"", tokens.type)
@@ -60,15 +62,15 @@ def encode(tokenizer: Tokenizer, batch: Batch, first: bool) -> Encoded:
 
 
 def _as_bytes(tokens: np.ndarray, offsets: np.ndarray) -> pa.LargeBinaryArray:
-    """Tokens of n documents, where each one's begin, (n + 1,): the same memory, a string each."""
-    places = pa.py_buffer(offsets * DTYPE.itemsize)
+    """View the tokens of n documents, with `offsets` (n + 1,), as n byte strings; no copy."""
+    byte_offsets = pa.py_buffer(offsets * DTYPE.itemsize)
     return pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(offsets) - 1, [None, places, pa.py_buffer(tokens)]
+        pa.large_binary(), len(offsets) - 1, [None, byte_offsets, pa.py_buffer(tokens)]
     )
 
 
-def _agrees(tokenizer: Tokenizer, text: str, found: np.ndarray) -> bool:
-    """Whether tiktoken gives the same ids for the text, or for the head of a long one."""
+def _agrees(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> bool:
+    """True if tiktoken gives the same ids for a text, or for the head of a long one."""
     head = next(cut(text, AUDITED_CHARACTERS), "")
     expected = tokenizer.encode_reference(head)
-    return np.array_equal(expected, found if head == text else found[: len(expected)])
+    return np.array_equal(expected, ids if head == text else ids[: len(expected)])

@@ -1,4 +1,4 @@
-"""What a plan will take: tokens, time, disk and memory, judged from a sample of the text."""
+"""Forecast of a plan for --plan: tokens, time, disk and memory, extrapolated from a sample."""
 
 import shutil
 import time
@@ -13,20 +13,20 @@ from prepare.workspace import Workspace
 from shards.tokenizer import Tokenizer
 
 SAMPLED_UNITS = 3
-# Bytes on disk for a byte of text: two a token, and few texts have less than two bytes a token.
+# Disk bytes per byte of text: two per token, and few texts have less than two bytes per token.
 DISK_PER_BYTE = 1.1
-# What a worker takes by itself: interpreter, libraries, vocabulary, the encoder's cache.
+# Memory of a worker by itself: interpreter, libraries, vocabulary, the encoder's cache.
 BASE_BYTES = 450 << 20
 
 
 def forecast(plan: Plan, tokenizer: Tokenizer, workers: int) -> str:
-    """What would be done, for people. Encodes the first batch of a few units."""
+    """Describe the work for people. Encodes the first batch of a few units."""
     text = tokens = documents = 0
     started = time.perf_counter()
     step = max(1, len(plan.units) // SAMPLED_UNITS)
     for unit in plan.units[::step][:SAMPLED_UNITS]:
         for batch in islice(read(plan.files, unit.slices), 1):
-            encoded = encode(tokenizer, batch, first=False)
+            encoded = encode(tokenizer, batch, audit_first=False)
             text += int(encoded.text_bytes.sum())
             tokens += int(encoded.lengths.sum())
             documents += len(encoded.text_bytes)
@@ -44,12 +44,12 @@ documents  about {documents * ratio:,.0f}
 tokens     about {weight * per_byte:,.0f}
 disk       about {weight * per_byte * 2 / 1e6:,.1f} MB
 time       about {seconds * ratio / workers:,.0f} s with {workers} workers
-memory     about {BASE_BYTES >> 20} MB a worker, and three times what one document or row group has
-           above {PIECE_BYTES >> 20} MB"""
+memory     about {BASE_BYTES >> 20} MB per worker, and three times what one document or row group
+           has above {PIECE_BYTES >> 20} MB"""
 
 
-def check_room(units: Sequence[Unit], workspace: Workspace) -> None:
-    """Raise OSError where the disk clearly has no room for the units."""
+def check_disk_space(units: Sequence[Unit], workspace: Workspace) -> None:
+    """Raise OSError if the disk clearly has no room for the units."""
     if workspace.folder.remote:
         return
     needed = int(sum(unit.weight for unit in units) * DISK_PER_BYTE)

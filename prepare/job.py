@@ -1,58 +1,104 @@
-"""A prepare from options to summary: agree on the plan, run its units, write the manifest."""
+"""The whole job: plan the work, start or resume it, run its units, write the manifest."""
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from prepare import finish
-from prepare.dedup import HASHES, OF_UNITS, find_duplicates, note_held_out, validation_units
-from prepare.forecast import check_room, forecast
+from prepare.dedup import collect_held_out, find_duplicates, validation_units
+from prepare.forecast import check_disk_space, forecast
 from prepare.options import Options
-from prepare.plan import Plan, Unit, make_plan
-from prepare.request import Request
+from prepare.plan import Plan, Unit, UnitResult, make_plan
+from prepare.ray import run_ray
 from prepare.split import GIVEN
-from prepare.tasks import HELD_OUT, HashDocuments, WriteShards, publish_meanwhile
-from prepare.unit import Record
+from prepare.tasks import HashDocuments, WriteShards, publish_meanwhile
 from prepare.worker_pool import run_local
-from prepare.workspace import QUARANTINE, WORK, Folder, Workspace
+from prepare.workspace import HASHES, HELD_OUT, QUARANTINE, WORK, Folder, Workspace
 from shards import tokenizer
+from shards.files import to_json
 from shards.manifest import FILE_NAME, Manifest
 
-# --- Which plan this run follows: a new one, the one that was begun, or none because all is done.
+Result = TypeVar("Result")
+# Calls a task on each unit and yields the results in any order.
+Runner = Callable[[Callable[[Unit], Result], Sequence[Unit]], Iterator[Result]]
 
 
-def agree(request: Request, workspace: Workspace, plan: Plan) -> tuple[Plan, bool]:
-    """The plan to follow and whether it is finished already; a new plan is recorded.
+def run(options: Options) -> None:
+    """Prepare the dataset `options.out`, or resume it. Raises ValueError or OSError."""
+    options.check()
+    workspace = Workspace(Folder(options.out))
+    workspace.check_folder()
+    tokenizer.load().encode(
+        ""
+    )  # fail fast without a vocabulary; forked workers share what it loads
+    started = time.perf_counter()
+    # Planned before anything is written, so that a mistyped source leaves no folder behind.
+    plan = make_plan(options, _appended_to(workspace) if options.append else None)
+    if options.plan:
+        print(forecast(plan, tokenizer.load(), options.workers))
+        return
+    lock = "-" + options.task.replace("/", "-of-") if options.task else ""
+    with workspace.locked(lock):
+        unfinished = start_or_resume(options, workspace, plan)
+        if unfinished is None:
+            print(f"{options.out} is complete: nothing to do.")
+            return
+        if not options.finish:
+            _run_units(unfinished, workspace, options)
+        if not options.task:
+            _finish(unfinished, workspace, options.max_bad, started)
 
-    `plan` is what the request comes to now. Raises ValueError where the folder was begun with other
-    sources or options, or a source has changed since.
+
+# The plan to follow: a new one, the stored one, or none if the dataset is complete.
+
+
+def start_or_resume(options: Options, workspace: Workspace, plan: Plan) -> Plan | None:
+    """Return the plan to run, recorded in the workspace, or None if its dataset is complete.
+
+    Raises ValueError if the folder holds another dataset, or if a source has changed since.
     """
     manifest, stored = workspace.manifest(), workspace.stored_plan()
-    if request.append:
-        return _agree_to_append(request, workspace, plan, stored)
-    if stored is not None and stored["generation"] == 0:
-        _compare(workspace, stored, plan.record())
-    elif manifest is not None:
-        _compare_with_manifest(workspace, manifest, plan)
+    if options.append:
+        return _start_or_resume_append(options, workspace, plan, stored)
+    if stored is not None and stored.generation == 0:
+        _check_same_plan(workspace, stored, plan)
+    elif manifest is not None:  # it has grown, or was copied here without its plan
+        _check_same_sources(workspace, manifest.prefix(0), plan)
     else:
-        workspace.begin(plan)
-    return plan, manifest is not None
+        workspace.record_plan(plan)
+    if manifest is None:
+        return plan
+    if stored is None or stored.generation <= manifest.generation:  # no append is under way
+        workspace.close()
+    return None
 
 
-def plan_now(request: Request, workspace: Workspace) -> Plan:
-    """The plan that the request comes to now. Raises ValueError or OSError for bad input.
+def _start_or_resume_append(
+    options: Options, workspace: Workspace, plan: Plan, stored: Plan | None
+) -> Plan | None:
+    """The same for --append; repeating the last append does nothing."""
+    manifest = _appended_to(workspace)
+    generation = stored.generation if stored else 0
+    is_finished = 0 < generation == manifest.generation
+    if is_finished and make_plan(options, manifest.prefix(generation - 1)) == stored:
+        workspace.close()
+        return None
+    if plan.generation != manifest.generation + 1:  # another append ended since it was made
+        plan = make_plan(options, manifest)
+    if stored is not None and generation > manifest.generation:
+        _check_same_plan(workspace, stored, plan)
+    else:
+        workspace.close()  # if the last append was killed right after its manifest
+        workspace.record_plan(plan)
+    return plan
 
-    Made before anything is written, so that a mistyped source leaves no folder behind.
-    """
-    return make_plan(request, _grown_from(workspace) if request.append else None)
 
-
-def _grown_from(workspace: Workspace) -> Manifest:
-    """The complete dataset that an append adds to. Raises ValueError where there is none."""
+def _appended_to(workspace: Workspace) -> Manifest:
+    """Return the complete dataset to append to. Raises ValueError if there is none."""
     manifest = workspace.manifest()
     if manifest is None:
         raise ValueError(
@@ -62,204 +108,127 @@ def _grown_from(workspace: Workspace) -> Manifest:
     return manifest
 
 
-def _agree_to_append(
-    request: Request, workspace: Workspace, plan: Plan, stored: dict[str, Any] | None
-) -> tuple[Plan, bool]:
-    """The same for --append: the last append again, or one that goes on from what there is."""
-    manifest = _grown_from(workspace)
-    begun = stored["generation"] if stored else 0
-    if begun == manifest.generation and begun > 0:
-        last = make_plan(request, manifest.prefix(begun - 1))
-        if last.record() == stored:
-            return last, True
-    if plan.generation != manifest.generation + 1:  # it grew since the plan was made
-        plan = make_plan(request, manifest)
-    if stored is not None and begun > manifest.generation:
-        _compare(workspace, stored, plan.record())
-    else:
-        workspace.close()  # of the generation before, were it killed at its very end
-        workspace.begin(plan)
-    return plan, False
-
-
-def _compare(workspace: Workspace, begun: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same_plan(workspace: Workspace, stored: Plan, plan: Plan) -> None:
     """Raise ValueError, naming what differs, unless the two plans are the same."""
-    if begun == now:
+    if stored == plan:
         return
-    files = {file["path"]: file for file in now["files"]}
-    same_paths = [file["path"] for file in begun["files"]] == list(files)
-    for file in begun["files"]:
-        if files.get(file["path"]) != file and (same_paths or file["path"] not in files):
-            found = "changed" if file["path"] in files else "gone, or not among those given"
+    files = {file.path: file for file in plan.files}
+    same_paths = [file.path for file in stored.files] == list(files)
+    for file in stored.files:
+        if files.get(file.path) != file and (same_paths or file.path not in files):
+            actual = "changed" if file.path in files else "gone, or not among those given"
             raise ValueError(
-                f"expected the source {file['name']} as it was when {workspace.folder} was begun, "
-                f"found it {found}: restore it, or give another --out"
+                f"expected the source {file.name} as it was when {workspace.folder} was begun, "
+                f"found it {actual}: restore it, or give another --out"
             )
-    differing = sorted(key for key in begun if begun[key] != now[key] and key != "units")
+    names = [field.name for field in fields(Plan) if field.name != "units"]
+    differing = [name for name in names if getattr(stored, name) != getattr(plan, name)]
     raise ValueError(
         f"expected the sources and options with which {workspace.folder} was begun, found other "
         f"{' and '.join(differing) or 'units'}: repeat them, or give another --out"
     )
 
 
-def _compare_with_manifest(workspace: Workspace, manifest: Manifest, plan: Plan) -> None:
-    """The same for a finished dataset that has grown, or came here without its plan."""
-    first = manifest.prefix(0)
-    begun = [(source.name, source.bytes) for source in first.sources]
-    now = [(file.name, file.size) for file in plan.files]
-    if (begun, first.split_rule) != (now, plan.rule.record()):
+def _check_same_sources(workspace: Workspace, manifest: Manifest, plan: Plan) -> None:
+    """Raise ValueError unless a finished dataset was made from the sources of the plan."""
+    stored = [(source.name, source.bytes) for source in manifest.sources]
+    planned = [(file.name, file.size) for file in plan.files]
+    if (stored, manifest.split_rule) != (planned, asdict(plan.rule)):
         raise ValueError(
-            f"expected a new folder, found another dataset in {workspace.folder} ({len(begun)} "
-            f"sources, split {first.split_rule}): give another --out, or --append to add to it"
+            f"expected a new folder, found another dataset in {workspace.folder} ({len(stored)} "
+            f"sources, split {manifest.split_rule}): give another --out, or --append to add to it"
         )
 
 
-Result = TypeVar("Result")
-Engine = Callable[[Callable[[Unit], Result], Sequence[Unit]], Iterator[Result]]
-
-
-def run(options: Options) -> None:
-    """Make, or go on making, the dataset `options.out`. Raises ValueError or OSError."""
-    request = Request(
-        sources=options.sources,
-        val_sources=options.val_source,
-        split=options.split,
-        val_fraction=options.val_fraction,
-        text_column=options.text_column,
-        dedup=options.dedup,
-        append=options.append,
-    )
-    task = _task(options)
-    workspace = Workspace(Folder(options.out))
-    workspace.refuse_strangers()
-    if options.plan:
-        base = workspace.manifest() if options.append else None
-        print(forecast(make_plan(request, base), tokenizer.load(), options.workers))
-        return
-    tokenizer.load().encode("")  # says now if there is no vocabulary; forked workers share it all
-    started = time.perf_counter()
-    planned = plan_now(request, workspace)
-    with workspace.locked(f"-{task[0]}-of-{task[1]}" if task else ""):
-        plan, done = agree(request, workspace, planned)
-        if done:
-            if not workspace.is_growing():
-                workspace.close()
-            print(f"{options.out} is complete: nothing to do.")
-            return
-        if not options.finish:
-            _run_units(plan, workspace, options, task)
-        if not task:
-            _finish(plan, workspace, options.max_bad, started)
-
-
-def _task(options: Options) -> tuple[int, int] | None:
-    """(i, n) of --task i/n, i counted from 1. Raises ValueError for what can't be."""
-    if options.workers < 1:
-        raise ValueError(f"expected --workers of at least 1, found {options.workers}")
-    if options.max_bad is not None and options.max_bad < 0:
-        raise ValueError(f"expected --max-bad of at least 0, found {options.max_bad}")
-    several = options.task or options.finish or options.engine != "local"
-    if options.dedup and several:
-        raise ValueError(
-            "expected --dedup on one machine, found --task, --finish or --engine ray: which of two "
-            "duplicates comes first is known only where all hashes are; leave one of them out"
-        )
-    if options.task is None:
-        return None
-    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", options.task)
-    if found is None or int(found[1]) > int(found[2]) or options.finish:
-        raise ValueError(
-            f"expected --task i/n with i from 1 to n, and --finish in a run of its own, found "
-            f"--task {options.task}: --task 1/8 is the first of eight"
-        )
-    return int(found[1]), int(found[2])
-
-
-def _run_units(
-    plan: Plan, workspace: Workspace, options: Options, task: tuple[int, int] | None
-) -> None:
-    """Run the units, or one task's, that are not finished yet, showing progress."""
-    units = plan.units[task[0] - 1 :: task[1]] if task else plan.units
-    finished = workspace.records(units)
+def _run_units(plan: Plan, workspace: Workspace, options: Options) -> None:
+    """Run the unfinished units, or those of one task, showing progress."""
+    units = plan.units
+    if options.task:
+        number, tasks = map(int, options.task.split("/"))
+        units = units[number - 1 :: tasks]
+    finished = workspace.results(units)
     waiting = [unit for unit in units if unit.number not in finished]
     if finished:
         print(f"Resuming: {len(finished)} of {len(units)} units are finished.")
-    check_room(waiting, workspace)
-    engine = _engine(plan, workspace, options)
+    check_disk_space(waiting, workspace)
+    runner = _runner(plan, workspace, options)
     if waiting and plan.dedup:
-        _hash(units, engine, HashDocuments(plan, workspace, HASHES))
+        _hash_documents(plan, workspace, HASHES, units, runner)
         find_duplicates(workspace, units)
-    elif waiting and plan.rule.rule == GIVEN and not workspace.holds(HELD_OUT):
+    elif waiting and plan.rule.rule == GIVEN and not workspace.has_array(f"{HELD_OUT}/hashes"):
         held_out = list(validation_units(plan))
-        _hash(held_out, engine, HashDocuments(plan, workspace, OF_UNITS))
-        note_held_out(plan, workspace, held_out)
+        _hash_documents(plan, workspace, HELD_OUT, held_out, runner)
+        collect_held_out(plan, workspace, held_out)
     workspace.remove_staged(waiting)
-    # Other machines publish what they write, and an upload needs the worker's core as well.
+    # Other machines publish what they write, and an upload needs a worker's core as well.
     by_workers = options.engine != "local" or workspace.folder.remote
-    written = engine(WriteShards(plan, workspace, by_workers), waiting)
-    _show(publish_meanwhile(written, workspace), units, waiting)
+    written = runner(WriteShards(plan, workspace, by_workers), waiting)
+    _show_progress(publish_meanwhile(written, workspace), units, waiting)
 
 
-def _hash(units: Sequence[Unit], engine: Engine[int], work: HashDocuments) -> None:
-    """Hash the documents of the units for which that was not done yet, showing progress."""
-    there = set(work.workspace.folder.names(f"{WORK}/{work.folder}"))
-    left = [unit for unit in units if f"{unit.number:05d}.npy" not in there]
-    for _ in tqdm(engine(work, left), total=len(left), desc="hash", unit="unit"):
+def _runner(plan: Plan, workspace: Workspace, options: Options) -> Runner[Any]:
+    """Return the function that runs a task on units, here or on a Ray cluster."""
+    if options.engine == "ray":
+        return lambda task, units: run_ray(task, units, options.address)
+    # An object store's client that was used before a fork may hang after it.
+    remote = workspace.folder.remote or any(file.remote for file in plan.files)
+    method = "spawn" if remote else None
+    return lambda task, units: run_local(task, units, options.workers, method)
+
+
+def _hash_documents(
+    plan: Plan, workspace: Workspace, folder: str, units: Sequence[Unit], runner: Runner[None]
+) -> None:
+    """Hash the documents of the units that are not hashed yet, showing progress."""
+    hashed = set(workspace.folder.names(f"{WORK}/{folder}"))
+    waiting = [unit for unit in units if f"{unit.name}.npy" not in hashed]
+    task = HashDocuments(plan, workspace, folder)
+    for _ in tqdm(runner(task, waiting), total=len(waiting), desc="hash", unit="unit"):
         pass
 
 
-def _show(records: Iterator[Record], units: Sequence[Unit], waiting: Sequence[Unit]) -> None:
-    """Follow the units with a progress bar: text per second, tokens per second, time to go."""
+def _show_progress(
+    results: Iterator[UnitResult], units: Sequence[Unit], waiting: Sequence[Unit]
+) -> None:
+    """Consume the results of the waiting units with a progress bar: text, tokens/s, time left."""
     weights = {unit.number: unit.weight for unit in units}
     total, tokens = sum(weights.values()), 0
-    before = total - sum(unit.weight for unit in waiting)
+    finished = total - sum(unit.weight for unit in waiting)
     with tqdm(
-        total=total, initial=before, desc="prepare", unit="B", unit_scale=True, mininterval=0.5
+        total=total, initial=finished, desc="prepare", unit="B", unit_scale=True, mininterval=0.5
     ) as bar:
-        for record in records:
-            tokens += record.tokens
+        for result in results:
+            tokens += sum(shard.tokens for shard in result.all_shards())
             seconds = bar.format_dict["elapsed"] or 1
             bar.set_postfix_str(f"{tokens / seconds / 1e6:.1f}M tokens/s", refresh=False)
-            bar.update(weights[record.unit])
-
-
-def _engine(plan: Plan, workspace: Workspace, options: Options) -> Engine[Any]:
-    """How units are run."""
-    if options.engine == "ray":
-        from prepare.ray import run_ray
-
-        return lambda work, units: run_ray(work, units, options.address)
-    # A client of an object store that was used before a fork may hang after it.
-    remote = workspace.folder.remote or any(file.remote for file in plan.files)
-    method = "spawn" if remote else None
-    return lambda work, units: run_local(work, units, options.workers, method)
+            bar.update(weights[result.unit])
 
 
 def _finish(plan: Plan, workspace: Workspace, max_bad: int | None, started: float) -> None:
     """Write quarantine.jsonl and, last of all, the manifest. Raises ValueError if it can't be."""
-    done = workspace.records(plan.units)
-    missing = [unit.number for unit in plan.units if unit.number not in done]
+    folder, finished = workspace.folder, workspace.results(plan.units)
+    missing = [unit.number for unit in plan.units if unit.number not in finished]
     if missing:
         raise ValueError(
-            f"expected {len(plan.units)} finished units in {workspace.folder}, found "
-            f"{len(missing)} missing (unit {missing[0]}, ...): run the tasks that have not ended"
+            f"expected {len(plan.units)} finished units in {folder}, found {len(missing)} missing "
+            f"(unit {missing[0]}, ...): run the tasks that have not ended"
         )
-    records = [done[unit.number] for unit in plan.units]
+    results = [finished[unit.number] for unit in plan.units]
     base = workspace.manifest() if plan.generation else None
-    manifest = finish.build_manifest(plan, records, tokenizer.load(), base)
-    before = (workspace.folder.read(QUARANTINE) or b"").splitlines()
-    entries = finish.quarantine(plan, records, [json.loads(line) for line in before])
+    manifest = finish.build_manifest(plan, results, tokenizer.load(), base)
+    earlier = (folder.read(QUARANTINE) or b"").splitlines()
+    entries = finish.quarantine(plan, results, [json.loads(line) for line in earlier])
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
-    workspace.folder.write(QUARANTINE, "".join(lines).encode())
+    folder.write(QUARANTINE, "".join(lines).encode())
     finish.check_bad(manifest, entries, max_bad)
     try:
         finish.check_splits(manifest)
     except ValueError:
-        workspace.abandon(records)  # every remedy makes another plan
+        workspace.abandon(results)  # every remedy changes the plan
         raise
-    text = finish.summary(manifest, records, time.perf_counter() - started)
-    workspace.log(*(warning for record in records for warning in record.warnings), text)
-    workspace.folder.write_json(FILE_NAME, manifest.to_json())
+    text = finish.summary(manifest, results, time.perf_counter() - started)
+    workspace.log(*(warning for result in results for warning in result.warnings), text)
+    folder.write(FILE_NAME, to_json(manifest.to_json()))
     workspace.close()
     print(text)
-    print(f"The dataset is in {workspace.folder}: python -m shards info {workspace.folder}")
+    print(f"The dataset is in {folder}: python -m shards info {folder}")

@@ -1,26 +1,29 @@
-"""The flags of `python -m prepare`; nothing heavy is imported here, so `--help` answers at once."""
+"""The flags of `python -m prepare`."""
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 import tyro
 
+DEFAULT_VAL_FRACTION = 0.1
+
 
 @dataclass(frozen=True)
 class Options:
-    """Tokenise text files into training and validation shards."""
+    """Tokenize text files into training and validation shards."""
 
     sources: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders, globs, URIs (s3://, gs://, hf://), or the word stdlib."""
     out: str
     """The dataset's folder, data/NAME say, or a URI."""
     workers: int = os.cpu_count() or 1
-    """Processes to work with."""
+    """Worker processes."""
     split: Literal["auto", "hash", "position"] = "auto"
     """hash: by document; position: one text file, at a line end; auto: position for one text file,
     else hash."""
-    val_fraction: float = 0.1
+    val_fraction: float = DEFAULT_VAL_FRACTION
     """Share of the text that becomes validation text."""
     val_source: tuple[str, ...] = ()
     """Sources of validation text; then no other text becomes validation text."""
@@ -33,12 +36,54 @@ class Options:
     append: bool = False
     """Add the sources to the complete dataset in --out, as its next generation."""
     plan: bool = False
-    """Say what would be done, and do nothing."""
+    """Print a forecast of the work and exit."""
     engine: Literal["local", "ray"] = "local"
-    """Where the work runs: this machine's processes, or a Ray cluster."""
+    """Run on this machine's processes or on a Ray cluster."""
     address: str | None = None
-    """The Ray cluster's address; without one Ray starts one here."""
+    """The Ray cluster's address; by default Ray is started on this machine."""
     task: str | None = None
     """i/n: do the i-th of n parts of the work, for job arrays; --finish comes after them."""
     finish: bool = False
     """Write the manifest once all tasks are done."""
+
+    def check(self) -> None:
+        """Raise ValueError for values that are invalid, alone or together."""
+        if not self.sources:
+            raise ValueError("expected a SOURCE, found none: give a file, a folder, or stdlib")
+        if self.workers < 1:
+            raise ValueError(f"expected --workers of at least 1, found {self.workers}")
+        if self.max_bad is not None and self.max_bad < 0:
+            raise ValueError(f"expected --max-bad of at least 0, found {self.max_bad}")
+        check_val_fraction(self.val_fraction)
+        if self.val_source and self.split != "auto":
+            raise ValueError(
+                f"expected --split or --val-source, found both: {self.split} would move documents "
+                "from one split to the other; leave one of them out"
+            )
+        if self.append and self.dedup:
+            raise ValueError(
+                "expected --append or --dedup, found both: an append does not know the documents "
+                "already there; prepare everything together with --dedup into another --out"
+            )
+        if self.dedup and (self.task or self.finish or self.engine != "local"):
+            raise ValueError(
+                "expected --dedup on one machine, found --task, --finish or --engine ray: which of "
+                "two duplicates comes first is known only where all hashes are; leave one of them "
+                "out"
+            )
+        if self.task is not None:
+            match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", self.task)
+            if match is None or int(match[1]) > int(match[2]) or self.finish:
+                raise ValueError(
+                    "expected --task i/n with i from 1 to n, and --finish in a run of its own, "
+                    f"found --task {self.task}: --task 1/8 is the first of eight"
+                )
+
+
+def check_val_fraction(fraction: float) -> None:
+    """Raise ValueError unless 0 < fraction < 1."""
+    if not 0 < fraction < 1:
+        raise ValueError(
+            f"expected a --val-fraction between 0 and 1, found {fraction}: 0.1 keeps a tenth of "
+            "the documents for validation"
+        )

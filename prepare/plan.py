@@ -1,6 +1,6 @@
-"""What will be done: input files → units of work, a function of the input and options alone.
+"""The plan: input files cut into units of work, a function of the input and the options alone.
 
-A unit is small enough to keep all cores busy on a small corpus and makes a shard of some 100M
+A unit is small enough to keep all cores busy on a small corpus, and makes a shard of some 100M
 tokens on a large one. Units share no state, so they run anywhere and in any order (promise 2).
 """
 
@@ -13,206 +13,241 @@ from functools import partial
 from itertools import repeat
 from typing import Any
 
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prepare.documents import Bad, Slice, column_bytes, json_object
-from prepare.request import Request, rule_of, rule_of_append
+from prepare.documents import BadDocuments, Slice, column_bytes, json_object
+from prepare.options import Options
 from prepare.sources import InputFile, find_files
-from prepare.split import GIVEN, POSITION, SplitRule
+from prepare.split import GIVEN, POSITION, SplitRule, choose_rule, follow_rule
 from prepare.text import PIECE_BYTES, READ_BYTES, byte_stream, next_cut, next_line, survey
-from shards.manifest import Manifest
+from shards import stored_json
+from shards.manifest import Manifest, Shard
 from shards.remote import filesystem
 
+FORMAT, VERSION = "mygpt-plan", 1
+REMEDY = "restore it, or give another --out"
 MIN_UNIT_BYTES = 4 << 20
 MAX_UNIT_BYTES = 400 << 20
-UNITS_AIMED_AT = 64
-# Files looked at together: what takes long there is waiting, for a network above all.
-LOOKED_AT_ONCE = 16
+TARGET_UNITS = 64
+# Files inspected concurrently: most of that time is waiting, for a network above all.
+INSPECTED_AT_ONCE = 16
 TEXT_COLUMNS = ("text", "content")
-# How much larger compressed text is guessed to be than its file.
+# Estimated size of compressed text relative to its file.
 COMPRESSION_RATIO = 4
+
+
+WeightedSlice = tuple[Slice, int]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of work. `number` names its shards; `weight` is its text in bytes, about."""
+    """One piece of work. `number` names its shards; `weight` is its text in bytes, estimated."""
 
     number: int
     slices: tuple[Slice, ...]
     weight: int
 
+    @property
+    def name(self) -> str:
+        """The number as it stands in the names of the unit's files."""
+        return f"{self.number:05d}"
+
+
+@dataclass
+class UnitResult:
+    """Result of one unit: its shards by split, document counts, bad documents and warnings.
+
+    `read` counts all documents; the `empty` ones and the `duplicates` are not written. Stored as
+    JSON beside the shards until the manifest is written.
+    """
+
+    unit: int
+    shards: dict[str, list[Shard]]
+    read: int = 0
+    empty: int = 0
+    duplicates: int = 0
+    bad: list[BadDocuments] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def all_shards(self) -> list[Shard]:
+        """The shards of both splits."""
+        return [shard for shards in self.shards.values() for shard in shards]
+
 
 @dataclass(frozen=True)
 class Plan:
-    """All units, the files they read, how documents are split, and files known to be bad.
+    """All units, the files they read, how documents are split, and documents known to be bad.
 
-    A plan that appends is of a later `generation`; its first file is source `first_source` of the
+    A plan that appends has a later `generation`, and its first file is source `first_source` of the
     dataset. `dedup`: exact duplicates are dropped.
     """
 
     files: tuple[InputFile, ...]
     rule: SplitRule
     units: tuple[Unit, ...]
-    bad: tuple[Bad, ...]
+    bad: tuple[BadDocuments, ...]
     dedup: bool = False
     generation: int = 0
     first_source: int = 0
 
-    def record(self) -> dict[str, Any]:
-        """The plan as JSON; equal records mean the same work on unchanged files."""
-        return orjson.loads(orjson.dumps(asdict(self)))
+    def to_json(self) -> dict[str, Any]:
+        """The plan as `plan.json` stores it."""
+        return {"format": FORMAT, "version": VERSION} | asdict(self)
 
 
-def make_plan(request: Request, base: Manifest | None = None) -> Plan:
-    """Look at the sources and plan the work, after that of `base` where it appends to one.
+def read_plan(record: dict[str, Any], name: str) -> Plan:
+    """Return the plan that `Plan.to_json` made; `name` is its file. Raises ValueError."""
+    if "format" not in record:  # as myGPT 0.2 stored it
+        record = _upgraded(record, name)
+    stored_json.check_version(record, FORMAT, (VERSION,), name, REMEDY)
+    return stored_json.build(Plan, record, name, retired=("format", "version"), remedy=REMEDY)
+
+
+def _upgraded(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a plan of myGPT 0.2 with today's field names."""
+    try:
+        for part in (part for unit in record["units"] for part in unit["slices"]):
+            part["split"], part["continued"] = part.pop("side"), not part.pop("begins")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected a plan in {name}, found {error!r}: {REMEDY}") from None
+    return record | {"format": FORMAT, "version": VERSION}
+
+
+def make_plan(options: Options, base: Manifest | None = None) -> Plan:
+    """Inspect the sources and plan the work; with `base`, the dataset to append to, after its own.
 
     Raises ValueError or OSError for bad input.
     """
-    held_out = find_files(request.val_sources, val=True)
-    known = {file.identity for file in held_out}
-    files = [file for file in find_files(request.sources) if file.identity not in known]
+    val_files = find_files(options.val_source, val=True)
+    known = {file.identity for file in val_files}
+    others = [file for file in find_files(options.sources) if file.identity not in known]
     # Validation text first: of duplicates the first is kept.
-    files = [*held_out, *files]
-    with ThreadPoolExecutor(LOOKED_AT_ONCE) as pool:
-        files = list(pool.map(with_column, files, repeat(request.text_column)))
-    rule = rule_of_append(request, files, base) if base else rule_of(request, files)
-    target = min(max(sum(map(_weight, files)) // UNITS_AIMED_AT, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
-    with ThreadPoolExecutor(LOOKED_AT_ONCE) as pool:
-        looks = list(
-            pool.map(partial(_look_at, rule, target, request.dedup), range(len(files)), files)
-        )
-    slices = [part for look in looks for part in look.slices]
+    files = [*val_files, *others]
+    with ThreadPoolExecutor(INSPECTED_AT_ONCE) as pool:
+        files = list(pool.map(with_column, files, repeat(options.text_column)))
+        rule = follow_rule(base.split_rule, options, files) if base else choose_rule(options, files)
+        target = sum(map(_weight, files)) // TARGET_UNITS
+        target = min(max(target, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
+        inspect = partial(_inspect, rule, target, options.dedup)
+        parts = list(pool.map(inspect, range(len(files)), files))
+    slices = [pair for of_file, _ in parts for pair in of_file]
     return Plan(
         files=tuple(files),
         rule=rule,
-        units=tuple(_units(slices, target, _units_before(base))),
-        bad=tuple(bad for look in looks for bad in look.bad),
-        dedup=request.dedup,
+        units=tuple(_units(slices, target, _next_unit(base))),
+        bad=tuple(bad for _, of_file in parts for bad in of_file),
+        dedup=options.dedup,
         generation=base.generation + 1 if base else 0,
         first_source=len(base.sources) if base else 0,
     )
 
 
-def _units_before(base: Manifest | None) -> int:
-    """The first unit number that no shard of the dataset bears."""
+def _next_unit(base: Manifest | None) -> int:
+    """The first unit number that is not part of a shard's name."""
     shards = [shard for split in base.splits.values() for shard in split.shards] if base else []
     return max((int(re.findall(r"\d+", shard.file)[0]) for shard in shards), default=-1) + 1
 
 
 def _weight(file: InputFile) -> int:
-    """About how many bytes of text a file holds, from its size alone."""
+    """Estimate the bytes of text in a file from its size alone."""
     packed = file.compression is not None or file.kind == "parquet"
     return file.size * (COMPRESSION_RATIO if packed else 1)
 
 
-@dataclass
-class _Look:
-    """What there is to read in one file, each slice with its weight, and what is bad in it."""
-
-    slices: list[tuple[Slice, int]] = field(default_factory=list)
-    bad: list[Bad] = field(default_factory=list)
-
-
-def _look_at(rule: SplitRule, target: int, dedup: bool, source: int, file: InputFile) -> _Look:
-    """Look at one file, of a plan whose units are to have `target` bytes."""
-    look = _Look()
-    look.slices += _slices(source, file, rule, target, dedup, look.bad)
-    return look
-
-
-def _slices(
-    source: int, file: InputFile, rule: SplitRule, target: int, dedup: bool, bad: list[Bad]
-) -> Iterator[tuple[Slice, int]]:
-    """The slices of one file, each with its weight."""
+def _inspect(
+    rule: SplitRule, target: int, dedup: bool, number: int, file: InputFile
+) -> tuple[list[WeightedSlice], list[BadDocuments]]:
+    """Return the slices of file `number`, for units of `target` bytes, and what is bad in it."""
     if file.kind == "parquet":
-        yield from _row_groups(source, file)
-    elif file.kind == "jsonl" and file.compression is None:
-        for start in range(0, max(file.size, 1), target):
-            yield Slice(source, start, start + target), min(target, file.size - start)
-    elif file.kind == "text" and (
-        rule.rule == POSITION
-        # To find a duplicate, the document must stay in one unit.
-        or (file.size > PIECE_BYTES and not dedup)
-    ):
-        found = survey(file)
-        if found.error:
-            bad.append(Bad(source, 0, found.error))
-        elif rule.rule == POSITION:
-            middle = next_line(file, int(found.size * (1 - rule.val_fraction)))
-            yield from _text_ranges(source, file, 0, middle, "train", target)
-            yield from _text_ranges(source, file, middle, found.size, "val", target)
-        else:
-            val = file.val if rule.rule == GIVEN else rule.is_val(found.digest)[0]
-            side = "val" if val else "train"
-            digest = (int(found.digest[0, 0]), int(found.digest[0, 1]))
-            for part, weight in _text_ranges(source, file, 0, found.size, side, target):
-                yield replace(part, digest=digest), weight
-    else:
-        yield Slice(source), _weight(file)
+        return list(_row_groups(number, file)), []
+    if file.kind == "jsonl" and file.compression is None:
+        starts = range(0, max(file.size, 1), target)
+        return [(Slice(number, i, i + target), min(target, file.size - i)) for i in starts], []
+    # With dedup a document stays in one unit, so that it can be compared as a whole.
+    is_large = file.size > PIECE_BYTES and not dedup
+    if file.kind == "text" and (rule.rule == POSITION or is_large):
+        return _inspect_text(rule, target, number, file)
+    return [(Slice(number), _weight(file))], []
 
 
-def _row_groups(source: int, file: InputFile) -> Iterator[tuple[Slice, int]]:
-    """One slice a row group; a file whose footer can't be read is left to the reader to report."""
+def _row_groups(number: int, file: InputFile) -> Iterator[WeightedSlice]:
+    """Yield one slice per row group; a file whose footer is unreadable is one slice: its reader
+    reports the reason."""
     try:
         metadata = _parquet(file).metadata
     except (OSError, pa.ArrowInvalid):
-        yield Slice(source), _weight(file)
+        yield Slice(number), _weight(file)
         return
     for group in range(metadata.num_row_groups):
-        yield Slice(source, group, group + 1), column_bytes(metadata.row_group(group), file.column)
+        yield Slice(number, group, group + 1), column_bytes(metadata.row_group(group), file.column)
 
 
-def _text_ranges(
-    source: int, file: InputFile, start: int, end: int, side: str, target: int
-) -> Iterator[tuple[Slice, int]]:
-    """Byte ranges of one text document, cut where its tokens stay what they are."""
-    begins = True
-    while start < end:
-        stop = end
+def _inspect_text(
+    rule: SplitRule, target: int, number: int, file: InputFile
+) -> tuple[list[WeightedSlice], list[BadDocuments]]:
+    """Read a text that goes over several slices once: for its hash, its size and its errors."""
+    result = survey(file.path, file.compression)
+    if result.error:
+        return [], [BadDocuments(number, 0, result.error)]
+    if rule.rule == POSITION:
+        middle = int(result.size * (1 - rule.val_fraction))
+        middle = next_line(file.path, file.compression, middle)
+        texts = [Slice(number, 0, middle, "train"), Slice(number, middle, result.size, "val")]
+    else:
+        is_val = file.val if rule.rule == GIVEN else rule.is_val(result.digest)[0]
+        digest = (int(result.digest[0, 0]), int(result.digest[0, 1]))
+        texts = [Slice(number, 0, result.size, "val" if is_val else "train", digest=digest)]
+    return [pair for text in texts for pair in _text_ranges(file, text, target)], []
+
+
+def _text_ranges(file: InputFile, text: Slice, target: int) -> Iterator[WeightedSlice]:
+    """Cut one text document into byte ranges, where the tokens of the pieces are the whole's."""
+    start = text.start
+    while start < text.end:
+        end = text.end
         if file.compression is None and end - start > 2 * target:
-            stop = min(next_cut(file, start + target), end)
-        yield Slice(source, start, stop, side, begins), stop - start
-        start, begins = stop, False
+            end = min(next_cut(file.path, start + target), end)
+        yield replace(text, start=start, end=end, continued=start > text.start), end - start
+        start = end
 
 
-def _units(slices: Sequence[tuple[Slice, int]], target: int, number: int) -> Iterator[Unit]:
-    """Neighbouring slices put together until they weigh as much as a unit should."""
+def _units(slices: Sequence[WeightedSlice], target: int, number: int) -> Iterator[Unit]:
+    """Join neighboring slices into units of about `target` bytes, numbered from `number`."""
     weight = 0
-    taken: list[Slice] = []
+    joined: list[Slice] = []
     for part, part_weight in slices:
-        # Neighbouring row groups are one slice: a file is opened once for them.
-        joined = replace(taken[-1], end=part.end) if taken else part
-        if taken and joined == replace(part, start=joined.start) and taken[-1].end == part.start:
-            taken[-1] = joined
+        last = joined[-1] if joined else None
+        # Neighboring row groups become one slice, so that a file is opened once for them.
+        if last and last.end == part.start and part == replace(last, start=last.end, end=part.end):
+            joined[-1] = replace(last, end=part.end)
         else:
-            taken.append(part)
+            joined.append(part)
         weight += part_weight
         if weight >= target:
-            yield Unit(number, tuple(taken), weight)
-            number, weight, taken = number + 1, 0, []
-    if taken:
-        yield Unit(number, tuple(taken), weight)
+            yield Unit(number, tuple(joined), weight)
+            number, weight, joined = number + 1, 0, []
+    if joined:
+        yield Unit(number, tuple(joined), weight)
 
 
-def with_column(file: InputFile, wanted: str | None) -> InputFile:
-    """The file with the name of its text column. Raises ValueError where it has no such column."""
-    wanted_names = (wanted,) if wanted else TEXT_COLUMNS
-    names = _columns(file, wanted_names)
+def with_column(file: InputFile, requested: str | None) -> InputFile:
+    """Return the file with its text column set. Raises ValueError if it has no such column."""
+    candidates = (requested,) if requested else TEXT_COLUMNS
+    names = _columns(file, candidates)
     if names is None:
-        return replace(file, column=wanted_names[0])
-    for name in wanted_names:
+        return replace(file, column=candidates[0])
+    for name in candidates:
         if name in names:
             return replace(file, column=name)
     raise ValueError(
-        f"expected a text column {' or '.join(wanted_names)} in {file.name}, found "
+        f"expected a text column {' or '.join(candidates)} in {file.name}, found "
         f"{', '.join(names) or 'no column'}: name it by --text-column"
     )
 
 
-def _columns(file: InputFile, wanted: Sequence[str]) -> list[str] | None:
-    """Names of the columns that may hold text; None where the file has none or can't tell."""
+def _columns(file: InputFile, candidates: Sequence[str]) -> list[str] | None:
+    """Return the columns that may hold text; None if there are none or the file is unreadable."""
     if file.kind == "parquet":
         try:
             schema = _parquet(file).schema_arrow
@@ -220,24 +255,23 @@ def _columns(file: InputFile, wanted: Sequence[str]) -> list[str] | None:
             return None
         return [field.name for field in schema if _may_hold_text(field.type)]
     if file.kind == "jsonl":
-        return _first_fields(file, wanted)
+        return _first_fields(file, candidates)
     return None
 
 
 def _may_hold_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
-    return any(getattr(pa.types, f"is_{test}")(kind) for test in tests)
+    texts = {pa.string(), pa.large_string(), pa.string_view()}
+    texts |= {pa.binary(), pa.large_binary(), pa.binary_view()}
+    return (kind.value_type if pa.types.is_dictionary(kind) else kind) in texts
 
 
-def _first_fields(file: InputFile, wanted: Sequence[str]) -> list[str] | None:
-    """The fields of JSON objects near the head of a jsonl file, up to one that has a wanted one.
+def _first_fields(file: InputFile, candidates: Sequence[str]) -> list[str] | None:
+    """Return the fields of the first JSON objects of a file, up to one that has a candidate.
 
-    None where there is no object.
+    None if there is no object.
     """
     try:
-        with byte_stream(file) as stream:
+        with byte_stream(file.path, file.compression) as stream:
             head = stream.read(READ_BYTES)
     except OSError:
         return None
@@ -245,7 +279,7 @@ def _first_fields(file: InputFile, wanted: Sequence[str]) -> list[str] | None:
     for line in head.split(b"\n"):
         with suppress(ValueError):
             names |= dict.fromkeys(json_object(line))
-        if any(name in names for name in wanted):
+        if any(name in names for name in candidates):
             break
     return list(names) or None
 

@@ -1,8 +1,8 @@
-"""What is to be read: SOURCE arguments → the files they name, in one fixed order.
+"""Input files: SOURCE arguments resolved to the files they name, in a fixed order.
 
-A source is a file, a folder (searched through, supported types, hidden files left out), a glob,
-a URI of a filesystem that pyarrow knows (s3://, gs://, hf://), or the word `stdlib`: the source
-text of the running Python's standard library, which every Python install carries.
+A source is a file, a folder (searched recursively for supported types, hidden files left out), a
+glob, a URI of a filesystem that pyarrow knows (s3://, gs://, hf://), or the word `stdlib`: the
+source code of the running Python's standard library, a corpus that every installation has.
 """
 
 import fnmatch
@@ -31,11 +31,10 @@ STDLIB_LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file to read. `name` is what the manifest calls it, relative to the SOURCE given.
+    """One file to read. `name`, relative to its SOURCE, is what the manifest calls it.
 
-    `size` in bytes as stored; `mtime` in nanoseconds, to notice a change between two runs;
-    `val` says that it came by --val-source; `column` is the field with
-    the text, where it has fields.
+    size: bytes as stored; mtime: nanoseconds, to notice a change between two runs; kind: text,
+    jsonl or parquet; val: it came by --val-source; column: the column or field with the text.
     """
 
     name: str
@@ -49,7 +48,7 @@ class InputFile:
 
     @property
     def remote(self) -> bool:
-        """Whether it is read over a network."""
+        """True if the file is read over a network."""
         return is_remote(self.path)
 
     @property
@@ -61,51 +60,33 @@ class InputFile:
         return stat.st_dev, stat.st_ino
 
     def status(self) -> tuple[int, int] | None:
-        """Its size and mtime now, or None where it is gone."""
+        """Current size and mtime, or None if the file is gone."""
         system, path = filesystem(self.path)
         info = system.get_file_info(path)
         return (info.size, info.mtime_ns or 0) if info.type == fs.FileType.File else None
 
 
 def find_files(sources: Iterable[str], val: bool = False) -> list[InputFile]:
-    """The files that the sources name, each once, sources in the order given, names sorted.
+    """Return the files that the sources name, each once: sources in their order, names sorted.
 
-    Raises FileNotFoundError for a source that names nothing and ValueError for a file of a type
-    that is not supported.
+    Raises FileNotFoundError for a source without files, ValueError for an unsupported type.
     """
-    found: dict[Hashable, InputFile] = {}
+    files: dict[Hashable, InputFile] = {}
     for source in sources:
-        files = list(_standard_library(val) if source == STDLIB else _expand(source, val))
-        if not files:
+        of_source = list(_standard_library(val) if source == STDLIB else _expand(source, val))
+        if not of_source:
             raise FileNotFoundError(
                 f"expected input in {source}, found no file of a supported type: give a file, "
                 f"folder or glob of {_supported()}, or `{STDLIB}`"
             )
-        for file in sorted(files, key=lambda file: file.name):
-            found.setdefault(file.identity, file)
-    return list(found.values())
-
-
-def _look_at(source: str) -> tuple[fs.FileSystem, str, fs.FileInfo]:
-    """The filesystem of a source, the path in it, and what lies there.
-
-    Raises OSError where an object store or a hub can't be reached.
-    """
-    try:
-        system, path = filesystem(source)
-        return system, path, system.get_file_info(path)
-    except Exception as error:  # each client has errors of its own
-        if not is_remote(source):
-            raise
-        raise OSError(
-            f"expected to look into {source}, found {type(error).__name__} ({error}): check the "
-            "address, the credentials and the network"
-        ) from None
+        for file in sorted(of_source, key=lambda file: file.name):
+            files.setdefault(file.identity, file)
+    return list(files.values())
 
 
 def _expand(source: str, val: bool) -> Iterator[InputFile]:
-    """The files of one source."""
-    system, path, info = _look_at(source)
+    """Yield the files of one file, folder or glob."""
+    system, path, info = _file_info(source)
     if info.type == fs.FileType.File:
         yield _input_file(source, info, posixpath.basename(path), val)
         return
@@ -118,21 +99,39 @@ def _expand(source: str, val: bool) -> Iterator[InputFile]:
         hidden = any(part.startswith(".") for part in inside.split("/"))
         if info.type != fs.FileType.File or hidden:
             continue
-        # fnmatch's `*` crosses folders; a glob's does so only as `**`.
-        wanted = _matches(inside, pattern) if pattern else _kind(info.path)[0] is not None
-        if wanted:
+        if _matches(inside, pattern) if pattern else _kind(info.path)[0] is not None:
             yield _input_file(source, info, f"{posixpath.basename(path)}/{inside}", val)
 
 
+def _file_info(source: str) -> tuple[fs.FileSystem, str, fs.FileInfo]:
+    """Return the filesystem of a source, its path there, and what is at that path.
+
+    Raises OSError if an object store or a hub can't be reached.
+    """
+    try:
+        system, path = filesystem(source)
+        return system, path, system.get_file_info(path)
+    except Exception as error:  # each client has its own exception types
+        if not is_remote(source):
+            raise
+        raise OSError(
+            f"expected to look into {source}, found {type(error).__name__} ({error}): check the "
+            "address, the credentials and the network"
+        ) from None
+
+
 def _split_glob(path: str) -> tuple[str, str]:
-    """The folder above the first wildcard, and the pattern below it."""
+    """Split a glob into the folder above its first wildcard and the pattern below."""
     parts = path.split("/")
     first = next(i for i, part in enumerate(parts) if any(mark in part for mark in "*?["))
     return "/".join(parts[:first]), "/".join(parts[first:])
 
 
 def _matches(inside: str, pattern: str) -> bool:
-    """Whether a relative path fits a glob in which `**` stands for any number of folders."""
+    """Match a relative path against a glob, `**` standing for any number of folders.
+
+    fnmatch alone won't do: its `*` crosses folders.
+    """
     names, marks = inside.split("/"), pattern.split("/")
     if "**" in marks:
         at = marks.index("**")
@@ -144,7 +143,6 @@ def _matches(inside: str, pattern: str) -> bool:
 
 
 def _input_file(source: str, info: fs.FileInfo, name: str, val: bool) -> InputFile:
-    """An InputFile of what the filesystem says of it."""
     kind, compression = _kind(info.path)
     if kind is None:
         raise ValueError(
@@ -155,13 +153,13 @@ def _input_file(source: str, info: fs.FileInfo, name: str, val: bool) -> InputFi
 
 
 def _kind(path: str) -> tuple[str | None, str | None]:
-    """(kind, compression) by the file's name; kind is None for an unsupported type."""
+    """Return (kind, compression) by a file's suffixes; kind is None for an unsupported type."""
     stem, suffix = posixpath.splitext(path.lower())
     compression = COMPRESSIONS.get(suffix)
     if compression:
         suffix = posixpath.splitext(stem)[1]
     kind = KINDS.get(suffix)
-    # Parquet is read from its end, which a compressed stream has last; it compresses inside.
+    # Parquet is read from its end, which a compressed stream reaches last; it compresses inside.
     return (None if compression and kind == "parquet" else kind), compression
 
 
@@ -170,12 +168,10 @@ def _supported() -> str:
 
 
 def _standard_library(val: bool) -> Iterator[InputFile]:
-    """The .py files of the running interpreter's library, without its test suites."""
+    """Yield the .py files of the running interpreter's library, without its test suites."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in root.rglob("*.py"):
         inside = path.relative_to(root)
         if not STDLIB_LEFT_OUT & set(inside.parts):
-            stat = path.stat()
-            name = f"{STDLIB}/{inside.as_posix()}"
-            size, mtime = stat.st_size, stat.st_mtime_ns
-            yield InputFile(name, path.as_posix(), size, mtime, "text", val=val)
+            stat, name = path.stat(), f"{STDLIB}/{inside.as_posix()}"
+            yield InputFile(name, path.as_posix(), stat.st_size, stat.st_mtime_ns, "text", val=val)

@@ -1,6 +1,7 @@
-"""Which side of the split a document lies on: a function of its content alone (promise 3)."""
+"""The train/val split: which rule a dataset follows, and the content hash that decides by it."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -8,6 +9,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from prepare.options import DEFAULT_VAL_FRACTION, Options, check_val_fraction
+from prepare.sources import InputFile
+from prepare.text import digest_array
 from shards.tokenizer import string_buffers
 
 HASH, POSITION, GIVEN = "hash", "position", "given"
@@ -15,7 +19,7 @@ HASH, POSITION, GIVEN = "hash", "position", "given"
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How documents are split, as the manifest records it and appends follow it.
+    """How documents are split, as the manifest records it and appends follow it (promise 3).
 
     `hash`: by the document's content, `val_fraction` of them to validation. `position`: the one
     text file is cut at a line end, its last `val_fraction` to validation. `given`: validation
@@ -26,19 +30,11 @@ class SplitRule:
     val_fraction: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(
-                f"expected a --val-fraction between 0 and 1, found {self.val_fraction}: 0.1 keeps "
-                "a tenth of the documents for validation"
-            )
+        check_val_fraction(self.val_fraction)
 
     def is_val(self, hashes: np.ndarray) -> np.ndarray:
-        """For content hashes, (n, 2) uint64, which documents are validation text, (n,) bool."""
+        """Return which documents are validation text, (n,) bool, by content hash, (n, 2) uint64."""
         return hashes[:, 0] < np.uint64(self.val_fraction * 2**64)
-
-    def record(self) -> dict[str, Any]:
-        """The rule as JSON."""
-        return asdict(self)
 
 
 def content_hashes(texts: pa.Array) -> np.ndarray:
@@ -49,6 +45,47 @@ def content_hashes(texts: pa.Array) -> np.ndarray:
     return digest_array(b"".join(digests))
 
 
-def digest_array(digests: bytes) -> np.ndarray:
-    """Digests of 16 bytes each, one after the other, as (n, 2) uint64."""
-    return np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64)
+def choose_rule(options: Options, files: Sequence[InputFile]) -> SplitRule:
+    """Return the split rule of a new dataset. Raises ValueError if the files don't allow it."""
+    one_text = len(files) == 1 and files[0].kind == "text"
+    if options.val_source:
+        return SplitRule(GIVEN, options.val_fraction)
+    if options.split == POSITION and not one_text:
+        raise ValueError(
+            f"expected one plain text file for --split position, found {len(files)} files "
+            f"({files[0].name}, ...): use --split hash, or --val-source for validation text"
+        )
+    named_directly = one_text and options.sources[0].rstrip("/").endswith(files[0].name)
+    by_position = options.split == POSITION or (options.split == "auto" and named_directly)
+    return SplitRule(POSITION if by_position else HASH, options.val_fraction)
+
+
+def follow_rule(stored: dict[str, Any], options: Options, files: Sequence[InputFile]) -> SplitRule:
+    """Return the `stored` rule of the dataset to append to.
+
+    Raises ValueError if the options contradict it or the files can't be split by it.
+    """
+    if stored.get("rule") not in (HASH, POSITION, GIVEN):
+        raise ValueError(
+            f"expected a dataset split by prepare for --append, found {stored}: prepare the new "
+            "sources into another --out"
+        )
+    rule = SplitRule(**stored)
+    requested = (options.split, options.val_fraction)
+    if requested not in {("auto", DEFAULT_VAL_FRACTION), (rule.rule, rule.val_fraction)}:
+        raise ValueError(
+            f"expected the split that the dataset was begun with, {rule.rule} and "
+            f"{rule.val_fraction}, found {options.split} and {options.val_fraction}: leave out "
+            "--split and --val-fraction"
+        )
+    if rule.rule == POSITION and any(file.kind != "text" for file in files):
+        raise ValueError(
+            "expected plain text files to append to a dataset that is split by position, found "
+            "another type: prepare everything together into another --out"
+        )
+    if rule.rule != GIVEN and options.val_source:
+        raise ValueError(
+            f"expected no --val-source for a dataset split by {rule.rule}, found one: append it as "
+            "a source, or prepare everything together into another --out"
+        )
+    return rule

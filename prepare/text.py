@@ -1,4 +1,4 @@
-"""Plain text of any size as bytes: streams, what is in them, and where they may be cut."""
+"""Plain text of any size as bytes: streams, surveys, and places where it may be cut."""
 
 import codecs
 import re
@@ -9,72 +9,76 @@ import numpy as np
 import xxhash
 from pyarrow import NativeFile
 
-from prepare.sources import InputFile
-from prepare.split import digest_array
 from shards.remote import filesystem
 
 READ_BYTES = 4 << 20
 # A text document above this size is handed on in pieces of about this size.
 PIECE_BYTES = 32 << 20
-# The rule of shards.tokenizer.SAFE_CUT, on bytes: the tokens of the pieces are those of the whole.
-# Before a cut stands a printing ASCII character, or the end of another that is no white space.
+# shards.tokenizer.SAFE_CUT on UTF-8 bytes: no pre-token crosses such a cut, so the tokens of the
+# pieces are those of the whole. Before the cut stands a printing ASCII character or the last byte
+# of a character that is not Unicode white space; behind it ASCII white space.
 SAFE_CUT = re.compile(
     rb"(?<=[!-~\x80-\xbf])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe1\xa0\x8e)"
     rb"(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?=[ \t\n\r\f\v])"
 )
-SEEN_BEFORE = 3  # bytes before a cut that the rule looks at
+LOOKBEHIND = 3  # bytes before a cut that the pattern looks at
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What one pass over a text file found: the content's hash, (1, 2) uint64, its size in bytes,
-    and why it is not UTF-8 text (None where it is)."""
-
-    digest: np.ndarray
-    size: int
-    error: str | None
-
-
-def byte_stream(file: InputFile, offset: int = 0, raw: bool = False) -> NativeFile:
-    """The file's bytes from `offset` on, decompressed unless `raw`. To be closed by the caller."""
-    system, path = filesystem(file.path)
-    if raw or file.compression is None:
+def byte_stream(path: str, compression: str | None = None, offset: int = 0) -> NativeFile:
+    """Open a file's (decompressed) bytes from `offset` on; the caller closes the stream."""
+    system, path = filesystem(path)
+    if compression is None:
         stream = system.open_input_file(path)
         stream.seek(offset)
         return stream
-    stream = system.open_input_stream(path, compression=file.compression)
+    stream = system.open_input_stream(path, compression=compression)
     while offset:  # a compressed stream can only be read forward
         skipped = len(stream.read(min(offset, READ_BYTES)))
         offset = offset - skipped if skipped else 0
     return stream
 
 
-def byte_blocks(file: InputFile, offset: int = 0) -> Iterator[bytes]:
-    """The file's bytes from `offset` on, up to where it is damaged. Raises OSError there.
+def byte_blocks(path: str, compression: str | None, offset: int = 0) -> Iterator[bytes]:
+    """Yield a file's bytes from `offset` on, up to where it is damaged. Raises OSError there.
 
-    A read that fails gives nothing, so what stands before the damage is read by smaller ones.
+    A read that fails returns nothing, so what precedes the damage is read in smaller blocks.
     """
     size = READ_BYTES
     while True:
         try:
-            with byte_stream(file, offset) as stream:
+            with byte_stream(path, compression, offset) as stream:
                 while block := stream.read(size):
                     offset += len(block)
                     yield block
             return
         except OSError:
-            if file.compression is None or size == 1:
+            if compression is None or size == 1:
                 raise
             size = max(size // 64, 1)
 
 
-def survey(file: InputFile) -> Survey:
+def digest_array(digests: bytes) -> np.ndarray:
+    """128-bit digests of 16 bytes each, one after the other, as (n, 2) uint64."""
+    return np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Result of reading a text file once: the content's hash, (1, 2) uint64, its size in bytes, and
+    the reason why it is not UTF-8 text, or None."""
+
+    digest: np.ndarray
+    size: int
+    error: str | None
+
+
+def survey(path: str, compression: str | None) -> Survey:
     """Read a text file once, in bounded memory. Raises OSError for a file that can't be read."""
     hasher, size = xxhash.xxh3_128(), 0
     decoder = codecs.getincrementaldecoder("utf-8")()
     error = None
     try:
-        with byte_stream(file) as stream:
+        with byte_stream(path, compression) as stream:
             while block := stream.read(READ_BYTES):
                 hasher.update(block)
                 size += len(block)
@@ -83,17 +87,17 @@ def survey(file: InputFile) -> Survey:
     except UnicodeDecodeError as failure:
         error = f"invalid UTF-8 shortly before byte {size}: {failure.reason}"
     except OSError as failure:
-        error = damage(file, failure)
+        error = damage(path, failure)
     return Survey(digest_array(hasher.digest()), size, error)
 
 
-def damage(file: InputFile, error: Exception) -> str:
-    """The reason to give for a damaged file; raises where it can't even be read as bytes.
+def damage(path: str, error: Exception) -> str:
+    """Return the reason to record for a damaged file; raise OSError if its raw bytes can't be read.
 
-    A broken disk or connection is no property of the data: it must end or retry the unit.
+    A broken disk or connection is no property of the data: it must fail or retry the unit.
     """
     try:
-        with byte_stream(file, raw=True) as stream:
+        with byte_stream(path) as stream:
             while stream.read(READ_BYTES):
                 pass
     except OSError as failure:
@@ -102,12 +106,12 @@ def damage(file: InputFile, error: Exception) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """An error's message, its white space folded."""
+    """An error's message with its white space collapsed."""
     return " ".join(str(error).split())
 
 
 def utf8_error(content: bytes) -> str | None:
-    """Why some bytes are not UTF-8, or None."""
+    """The reason why `content` is not UTF-8, or None."""
     try:
         content.decode()
     except UnicodeDecodeError as error:
@@ -115,14 +119,16 @@ def utf8_error(content: bytes) -> str | None:
     return None
 
 
-def pieces(file: InputFile, start: int = 0, end: int = -1) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of a range of a text file, cut where no token runs across."""
+def pieces(
+    path: str, compression: str | None, start: int = 0, end: int = -1
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, bytes) of a range of a text file, cut where no token runs across."""
     rest = b""
     offset = start
-    with byte_stream(file, start) as stream:
+    with byte_stream(path, compression, start) as stream:
         while True:
-            wanted = READ_BYTES if end < 0 else min(READ_BYTES, end - offset - len(rest))
-            block = stream.read(wanted) if wanted else b""
+            size = READ_BYTES if end < 0 else min(READ_BYTES, end - offset - len(rest))
+            block = stream.read(size) if size else b""
             if not block:
                 break
             rest += block
@@ -134,31 +140,31 @@ def pieces(file: InputFile, start: int = 0, end: int = -1) -> Iterator[tuple[int
 
 
 def last_cut(content: bytes) -> int:
-    """The last place in the final stretch of `content` where it may be cut, or 0."""
+    """The last safe cut in the final stretch of `content`, or 0."""
     for stretch in (1 << 12, 1 << 16, READ_BYTES):
         first = max(1, len(content) - stretch)
-        cut = max((found.start() for found in SAFE_CUT.finditer(content, first)), default=0)
+        cut = max((match.start() for match in SAFE_CUT.finditer(content, first)), default=0)
         if cut:
             return cut
     return 0
 
 
-def next_cut(file: InputFile, offset: int) -> int:
-    """The first place from `offset` on where a plain text may be cut, or its end."""
-    content, begin = b"", max(offset - SEEN_BEFORE, 0)
-    with byte_stream(file, begin) as stream:
+def next_cut(path: str, offset: int) -> int:
+    """The first safe cut of an uncompressed text from `offset` on, or its end."""
+    content, begin = b"", max(offset - LOOKBEHIND, 0)
+    with byte_stream(path, offset=begin) as stream:
         while block := stream.read(READ_BYTES):
-            seen = content[-SEEN_BEFORE:]
+            seen = content[-LOOKBEHIND:]
             begin += len(content) - len(seen)
             content = seen + block
-            if found := SAFE_CUT.search(content, max(offset - begin, len(seen))):
-                return begin + found.start()
+            if match := SAFE_CUT.search(content, max(offset - begin, len(seen))):
+                return begin + match.start()
     return begin + len(content)
 
 
-def next_line(file: InputFile, offset: int) -> int:
-    """Where the first line that begins after `offset` begins; the text's end where none does."""
-    with byte_stream(file, offset) as stream:
+def next_line(path: str, compression: str | None, offset: int) -> int:
+    """The start of the first line that begins after `offset`, or the text's end."""
+    with byte_stream(path, compression, offset) as stream:
         while block := stream.read(READ_BYTES):
             if (newline := block.find(b"\n")) >= 0:
                 return offset + newline + 1

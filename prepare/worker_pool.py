@@ -1,10 +1,11 @@
-"""Running one piece of work for every unit on this machine's cores; results come in any order.
+"""A pool of worker processes on this machine that runs a task on every unit.
 
-Each worker has a pipe of its own and shares no lock with another, so whichever is killed, and
-whenever, nobody waits for it for ever (concurrent.futures' pool does, when killed at its end).
+Each worker has its own pipe and shares no lock with another, so when one is killed, at any moment,
+nobody waits for it forever (concurrent.futures' pool does if it is killed while shutting down).
 """
 
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -13,7 +14,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
-from os import _exit
 from typing import Any, TypeVar
 
 from prepare.plan import Unit
@@ -22,27 +22,27 @@ Result = TypeVar("Result")
 
 
 def run_local(
-    work: Callable[[Unit], Result],
+    task: Callable[[Unit], Result],
     units: Sequence[Unit],
     workers: int,
     start_method: str | None = None,
 ) -> Iterator[Result]:
-    """Call `work` on each unit in `workers` processes and yield what it returns.
+    """Call `task` on each unit in `workers` processes and yield the results in any order.
 
-    `start_method` is multiprocessing's; by default processes are forked on Linux, where they share
-    what is loaded, and spawned elsewhere. Raises the ValueError or OSError that `work` raised, and
-    ChildProcessError for a worker that died; units under way are finished first.
+    `start_method` is multiprocessing's; by default fork on Linux, where workers share what is
+    loaded, and spawn elsewhere. Raises the ValueError or OSError that `task` raised, and
+    ChildProcessError if a worker died; the other workers finish their units first.
     """
     count = min(workers, len(units))
     if count <= 1:
-        yield from map(work, units)
+        yield from map(task, units)
         return
     method = start_method or ("fork" if sys.platform == "linux" else "spawn")
     waiting = iter(units)
     with ExitStack() as stack:
         busy: list[Connection] = []
         for unit in islice(waiting, count):
-            busy.append(stack.enter_context(_worker(work, method, busy)))
+            busy.append(stack.enter_context(_worker(task, method, busy)))
             _exchange(busy[-1].send, unit)
         while busy:
             for worker in wait_for(busy):
@@ -58,10 +58,10 @@ def run_local(
                 yield result
 
 
-def _exchange(call: Callable[..., Any], *given: Unit) -> Any:
-    """Send to a worker, or receive from it. Raises ChildProcessError if it is no more."""
+def _exchange(call: Callable[..., Any], *arguments: Unit) -> Any:
+    """Send to a worker or receive from it. Raises ChildProcessError if it died."""
     try:
-        return call(*given)
+        return call(*arguments)
     except (EOFError, OSError):
         raise ChildProcessError(
             "a worker process died (killed for want of memory, perhaps): finished units are kept; "
@@ -70,13 +70,13 @@ def _exchange(call: Callable[..., Any], *given: Unit) -> Any:
 
 
 @contextmanager
-def _worker(work: Callable[[Unit], Any], method: str, others: list[Connection]) -> Iterator[Any]:
-    """A worker, by our end of its pipe. On leaving it ends, once it has finished its unit."""
+def _worker(task: Callable[[Unit], Any], method: str, others: list[Connection]) -> Iterator[Any]:
+    """Start a worker and yield the parent's end of its pipe; on exit join it after its unit."""
     context: Any = multiprocessing.get_context(method)
     ours, theirs = context.Pipe()
-    # A forked worker holds our ends of all pipes so far; open in it, they would never seem closed.
+    # A forked worker inherits our ends of all pipes; left open in it, they would never read EOF.
     inherited = [*others, ours] if method == "fork" else []
-    process = context.Process(target=_serve, args=(work, theirs, inherited), daemon=True)
+    process = context.Process(target=_serve, args=(task, theirs, inherited), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -86,32 +86,32 @@ def _worker(work: Callable[[Unit], Any], method: str, others: list[Connection]) 
         process.join()
 
 
-def _serve(work: Callable[[Unit], Any], parent: Connection, inherited: list[Connection]) -> None:
-    """Call `work` on each unit that the parent sends, until it closes the pipe."""
+def _serve(task: Callable[[Unit], Any], parent: Connection, inherited: list[Connection]) -> None:
+    """Call `task` on each unit that the parent sends, until it closes the pipe."""
     for connection in inherited:
         connection.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to act on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     process = multiprocessing.parent_process()
     assert process is not None
-    threading.Thread(target=_end_with, args=(process.sentinel,), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(process.sentinel,), daemon=True).start()
     while True:
         try:
             unit = parent.recv()
         except (EOFError, ConnectionError):
             return
-        with suppress(ConnectionError):  # nobody listens any more, as the next recv will say
-            parent.send(_outcome(work, unit))
+        with suppress(ConnectionError):  # the parent has closed the pipe; the next recv ends this
+            parent.send(_outcome(task, unit))
 
 
-def _outcome(work: Callable[[Unit], Any], unit: Unit) -> Any:
-    """What `work` returns, or the error in the input that it raises."""
+def _outcome(task: Callable[[Unit], Any], unit: Unit) -> Any:
+    """Return the task's result, or the ValueError or OSError that it raises."""
     try:
-        return work(unit)
+        return task(unit)
     except (ValueError, OSError) as error:
         return error
 
 
-def _end_with(sentinel: int) -> None:
-    """End with the parent: killed, it can't stop its workers, which would go on for nobody."""
+def _exit_with(sentinel: int) -> None:
+    """Exit when the parent is gone: a killed parent can't stop its workers."""
     wait_for([sentinel])
-    _exit(1)
+    os._exit(1)

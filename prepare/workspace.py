@@ -1,39 +1,49 @@
-"""An unfinished dataset's folder: the lock, the plan it follows, and the records of its units.
+"""The folder of a dataset while it is being made: lock, plan, and the result of each finished unit.
 
-They lie in `.prepare/` beside the shards. A unit whose record exists is finished, so running the
+They lie in `.prepare/` beside the shards. A unit whose result is stored is finished, so running the
 same command again resumes.
 """
 
-import json
+import io
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 from pyarrow import fs
 
-from prepare.plan import Plan, Unit
-from prepare.unit import Record
+from prepare.plan import Plan, Unit, UnitResult, read_plan
+from shards import stored_json
 from shards.files import atomic_file, move_durably, remove_temporaries, sync_folder, to_json
 from shards.manifest import FILE_NAME, Manifest
 from shards.remote import filesystem, is_remote
 
-# --- Folders, local or remote (s3://, gs://, hf:// ...), behind the same few calls.
+WORK = ".prepare"
+PLAN = f"{WORK}/plan.json"
+# Folders in the work area: results, shards being written, and arrays: content hashes of documents,
+# indices of duplicates, content hashes of validation text that came by --val-source.
+UNITS, STAGING, HASHES, DUPLICATES, HELD_OUT = "units", "staging", "hashes", "drops", "held_out"
+WORK_FOLDERS = {UNITS, STAGING, HASHES, DUPLICATES, HELD_OUT}
+LOG, QUARANTINE = "prepare.log", "quarantine.jsonl"
+# An ending run releases the lock within moments; so do orphaned workers that inherited it.
+LOCK_SECONDS = 5.0
+# Results read concurrently: from an object store each takes its time, and there may be many.
+READ_AT_ONCE = 16
 
 
 class Folder:
-    """A folder that files are put into whole: renamed into place, or uploaded."""
+    """A local or remote (s3://, gs:// ...) folder to which files are written all or nothing."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        # Wherever a worker runs, whatever its working directory: the same place.
-        self.local = Path(path).absolute()
+        self.local = Path(path).absolute()  # a worker may have another working directory
         self.remote = is_remote(path)
         self._system, self._root = filesystem(path)
 
@@ -41,7 +51,7 @@ class Folder:
         return self.path
 
     def publish(self, file: Path) -> None:
-        """Make a file of this machine part of the folder, durably; a local one is moved."""
+        """Move a local file into the folder, durably, or upload it."""
         if not self.remote:
             move_durably(file, self.local / file.name)
             return
@@ -50,7 +60,7 @@ class Folder:
             shutil.copyfileobj(local, out, 1 << 22)
 
     def write(self, name: str, content: bytes) -> None:
-        """Put `content` under `name`, all or nothing."""
+        """Write `content` under `name`, all or nothing."""
         if self.remote:
             with self._system.open_output_stream(self._at(name)) as out:
                 out.write(content)
@@ -61,28 +71,24 @@ class Folder:
             file.write(content)
         sync_folder(path.parent)
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Put a value as JSON under `name`; the same value gives the same bytes."""
-        self.write(name, to_json(value))
-
     def read(self, name: str) -> bytes | None:
-        """What lies under `name`, or None."""
+        """Return the content under `name`, or None."""
         if not self.exists(name):
             return None
         with self._system.open_input_stream(self._at(name), compression=None) as stream:
             return stream.read()
 
-    def read_json(self, name: str) -> Any:
-        """The value of the JSON under `name`, or None where there is none."""
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Return the JSON object under `name`, or None. Raises ValueError if it is damaged."""
         content = self.read(name)
-        return None if content is None else json.loads(content)
+        return None if content is None else stored_json.parse(content, f"{self}/{name}")
 
     def exists(self, name: str) -> bool:
-        """Whether a file lies under `name`."""
+        """True if there is a file of that name."""
         return self._system.get_file_info(self._at(name)).type == fs.FileType.File
 
     def names(self, inside: str = "") -> list[str]:
-        """The names of what lies in the folder, or in one inside it, sorted."""
+        """List the folder, or one inside it, sorted."""
         selector = fs.FileSelector(self._at(inside), allow_not_found=True)
         return sorted(info.base_name for info in self._system.get_file_info(selector))
 
@@ -91,25 +97,12 @@ class Folder:
         self._system.delete_dir(self._at(inside))
 
     def remove_file(self, name: str) -> None:
-        """Remove a file of the folder, if it is there."""
+        """Remove a file, if it is there."""
         if self.exists(name):
             self._system.delete_file(self._at(name))
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}".rstrip("/")
-
-
-WORK = ".prepare"
-PLAN = f"{WORK}/plan.json"
-UNITS = f"{WORK}/units"
-STAGING = f"{WORK}/staging"
-LOG, QUARANTINE = "prepare.log", "quarantine.jsonl"
-WORK_FOLDERS = {"units", "hashes", "drops", "held_out", "staging"}
-# A run that is just ending lets go within moments; so do the workers of one that was killed, where
-# they inherit the lock.
-LOCK_SECONDS = 5.0
-# Records read together: from an object store each takes its time, and there may be many.
-READ_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -120,10 +113,10 @@ class Workspace:
 
     @contextmanager
     def locked(self, task: str = "") -> Iterator[None]:
-        """Hold the folder, or one task's part of it; the lock dies with its process.
+        """Hold the lock of the folder, or of one task in it; it is released with the process.
 
-        Tasks share the folder with each other, and with nobody else. Raises ValueError where it is
-        held. Object stores have no locks: there it is up to the user.
+        Tasks share the folder with each other, and with nothing else. Raises ValueError if it is
+        held. Object stores have no locks: there the user must take care.
         """
         if self.folder.remote:
             yield
@@ -131,7 +124,7 @@ class Workspace:
         path = self.folder.local / WORK
         path.mkdir(parents=True, exist_ok=True)
         with self._lock(path / f"lock{task}"):
-            # Each takes its own before it looks at the others', so that two can't miss each other.
+            # Take the own lock before testing the others, so that two runs can't miss each other.
             for other in [path / "lock"] if task else sorted(path.glob("lock-*")):
                 with self._lock(other):
                     pass
@@ -146,8 +139,8 @@ class Workspace:
                 "wait for it to end, or give another --out"
             ) from None
 
-    def refuse_strangers(self) -> None:
-        """Raise ValueError where the folder holds something that is not a dataset of ours."""
+    def check_folder(self) -> None:
+        """Raise ValueError if the folder holds files but no dataset."""
         names = self.folder.names()
         others = [name for name in names if name not in (QUARANTINE, LOG)]
         if others and WORK not in names and FILE_NAME not in names:
@@ -157,43 +150,37 @@ class Workspace:
             )
 
     def manifest(self) -> Manifest | None:
-        """The manifest of what is complete in the folder, or None."""
+        """Return the manifest of the complete dataset in the folder, or None."""
         content = self.folder.read(FILE_NAME)
         return None if content is None else Manifest.parse(content, self.folder.path)
 
-    def stored_plan(self) -> dict[str, Any] | None:
-        """The record of the plan that was last begun here, or None."""
-        return self.folder.read_json(PLAN)
+    def stored_plan(self) -> Plan | None:
+        """Return the plan last recorded here, or None. Raises ValueError if it is damaged."""
+        record = self.folder.read_json(PLAN)
+        return None if record is None else read_plan(record, f"{self.folder}/{PLAN}")
 
-    def holds(self, name: str) -> bool:
-        """Whether a file of that name lies in the work area."""
-        return self.folder.exists(f"{WORK}/{name}")
+    def record_plan(self, plan: Plan) -> None:
+        """Store the plan, so that every later run can be compared with it."""
+        self.folder.write(PLAN, to_json(plan.to_json()))
 
-    def is_growing(self) -> bool:
-        """Whether an append was begun that is not in the manifest yet."""
-        plan, manifest = self.stored_plan(), self.manifest()
-        return bool(plan and manifest and plan["generation"] > manifest.generation)
-
-    def begin(self, plan: Plan) -> None:
-        """Record the plan, so that every later run can be held to it."""
-        self.folder.write_json(PLAN, plan.record())
-
-    def records(self, units: tuple[Unit, ...]) -> dict[int, Record]:
-        """The records of those of the units that are finished, by number."""
-        there = set(self.folder.names(UNITS))
-        names = {unit.number: _record_name(unit.number) for unit in units}
-        done = [number for number, name in names.items() if name in there]
+    def results(self, units: Sequence[Unit]) -> dict[int, UnitResult]:
+        """Return the results of those of the units that are finished, by number."""
+        stored = set(self.folder.names(f"{WORK}/{UNITS}"))
+        finished = [unit for unit in units if f"{unit.name}.json" in stored]
         with ThreadPoolExecutor(READ_AT_ONCE) as pool:
-            found = pool.map(lambda n: self.folder.read_json(f"{UNITS}/{names[n]}"), done)
-            return {n: Record.from_json(raw) for n, raw in zip(done, found, strict=True)}
+            return {result.unit: result for result in pool.map(self._result, finished)}
+
+    def _result(self, unit: Unit) -> UnitResult:
+        name = f"{WORK}/{UNITS}/{unit.name}.json"
+        return stored_json.build(UnitResult, self.folder.read_json(name), f"{self.folder}/{name}")
 
     @contextmanager
     def staging(self, unit: Unit) -> Iterator[Path]:
-        """A folder for a unit's shards until `finish_unit`; removed on an error."""
-        above = None if self.folder.remote else self.folder.local / STAGING
-        if above:
-            above.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f"{unit.number:05d}-", dir=above))
+        """Yield a new folder for a unit's shards. `finish_unit` or an exception removes it."""
+        parent = None if self.folder.remote else self.folder.local / WORK / STAGING
+        if parent:
+            parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f"{unit.name}-", dir=parent))
         try:
             yield staged
         except BaseException:
@@ -201,37 +188,50 @@ class Workspace:
             raise
 
     def remove_staged(self, units: Sequence[Unit]) -> None:
-        """Remove what killed runs left in the staging areas of some units."""
-        numbers = {f"{unit.number:05d}" for unit in units}
-        for name in self.folder.names(STAGING):
-            if name.partition("-")[0] in numbers:
-                self.folder.remove(f"{STAGING}/{name}")
+        """Remove the staging folders that killed runs left for some units."""
+        unfinished = {unit.name for unit in units}
+        for name in self.folder.names(f"{WORK}/{STAGING}"):
+            if name.partition("-")[0] in unfinished:
+                self.folder.remove(f"{WORK}/{STAGING}/{name}")
 
-    def finish_unit(self, record: Record, staged: Path) -> None:
-        """Publish a unit's staged shards and then, with its record, say that it is finished."""
-        for shards in record.shards.values():
-            for shard in shards:
-                self.folder.publish(staged / shard.index)
-                self.folder.publish(staged / shard.file)
+    def finish_unit(self, result: UnitResult, staged: Path) -> None:
+        """Publish a unit's staged shards, then store its result, which marks it as finished."""
+        for shard in result.all_shards():
+            self.folder.publish(staged / shard.index)
+            self.folder.publish(staged / shard.file)
         if not self.folder.remote:
-            sync_folder(self.folder.local)  # a record on disk must not outlive its shards
-        self.folder.write_json(f"{UNITS}/{_record_name(record.unit)}", record.to_json())
+            sync_folder(self.folder.local)  # a result on disk must not outlive its shards
+        self.folder.write(f"{WORK}/{UNITS}/{result.unit:05d}.json", to_json(asdict(result)))
         shutil.rmtree(staged)
 
-    def abandon(self, records: Iterable[Record]) -> None:
-        """Remove the plan and all that it made, so that another may be begun here."""
+    def save_array(self, name: str, array: np.ndarray) -> None:
+        """Store an array in the work area, all or nothing."""
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        self.folder.write(f"{WORK}/{name}.npy", buffer.getvalue())
+
+    def load_array(self, name: str) -> np.ndarray | None:
+        """Return an array of the work area, or None."""
+        content = self.folder.read(f"{WORK}/{name}.npy")
+        return None if content is None else np.load(io.BytesIO(content), allow_pickle=False)
+
+    def has_array(self, name: str) -> bool:
+        """True if there is an array of that name in the work area."""
+        return self.folder.exists(f"{WORK}/{name}.npy")
+
+    def abandon(self, results: Iterable[UnitResult]) -> None:
+        """Remove the plan and everything made by it, so that another may be started here."""
         self.close()
         self.folder.remove_file(PLAN)
-        for record in records:
-            for shard in (shard for shards in record.shards.values() for shard in shards):
-                self.folder.remove_file(shard.file)
-                self.folder.remove_file(shard.index)
+        for shard in (shard for result in results for shard in result.all_shards()):
+            self.folder.remove_file(shard.file)
+            self.folder.remove_file(shard.index)
 
     def close(self) -> None:
-        """Remove the records once the manifest holds what they say; the plan stays for reruns."""
+        """Remove results and arrays, once the manifest holds them; the plan stays for reruns."""
         for name in set(self.folder.names(WORK)) & WORK_FOLDERS:
             self.folder.remove(f"{WORK}/{name}")
-        if not self.folder.remote:  # what killed runs left half-written; units remove their own
+        if not self.folder.remote:
             for path in (self.folder.local, self.folder.local / WORK):
                 remove_temporaries(path, "")
 
@@ -240,7 +240,3 @@ class Workspace:
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
         new = "".join(f"{stamp} {part}\n" for line in lines for part in line.splitlines())
         self.folder.write(LOG, (self.folder.read(LOG) or b"") + new.encode())
-
-
-def _record_name(number: int) -> str:
-    return f"{number:05d}.json"

@@ -8,13 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from prepare import plan
-from prepare.plan import make_plan
-from prepare.request import Request
+from prepare.options import Options
+from prepare.plan import make_plan, read_plan
 from tests.prepare.support import shrink, text_of, texts, write_jsonl
 
 
 def planned(*sources: Path, **options: object) -> plan.Plan:
-    return make_plan(Request(sources=tuple(map(str, sources)), **options))  # type: ignore[arg-type]
+    return make_plan(Options(tuple(map(str, sources)), out="", **options))  # type: ignore[arg-type]
 
 
 def test_a_small_corpus_is_one_unit_and_a_larger_one_as_many_as_it_needs(
@@ -41,8 +41,8 @@ def test_ranges_cover_every_byte_once(tmp_path: Path, monkeypatch: pytest.Monkey
         assert [part.start for part in parts] == [0, *(part.end for part in parts[:-1])]
         assert parts[-1].end >= file.size
         if file.kind == "text":  # it is one document: the first part begins it, the rest goes on
-            assert [part.begins for part in parts] == [True] + [False] * (len(parts) - 1)
-            assert len({part.side for part in parts}) == 1
+            assert [part.continued for part in parts] == [False] + [True] * (len(parts) - 1)
+            assert len({part.split for part in parts}) == 1
     assert [unit.number for unit in made.units] == list(range(len(made.units)))
 
 
@@ -78,8 +78,9 @@ def test_a_plan_is_its_record(tmp_path: Path) -> None:
     (tmp_path / "corpus/b.txt").write_bytes(b"\xff")
     one, two = (planned(tmp_path / "corpus") for _ in range(2))
     assert one == two
-    assert json.loads(json.dumps(one.record())) == one.record() == two.record()
-    assert planned(tmp_path / "corpus", val_fraction=0.2).record() != one.record()
+    stored = json.loads(json.dumps(one.to_json()))
+    assert read_plan(stored, "plan.json") == one
+    assert planned(tmp_path / "corpus", val_fraction=0.2) != one
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ class TestSources:
         self, proxy: Proxy, s3: fs.FileSystem, corpus: Path, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr("prepare.tasks.FIRST_PAUSE_SECONDS", 0)
+        monkeypatch.setattr("shards.remote.FIRST_PAUSE_SECONDS", 0)
         uri = upload(s3, corpus)
         proxy.choose = first(3, "400", "GET", "/a%20b/")
         far = make(tmp_path / "far", uri)
@@ -147,7 +147,7 @@ class TestSources:
         self, proxy: Proxy, s3: fs.FileSystem, corpus: Path, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr("prepare.tasks.FIRST_PAUSE_SECONDS", 0)
+        monkeypatch.setattr("shards.remote.FIRST_PAUSE_SECONDS", 0)
         uri = upload(s3, corpus)
         # Planned by its name alone, and opened first by the unit that it is in.
         proxy.choose = first(10**9, "400", "GET", "/a%20b/59")
@@ -162,7 +162,7 @@ class TestSources:
         self, proxy: Proxy, s3: fs.FileSystem, corpus: Path, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr("prepare.tasks.FIRST_PAUSE_SECONDS", 0)
+        monkeypatch.setattr("shards.remote.FIRST_PAUSE_SECONDS", 0)
         uri = upload(s3, corpus)
         proxy.choose = first(10**9, "400", "GET", "/a%20b/59")
         assert run(uri, "--out", tmp_path / "far").code == 2
@@ -192,7 +192,7 @@ class TestOut:
         self, proxy: Proxy, s3: fs.FileSystem, corpus: Path, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr("prepare.tasks.FIRST_PAUSE_SECONDS", 0)
+        monkeypatch.setattr("shards.remote.FIRST_PAUSE_SECONDS", 0)
         proxy.choose = first(10**9, "400", "POST", "/train_00003.npy")
         out = f"s3://{BUCKET}/out"
         assert "train_00003.npy" in run(corpus, "--out", out).error

@@ -34,10 +34,12 @@ adversarial = st.lists(st.sampled_from(FRAGMENTS), max_size=40).map("".join)
 sizes = st.integers(1, 50)
 
 
-def input_file(path: Path, content: bytes, suffix: str = "") -> text.InputFile:
+def input_file(path: Path, content: bytes, suffix: str = "") -> tuple[str, str | None]:
+    """Write a text file; returns its path and its compression."""
     path = path / f"text.txt{suffix}"
     path.write_bytes(COMPRESSORS[suffix](content))
-    return find_files([str(path)])[0]
+    (file,) = find_files([str(path)])
+    return file.path, file.compression
 
 
 @given(content=adversarial, piece=sizes, block=sizes, suffix=st.sampled_from(["", ".gz"]))
@@ -48,7 +50,7 @@ def test_pieces_have_the_tokens_of_the_whole(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "PIECE_BYTES", piece)
         patch.setattr(text, "READ_BYTES", block)
-        parts = list(pieces(file))
+        parts = list(pieces(*file))
     assert b"".join(part for _, part in parts) == content.encode()
     assert [offset for offset, _ in parts] == [
         sum(len(part) for _, part in parts[:number]) for number in range(len(parts))
@@ -68,7 +70,7 @@ def test_the_next_cut_is_a_safe_one_and_the_first(
     offset = data.draw(st.integers(0, len(whole)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "READ_BYTES", block)
-        cut = next_cut(file, offset)
+        cut = next_cut(file[0], offset)
     assert offset <= cut <= len(whole)
     head, tail = whole[:cut].decode(), whole[cut:].decode()
     assert LAW.encode_ordinary(head) + LAW.encode_ordinary(tail) == LAW.encode_ordinary(content)
@@ -87,15 +89,15 @@ def test_the_next_line(
     offset = data.draw(st.integers(0, len(whole)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "READ_BYTES", block)
-        assert next_line(file, offset) == (whole.find(b"\n", offset) + 1 or len(whole))
+        assert next_line(*file, offset) == (whole.find(b"\n", offset) + 1 or len(whole))
 
 
 def test_text_without_ascii_is_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "PIECE_BYTES", 100)
     monkeypatch.setattr(text, "READ_BYTES", 50)
     file = input_file(tmp_path, "这是一个很长的文档。\n".encode() * 50)
-    assert max(len(part) for _, part in pieces(file)) < 200
-    assert next_cut(file, 31) == 61
+    assert max(len(part) for _, part in pieces(*file)) < 200
+    assert next_cut(file[0], 31) == 61
 
 
 @given(content=st.binary(max_size=60) | adversarial.map(str.encode), block=sizes)
@@ -105,7 +107,7 @@ def test_a_survey_tells_the_hash_the_size_and_whether_it_is_text(
     file = input_file(tmp_path_factory.mktemp("text"), content, ".gz")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "READ_BYTES", block)
-        found = survey(file)
+        found = survey(*file)
     assert (found.error is None) == (utf8_error(content) is None)
     if found.error is None:
         digest = xxhash.xxh3_128_intdigest(content)
@@ -118,18 +120,18 @@ def test_a_stream_begins_anywhere(suffix: str, tmp_path: Path) -> None:
     content = bytes(range(256)) * 5
     file = input_file(tmp_path, content, suffix)
     for offset in (0, 1, 700, len(content)):
-        with byte_stream(file, offset) as stream:
+        with byte_stream(*file, offset) as stream:
             assert stream.read() == content[offset:]
-    with byte_stream(file, raw=True) as stream:
-        assert stream.read() == COMPRESSORS[suffix](content) == Path(file.path).read_bytes()
+    with byte_stream(file[0]) as stream:
+        assert stream.read() == COMPRESSORS[suffix](content) == Path(file[0]).read_bytes()
 
 
 def test_damage_is_not_a_disk_that_fails(tmp_path: Path) -> None:
     file = input_file(tmp_path, b"x")
-    assert damage(file, OSError("one\n  two")) == "unreadable from here on: one two"
-    Path(file.path).unlink()
+    assert damage(file[0], OSError("one\n  two")) == "unreadable from here on: one two"
+    Path(file[0]).unlink()
     with pytest.raises(FileNotFoundError):
-        damage(file, OSError("one"))
+        damage(file[0], OSError("one"))
 
 
 class TestLargeTexts:

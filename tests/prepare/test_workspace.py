@@ -187,7 +187,7 @@ def test_ctrl_c_is_one_line(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("prepare.job._show", interrupted)
+        patch.setattr("prepare.job._show_progress", interrupted)
         outcome = run(corpus, "--out", out)
     assert outcome.code == 130
     assert "interrupted: finished work is kept, the same command goes on" in outcome.err
