@@ -5,6 +5,7 @@ with its source, position and reason; every other document is in a batch, empty 
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -18,12 +19,12 @@ import pyarrow.parquet as pq
 from prepare.sources import InputFile
 from prepare.text import PIECE_BYTES, byte_blocks, damage, one_line, pieces, survey, utf8_error
 from shards.remote import filesystem
-from shards.tokenizer import repair_surrogates
 
 # Text per batch: large enough for the encoder to run at full speed, small enough for memory.
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1 << 12
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,13 @@ def _read_jsonl(file: InputFile, part: Slice) -> Iterator[Batch]:
 
 
 def _jsonl_batch(source: int, texts: list[str], rows: list[int], bad: list[BadDocuments]) -> Batch:
+    try:
+        values = pa.array(texts, pa.large_string())
+    except UnicodeEncodeError:  # JSON can spell lone surrogates; tiktoken takes them as U+FFFD
+        repaired = [LONE_SURROGATE.sub("\ufffd", text) for text in texts]
+        values = pa.array(repaired, pa.large_string())
     sources = np.full(len(texts), source, np.int32)
-    return Batch(pa.array(texts, pa.large_string()), sources, np.array(rows, np.int64), bad=bad)
+    return Batch(values, sources, np.array(rows, np.int64), bad=bad)
 
 
 def _lines(file: InputFile, part: Slice) -> Iterator[tuple[int, bytes]]:
@@ -202,7 +208,7 @@ def _text_of(line: bytes, column: str) -> str:
         actual = "null" if text is None else f"a {type(text).__name__}"
         actual = actual if column in value else "no such field"
         raise ValueError(f"expected a string in {column!r}, found {actual}")
-    return repair_surrogates(text)
+    return text
 
 
 def _read_parquet(file: InputFile, part: Slice) -> Iterator[Batch]:

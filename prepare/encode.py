@@ -1,13 +1,15 @@
 """Batches of documents encoded to token ids with `<|endoftext|>`, audited against tiktoken."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from prepare.documents import Batch
-from prepare.split import content_hashes
+from prepare.text import digest_array
 from shards.tokenizer import Tokenizer, cut, string_buffers
 from shards.writer import DTYPE, to_uint16
 
@@ -59,6 +61,14 @@ def encode(tokenizer: Tokenizer, batch: Batch, audit_first: bool) -> Encoded:
             pa.scalar(eot, tokens.type), tokens, pa.scalar(b"", tokens.type)
         )
     return Encoded(tokens, np.diff(string_buffers(batch.texts)[0]), hashes)
+
+
+def content_hashes(texts: pa.Array) -> np.ndarray:
+    """128-bit xxh3 of each text's UTF-8 bytes, (n, 2) uint64; the first half decides the split."""
+    offsets, data = string_buffers(texts)
+    view, ends = memoryview(data.data), offsets.tolist()
+    digests = [xxhash.xxh3_128_digest(view[start:end]) for start, end in pairwise(ends)]
+    return digest_array(b"".join(digests))
 
 
 def _as_bytes(tokens: np.ndarray, offsets: np.ndarray) -> pa.LargeBinaryArray:

@@ -1,18 +1,13 @@
-"""The train/val split: which rule a dataset follows, and the content hash that decides by it."""
+"""The rule by which documents are split into training and validation text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import xxhash
 
 from prepare.options import DEFAULT_VAL_FRACTION, Options, check_val_fraction
 from prepare.sources import InputFile
-from prepare.text import digest_array
-from shards.tokenizer import string_buffers
 
 HASH, POSITION, GIVEN = "hash", "position", "given"
 
@@ -35,14 +30,6 @@ class SplitRule:
     def is_val(self, hashes: np.ndarray) -> np.ndarray:
         """Return which documents are validation text, (n,) bool, by content hash, (n, 2) uint64."""
         return hashes[:, 0] < np.uint64(self.val_fraction * 2**64)
-
-
-def content_hashes(texts: pa.Array) -> np.ndarray:
-    """128-bit xxh3 of each text's UTF-8 bytes, (n, 2) uint64; the first half decides the split."""
-    offsets, data = string_buffers(texts)
-    view, ends = memoryview(data.data), offsets.tolist()
-    digests = [xxhash.xxh3_128_digest(view[start:end]) for start, end in pairwise(ends)]
-    return digest_array(b"".join(digests))
 
 
 def choose_rule(options: Options, files: Sequence[InputFile]) -> SplitRule:

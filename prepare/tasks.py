@@ -13,8 +13,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from prepare.documents import read
+from prepare.encode import content_hashes
 from prepare.plan import Plan, Unit, UnitResult
-from prepare.split import content_hashes
 from prepare.unit import Exclusions, check_unchanged, run_unit
 from prepare.workspace import DUPLICATES, HELD_OUT, Workspace
 from shards import tokenizer

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prepare.split import HASH, SplitRule, content_hashes
+from prepare.encode import content_hashes
+from prepare.split import HASH, SplitRule
 from tests.prepare.support import (
     COMPRESSORS,
     contents,
