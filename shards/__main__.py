@@ -10,45 +10,38 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
+from shards import explain, inspect, interop
+from shards.checks import verify
 from shards.cli import one_line_errors
 from shards.manifest import Manifest
 
-# What reads tokens is imported by the commands, after the flags, so that --help answers at once.
-
 EXIT_WRONG = 1
 
-
-class Command(Protocol):
-    """A subcommand: its fields are its flags."""
-
-    def run(self) -> int:
-        """Do it; returns the exit code."""
+Dataset = Annotated[Positional[str], arg(metavar="FOLDER")]
 
 
 @dataclass(frozen=True)
 class Info:
     """Say what a dataset is: tokenizer, splits, sources, document lengths."""
 
-    folder: Annotated[Positional[str], arg(metavar="FOLDER")]
-    """The dataset, or its address."""
+    folder: Dataset
+    """The dataset's folder or URI."""
     plot: Annotated[Path | None, arg(metavar="PNG")] = None
     """Draw document lengths, tokens per shard and the split into this file."""
     json: bool = False
-    """Answer with one JSON object on one line."""
+    """Print one JSON object on one line."""
 
     def run(self) -> int:
-        """Print the description, and draw the picture if one is asked for."""
-        from shards import inspect
-
+        """Print the description, and draw the picture if requested."""
         manifest = Manifest.load(self.folder)
-        facts = inspect.describe(manifest)
-        print(json.dumps(facts) if self.json else inspect.as_text(facts))
+        description = inspect.describe(manifest)
+        print(json.dumps(description) if self.json else inspect.as_text(description))
         if self.plot:
             inspect.draw(manifest, self.plot)
         return 0
@@ -58,17 +51,15 @@ class Info:
 class Show:
     """Print a document of a dataset, decoded, under a line that says where it comes from."""
 
-    folder: Annotated[Positional[str], arg(metavar="FOLDER")]
-    """The dataset, or its address."""
+    folder: Dataset
+    """The dataset's folder or URI."""
     split: Literal["train", "val"] = "val"
-    """The side of the split."""
+    """The split of the document."""
     document: int = 0
-    """Which of its documents, from 0."""
+    """The number of the document in the split, from 0."""
 
     def run(self) -> int:
-        """Print it."""
-        from shards import inspect
-
+        """Print the document."""
         found = inspect.find_document(Manifest.load(self.folder), self.split, self.document)
         onward = f" on over {found.shards} shards" if found.shards > 1 else ""
         print(
@@ -83,17 +74,14 @@ class Show:
 class Verify:
     """Check every hash, size, id and index of a dataset; exit code 1 if a shard is wrong."""
 
-    folder: Annotated[Positional[str], arg(metavar="FOLDER")]
-    """The dataset, or its address."""
+    folder: Dataset
+    """The dataset's folder or URI."""
 
     def run(self) -> int:
-        """Read all of it; a line for each thing that is wrong."""
-        from shards.checks import verify
-
+        """Read every byte; print a line for each fault."""
         manifest = Manifest.load(self.folder)
-        total = sum(split.tokens for split in manifest.splits.values())
         shards = wrong = 0
-        with progress(total, "verify") as bar:
+        with progress(total_tokens(manifest), "verify") as bar:
             for shard, faults in verify(manifest):
                 for fault in faults:
                     bar.write(f"wrong: {fault}")
@@ -115,16 +103,14 @@ class Explain:
     step: int
     """The finished step, as log.txt counts them."""
     row: int | None = None
-    """Only this row of the global batch, from 0, with the whole of its text."""
+    """Only this row of the global batch, from 0, with its whole text."""
     data: UseAppendAction[tuple[str, ...]] = ()
-    """Where its datasets lie now, if not where they lay; as the run's own --data."""
+    """The present location of its datasets, if they were moved; as the run's own --data."""
     json: bool = False
-    """Answer with one JSON object a row, with the whole text, a line each."""
+    """Print one JSON object per row and line, with the whole text."""
 
     def run(self) -> int:
         """Print the rows."""
-        from shards import explain
-
         for row in explain.rows_of(self.run_folder, self.step, self.row, self.data):
             print(json.dumps(row.to_json()) if self.json else row.as_text(self.row is not None))
         return 0
@@ -143,15 +129,12 @@ class Import:
 
     def run(self) -> int:
         """Copy the tokens and find the documents in them."""
-        from shards.interop import import_files
-
         size = sum(path.stat().st_size for path in self.files if path.is_file())
-        with progress(size // 2, "import") as bar:  # two bytes a token
-            manifest = import_files(self.files, self.out, self.format, bar.update)
+        with progress(size // 2, "import") as bar:  # two bytes per token
+            manifest = interop.import_files(self.files, self.out, self.format, bar.update)
         print(
-            f"{manifest.counts['written']:,} documents, "
-            f"{sum(split.tokens for split in manifest.splits.values()):,} tokens in {self.out}: "
-            f"python -m shards info {self.out}"
+            f"{manifest.counts['written']:,} documents, {total_tokens(manifest):,} tokens in "
+            f"{self.out}: python -m shards info {self.out}"
         )
         return 0
 
@@ -160,25 +143,23 @@ class Import:
 class Export:
     """Write a dataset's tokens as another project's files (nanoGPT, llm.c, modded-nanogpt)."""
 
-    folder: Annotated[Positional[str], arg(metavar="FOLDER")]
-    """The dataset, or its address."""
+    folder: Dataset
+    """The dataset's folder or URI."""
     out: Path
     """The new folder for the .bin files."""
     format: Literal["nanogpt", "llmc"] = "nanogpt"
-    """nanogpt: train.bin and val.bin; llmc: a file with a header for each shard."""
+    """nanogpt: train.bin and val.bin; llmc: one file with a header per shard."""
 
     def run(self) -> int:
         """Copy the tokens."""
-        from shards.interop import export
-
         manifest = Manifest.load(self.folder)
-        total = sum(split.tokens for split in manifest.splits.values())
-        with progress(total, "export") as bar:
-            names = export(manifest, self.out, self.format, bar.update)
+        with progress(total_tokens(manifest), "export") as bar:
+            names = interop.export(manifest, self.out, self.format, bar.update)
         print(f"{len(names)} files in {self.out}: {names[0]} to {names[-1]}")
         return 0
 
 
+Command = Info | Show | Verify | Explain | Import | Export
 COMMANDS: dict[str, Callable[..., Command]] = {
     "info": Info,
     "show": Show,
@@ -189,13 +170,18 @@ COMMANDS: dict[str, Callable[..., Command]] = {
 }
 
 
+def total_tokens(manifest: Manifest) -> int:
+    """Return the token count of all splits."""
+    return sum(split.tokens for split in manifest.splits.values())
+
+
 def progress(tokens: int, name: str) -> "tqdm[None]":
-    """A progress bar that counts tokens."""
+    """Return a progress bar that counts tokens."""
     return tqdm(total=tokens, unit=" tokens", unit_scale=True, desc=name, leave=False)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Parse the command line and run its command; returns the exit code."""
+    """Parse the command line, run its command and return the exit code."""
     with one_line_errors():
         command: Command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

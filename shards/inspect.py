@@ -1,4 +1,4 @@
-"""What people ask of a dataset: what is in it, how it looks, and what a document says."""
+"""Description of a dataset: its contents as text, JSON or a picture, and single documents."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from shards import tokenizer
 from shards.files import atomic_file
-from shards.manifest import Manifest
+from shards.manifest import Manifest, TokenizerIdentity
 from shards.reader import evenly_spaced, open_tokens, read_index
+from shards.tokenizer import open_tokenizer
 
 LARGEST_SOURCES = 5
 QUANTILES = (0, 0.1, 0.5, 0.9, 0.99, 1)
-# Lengths come from the indexes of at most so many shards a split, evenly spaced: 25 billion tokens.
+# Lengths come from the indexes of at most so many shards per split, evenly spaced.
 INDEXES_READ = 256
 COLORS = {"train": "#4C78A8", "val": "#E45756"}
 NO_MATPLOTLIB = "expected matplotlib for --plot, found none: pip install 'mygpt[plots]'"
@@ -21,12 +21,13 @@ NO_MATPLOTLIB = "expected matplotlib for --plot, found none: pip install 'mygpt[
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its tokens, (n,) uint16 with their `<|endoftext|>`, and where they come from.
+    """One document: its tokens, (n,) uint16 with their `<|endoftext|>`, and their origin.
 
-    `source` and `row` are the input's; `file` and `offset` the shard it begins in and its first
-    token there; `shards` how many it lies in.
+    `source` and `row` locate it in the input; `file` and `offset` are the shard in which it starts
+    and its first token there; `shards` is the number of shards that it spans.
     """
 
+    tokenizer: TokenizerIdentity
     ids: np.ndarray
     source: str
     row: int
@@ -35,15 +36,14 @@ class Document:
     shards: int
 
     def text(self) -> str:
-        """The document as it was before it was tokenised."""
-        gpt2 = tokenizer.load()
-        return gpt2.decode(self.ids[self.ids != gpt2.eot])
+        """Return the decoded document, without its `<|endoftext|>`."""
+        return open_tokenizer(self.tokenizer).decode(self.ids[self.ids != self.tokenizer.eot])
 
 
 def find_document(manifest: Manifest, split: str, number: int) -> Document:
-    """Document `number` of a split, counted from 0. Raises ValueError where there is none.
+    """Return document `number` of a split, counted from 0. Raises ValueError if there is none.
 
-    One index is read to find it, further ones only where it goes on in further shards.
+    Reads one index, and further ones only if the document continues in further shards.
     """
     shards = manifest.splits[split].shards
     ends = np.cumsum([shard.documents for shard in shards], dtype=np.int64)
@@ -59,16 +59,17 @@ def find_document(manifest: Manifest, split: str, number: int) -> Document:
     origin: dict[str, Any] = {}
     for shard in shards[first:]:
         index = read_index(manifest, shard)
-        begins = np.flatnonzero(~index["continued"].to_numpy())
+        starts = np.flatnonzero(~index["continued"].to_numpy())
         if not parts:
-            origin = index.slice(begins[number - before], 1).to_pylist()[0]
-            begins = begins[number - before + 1 :]
+            origin = index.slice(starts[number - before], 1).to_pylist()[0]
+            starts = starts[number - before + 1 :]
         start = 0 if parts else origin["offset"]
-        end = index["offset"][begins[0]].as_py() if begins.size else shard.tokens
+        end = index["offset"][starts[0]].as_py() if starts.size else shard.tokens
         parts.append(open_tokens(manifest, shard)[start:end])
-        if begins.size:
+        if starts.size:
             break
     return Document(
+        tokenizer=manifest.tokenizer,
         ids=np.concatenate(parts),
         source=manifest.sources[origin["source"]].name,
         row=origin["row"],
@@ -79,23 +80,23 @@ def find_document(manifest: Manifest, split: str, number: int) -> Document:
 
 
 def document_lengths(manifest: Manifest, split: str) -> np.ndarray:
-    """Tokens of each document of a split, `<|endoftext|>` included, (n,) int64.
+    """Return the tokens of each document of a split, `<|endoftext|>` included, (n,) int64.
 
-    Above `INDEXES_READ` shards a sample of them. A document that goes on counts once.
+    Above `INDEXES_READ` shards a sample. A document that continues in another shard counts once.
     """
     shards = manifest.splits[split].shards
-    lengths, begins = [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
+    lengths, is_start = [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
     for i in evenly_spaced(len(shards), INDEXES_READ):
         index = read_index(manifest, shards[i])
         offsets = index["offset"].to_numpy()
         lengths.append(np.diff(offsets, append=shards[i].tokens))
-        begins.append(~index["continued"].to_numpy())
-    firsts = np.flatnonzero(np.concatenate(begins))
+        is_start.append(~index["continued"].to_numpy())
+    firsts = np.flatnonzero(np.concatenate(is_start))
     return np.add.reduceat(np.concatenate(lengths), firsts) if firsts.size else firsts
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
-    """What a dataset is, as JSON."""
+    """Return the description of a dataset as JSON."""
     largest = sorted(manifest.sources, key=lambda source: source.bytes, reverse=True)
     return {
         "folder": manifest.location,
@@ -134,25 +135,26 @@ def _describe_split(manifest: Manifest, name: str) -> dict[str, Any]:
 
 
 def _quantiles(lengths: np.ndarray) -> np.ndarray:
-    """Lengths that occur, at each of `QUANTILES`."""
+    """Return the lengths at each of `QUANTILES`, without interpolation."""
     return np.quantile(lengths if lengths.size else np.zeros(1), QUANTILES, method="inverted_cdf")
 
 
-def as_text(facts: dict[str, Any]) -> str:
-    """`describe`'s answer for people."""
-    vocabulary, rule, sources = facts["tokenizer"], facts["split_rule"], facts["sources"]
+def as_text(description: dict[str, Any]) -> str:
+    """Return what `describe` returns as lines of text."""
+    vocabulary, rule = description["tokenizer"], description["split_rule"]
+    counts, sources = description["counts"], description["sources"]
     settings = ", ".join(f"{key} {value}" for key, value in rule.items() if key != "rule")
-    total = sum(split["tokens"] for split in facts["splits"].values())
-    fates = [f"{count:,} {fate}" for fate, count in facts["counts"].items() if fate != "read"]
+    total = sum(split["tokens"] for split in description["splits"].values())
+    outcomes = [f"{count:,} {name}" for name, count in counts.items() if name != "read"]
     lines = [
-        f"dataset      {facts['folder']}",
-        f"fingerprint  {facts['fingerprint']}, generation {facts['generation']}",
+        f"dataset      {description['folder']}",
+        f"fingerprint  {description['fingerprint']}, generation {description['generation']}",
         f"tokenizer    {vocabulary['name']}, {vocabulary['n_vocab']:,} ids, <|endoftext|> "
         f"{vocabulary['eot']}, hash {vocabulary['hash'][:12]}",
         f"split        {rule['rule']}" + (f" ({settings})" if settings else ""),
-        f"documents    {facts['counts']['read']:,} read = {' + '.join(fates)}",
+        f"documents    {counts['read']:,} read = {' + '.join(outcomes)}",
     ]
-    for name, split in facts["splits"].items():
+    for name, split in description["splits"].items():
         lines += _split_lines(name, split, total)
     lines.append(f"sources      {sources['files']:,}, {sources['bytes']:,} bytes; the largest:")
     lines += [f"  {source['bytes']:>15,}  {source['name']}" for source in sources["largest"]]
@@ -170,9 +172,9 @@ def _split_lines(name: str, split: dict[str, Any], total: int) -> list[str]:
     return [
         f"{name:12} {split['tokens']:,} tokens ({split['tokens'] / max(total, 1):.1%}), "
         f"{split['documents']:,} documents, {split['text_bytes']:,} bytes of text, "
-        f"{split['bytes_per_token']:.2f} bytes a token",
+        f"{split['bytes_per_token']:.2f} bytes per token",
         f"  shards     {split['shards']:,} of {low:,} to {high:,} tokens",
-        f"  lengths    {', '.join(lengths)} tokens a document{partly}",
+        f"  lengths    {', '.join(lengths)} tokens per document{partly}",
     ]
 
 
@@ -181,7 +183,7 @@ def _quantile_name(at: float) -> str:
 
 
 def draw(manifest: Manifest, path: Path) -> None:
-    """Draw a dataset into the PNG `path`. Raises ValueError where matplotlib is not installed."""
+    """Draw a dataset into the PNG `path`. Raises ValueError if matplotlib is not installed."""
     try:
         # The object interface: pyplot would look for a display and hold state between calls.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -204,7 +206,7 @@ def draw(manifest: Manifest, path: Path) -> None:
 
 
 def _draw_lengths(axes: Any, manifest: Manifest) -> None:
-    """A histogram of each split over the same bins, ten a decade, val as a line over train."""
+    """Draw a histogram of each split over the same bins, ten per decade, val as a line on top."""
     lengths = {name: document_lengths(manifest, name) for name in manifest.splits}
     every = np.concatenate(list(lengths.values()))
     most = every.max(initial=1)
@@ -215,13 +217,13 @@ def _draw_lengths(axes: Any, manifest: Manifest) -> None:
         share = 100 * counts / max(values.size, 1)
         style = {"fill": True, "alpha": 0.6} if name == "train" else {"linewidth": 1.5}
         axes.stairs(share, edges, color=COLORS[name], label=name, **style)
-    axes.set(xscale="log", xlabel="tokens a document", ylabel="% of documents", ylim=(0, None))
+    axes.set(xscale="log", xlabel="tokens per document", ylabel="% of documents", ylim=(0, None))
     axes.set_title("document lengths", loc="left")
     axes.legend(frameon=False)
 
 
 def _draw_shards(axes: Any, manifest: Manifest) -> None:
-    """A bar for each shard, in the dataset's order, the splits after each other."""
+    """Draw a bar for each shard, in the dataset's order, train before val."""
     start = 0
     for name, split in manifest.splits.items():
         sizes = np.array([shard.tokens for shard in split.shards]) / 1e6
@@ -236,9 +238,9 @@ def _draw_shards(axes: Any, manifest: Manifest) -> None:
 
 
 def _draw_split(axes: Any, manifest: Manifest) -> None:
-    """How much of the documents, the text and the tokens is on either side."""
-    sides = [(s.tokens, s.text_bytes, s.documents) for s in manifest.splits.values()]
-    shares = 100 * np.array(sides) / np.maximum(np.sum(sides, 0), 1)
+    """Draw the percentage of documents, text and tokens in each split."""
+    sizes = [(s.tokens, s.text_bytes, s.documents) for s in manifest.splits.values()]
+    shares = 100 * np.array(sizes) / np.maximum(np.sum(sizes, 0), 1)
     for name, share, left in zip(manifest.splits, shares, (0, shares[0]), strict=True):
         bars = axes.barh(("tokens", "bytes", "documents"), share, left=left, color=COLORS[name])
         where = {"label_type": "center", "color": "white"} if name == "train" else {"padding": 4}

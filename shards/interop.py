@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from shards import tokenizer
 from shards.files import atomic_folder
-from shards.manifest import SPLITS, Manifest, Shard, Source, Split, TokenizerIdentity
+from shards.manifest import SPLITS, Manifest, Shard, Source, Split
 from shards.reader import open_tokens
 from shards.writer import DTYPE, INDEX_SCHEMA, open_shard
 
@@ -121,7 +121,7 @@ def import_files(
         splits = {split: Split(tuple(done)) for split, done in shards.items()}
         written = sum(split.documents for split in splits.values())
         Manifest(
-            tokenizer=TokenizerIdentity(gpt2.name, gpt2.n_vocab, gpt2.eot, gpt2.hash),
+            tokenizer=gpt2.identity,
             split_rule={"rule": "imported"},
             sources=tuple(Source(path.name, path.stat().st_size) for path in paths),
             splits=splits,
@@ -225,7 +225,7 @@ def export(
 def _header(shard: Shard) -> bytes:
     if shard.tokens > MAX_COUNT:
         raise ValueError(
-            f"expected at most {MAX_COUNT} tokens a shard, found {shard.tokens} in {shard.file}: "
+            f"expected at most {MAX_COUNT} tokens per shard, found {shard.tokens} in {shard.file}: "
             "the header holds no larger count; use --format nanogpt"
         )
     return np.array([MAGIC, VERSION, shard.tokens], "<i4").tobytes().ljust(HEADER_BYTES, b"\0")

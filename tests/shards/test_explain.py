@@ -11,7 +11,7 @@ import pytest
 from shards import tokenizer
 from shards.__main__ import main
 from shards.loader import TokenLoader
-from shards.manifest import Manifest, Source, TokenizerIdentity
+from shards.manifest import Manifest, Source
 from shards.stream import Mixture
 from tests.shards.support import grown, text_dataset, write_manifest, write_shard
 
@@ -116,7 +116,7 @@ def test_a_document_that_goes_on_over_shards(
         write_shard(folder, "train_00001", second, [(0, 0, 19, 10, True), (5, 0, 29, 16, True)]),
     ]
     val = [write_shard(folder, "val_00000", [gpt2.eot, 1], [(0, 0, 0, 1, False)])]
-    identity = TokenizerIdentity(gpt2.name, gpt2.n_vocab, gpt2.eot, gpt2.hash)
+    identity = gpt2.identity
     write_manifest(folder, {"train": shards, "val": val}, identity, [Source("long.txt", 45)])
     run = write_run(tmp_path / "run", [str(folder)])
     rows = explained(capsys, "--run", run, "--step", 1)

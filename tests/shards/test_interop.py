@@ -247,7 +247,7 @@ def test_a_shard_too_large_for_the_header_is_refused(
 ) -> None:
     manifest = arange_dataset(tmp_path / "data", (20,))
     monkeypatch.setattr(interop, "MAX_COUNT", 19)
-    with pytest.raises(ValueError, match=r"at most 19 tokens a shard, found 20 .*nanogpt"):
+    with pytest.raises(ValueError, match=r"at most 19 tokens per shard, found 20 .*nanogpt"):
         export(manifest, tmp_path / "out", "llmc")
     assert not (tmp_path / "out").exists()
     export(manifest, tmp_path / "out", "nanogpt")

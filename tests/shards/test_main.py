@@ -134,7 +134,7 @@ def long_dataset(folder: Path) -> Manifest:
         write_shard(folder, "train_00003", [eot, *tail], [(0, 3, 0, 5, False)]),
     ]
     val = [write_shard(folder, "val_00000", [eot, *tail], [(0, 3, 1, 5, False)])]
-    identity = TokenizerIdentity(gpt2.name, gpt2.n_vocab, gpt2.eot, gpt2.hash)
+    identity = gpt2.identity
     sources = [Source(name, 1) for name in ("a.txt", "long.txt", "b.txt", "c.jsonl")]
     return write_manifest(folder, {"train": shards, "val": val}, identity, sources)
 

@@ -24,7 +24,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import tokenizer
-from shards.manifest import TokenizerIdentity
 from shards.tokenizer import Tokenizer, VocabularyNotFoundError, cut, repair_surrogates
 
 gpt2 = tokenizer.load()
@@ -110,7 +109,7 @@ def test_only_gpt2_is_known() -> None:
 
 
 def test_a_tokenizer_is_opened_by_its_identity() -> None:
-    identity = TokenizerIdentity(gpt2.name, gpt2.n_vocab, gpt2.eot, gpt2.hash)
+    identity = gpt2.identity
     assert tokenizer.open_tokenizer(identity) is gpt2
     other = replace(identity, hash="0" * 64)
     with pytest.raises(ValueError, match=f"expected .*{'0' * 12}.* found {gpt2.hash[:12]}"):

@@ -59,7 +59,7 @@ def test_the_tokenizer_offline_online_and_nowhere(monkeypatch: pytest.MonkeyPatc
     assert vocabulary.level == "ok"
     assert "50,257 ids, offline: from a" in vocabulary.text
     assert "MB/s on one core" in encoder.text
-    monkeypatch.setattr(tokenizer, "where", lambda: "network")
+    monkeypatch.setattr(tokenizer, "vocabulary_source", lambda: "network")
     assert next(doctor.encoder()).level == "warn"
 
     def nowhere() -> None:
