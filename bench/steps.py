@@ -37,7 +37,7 @@ PROFILED_STEPS = 3
 
 @dataclass(frozen=True)
 class Workload:
-    """What every contender trains: a model, a batch size, and a folder that holds the dataset."""
+    """Model, batch size and dataset folder that all contenders train with."""
 
     model: GPTConfig
     micro_batch_size: int

@@ -1,4 +1,4 @@
-"""What all benchmarks share: measuring in turn, comparing round by round, printing Markdown tables.
+"""Shared by all benchmarks: measure in turn, compare round by round, print Markdown tables.
 
 A contender answers each of its turns with a record: a dict of figures by name. All contenders are
 measured once per round, one after the other, and ratios are taken within each round, so that drift

@@ -1,7 +1,7 @@
 """Speed of training, beside Hugging Face's GPT-2, a plain step, and a large matrix product.
 
     python -m bench.train --preset gpt2 --device cuda
-    python -m bench.train --preset small --profile       where the time of our step goes
+    python -m bench.train --preset small --profile       profile our step by its parts
 
 All contenders train the same model on the same batches with AdamW, each in a process of its own.
 """
@@ -59,7 +59,7 @@ class Options:
     compile: bool = False
     """Measure the compiled steps on a CPU too; on a GPU they always are."""
     profile: bool = False
-    """Show where the time of our step goes, instead of measuring."""
+    """Print the time of each part of our step, instead of comparing."""
     json: bool = False
     """Print one JSON object on one line."""
 

@@ -1,4 +1,4 @@
-"""Contenders in processes of their own, which wait until it is their turn.
+"""Contenders in processes of their own, each waiting for its turn.
 
 So each contender's memory is its own, its set-up can neither help nor hinder another, and one that
 fails ends only its own process.
@@ -19,7 +19,7 @@ Turn = Callable[[], Record]
 
 
 class Worker:
-    """`make(*args)` in a new process, which answers each `turn` with what the made turn returns.
+    """`make(*args)` in a new process, which answers each `turn` with a record of the made turn.
 
     `make` and `args` must be picklable. What the process prints goes to stderr.
     """

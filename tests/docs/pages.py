@@ -1,4 +1,4 @@
-"""The documents, and the code in them: what the tests of the documentation share."""
+"""The documents and the code in them, for the tests of the documentation."""
 
 import re
 from pathlib import Path

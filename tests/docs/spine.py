@@ -1,6 +1,6 @@
 """The spine: the files to read in order to understand the whole, listed with line counts in README.
 
-    python -m tests.docs.spine            what the README says, and what is true
+    python -m tests.docs.spine            the README's counts beside those of the tree
     python -m tests.docs.spine --write    bring the README's counts up to date
 
 In the README it is a table of rows like
