@@ -33,7 +33,7 @@ PREFETCH = 2
 
 
 class BatchReader:
-    """Batches of one rank as they lie on disk, from any position of the stream.
+    """Batches of one rank in the shards' uint16, read from any position of the stream.
 
     Raises ValueError or FileNotFoundError for datasets that can't be served, and from `read` for a
     faulty shard, whether it is being read or was found by the check in the background.

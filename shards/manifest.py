@@ -28,10 +28,7 @@ FILE_NAME = "manifest.json"
 SPLITS = ("train", "val")
 PLAIN_NAME = re.compile(r"\w[^/\\:]*")
 # Stored beside the fields of the dataclasses, from which `to_json` computes them.
-DERIVED = {
-    *("format", "version", "dtype", "fingerprint", "checksum"),
-    *("tokens", "documents", "text_bytes"),
-}
+DERIVED = {"dtype", "fingerprint", "checksum", "tokens", "documents", "text_bytes"}
 REMEDY = "restore it or prepare again"
 
 
@@ -178,7 +175,7 @@ class Manifest:
         return self.uri or str(self.folder)
 
     def path(self, file: str) -> Path:
-        """Return the path of a file of a dataset that lies on this machine."""
+        """Return the path of a file of a local dataset."""
         return self.folder / file
 
     def location_of(self, file: str) -> str:
@@ -263,6 +260,6 @@ def _check_names(manifest: Manifest, path: str | Path) -> None:
         if not all(map(PLAIN_NAME.fullmatch, names)):
             other = next(name for name in names if not PLAIN_NAME.fullmatch(name))
             raise ValueError(
-                f"expected plain file names in {path}, found {other!r}: a dataset's files lie in "
+                f"expected plain file names in {path}, found {other!r}: a dataset's files are in "
                 "its own folder; don't use this one"
             )

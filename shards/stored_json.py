@@ -76,10 +76,11 @@ def build(
 ) -> Record:
     """Return the dataclass `kind` made of JSON values, nested dataclasses included.
 
-    Fields named in `retired` are ignored, with `ignore_unknown` all that `kind` does not have. What
-    its `__post_init__` refuses is a ValueError that names the file too.
+    Ignored are "format", "version" and the fields named in `retired`, with `ignore_unknown` all
+    that `kind` does not have. What its `__post_init__` refuses is a ValueError that names the file.
     """
-    return _Builder(str(name), retired, ignore_unknown, remedy).record(kind, values, "")
+    ignored = {"format", "version", *retired}
+    return _Builder(str(name), ignored, ignore_unknown, remedy).record(kind, values, "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +88,16 @@ class _Builder:
     """Conversion of the values of one file; `at` is the path of a value in it, for messages."""
 
     name: str
-    retired: Collection[str]
+    ignored: Collection[str]
     ignore_unknown: bool
     remedy: str
 
     def record(self, kind: type[Record], values: Any, at: str) -> Record:
+        """Return a dataclass, each value converted by the annotation of its field."""
         if not isinstance(values, dict):
             raise self._wrong("an object", at, values)
         known = _fields(kind)  # type: ignore[arg-type]
-        unknown = [key for key in values if key not in known and key not in self.retired]
+        unknown = [key for key in values if key not in known and key not in self.ignored]
         if unknown and not self.ignore_unknown:
             raise ValueError(
                 f"expected only fields of this version in {self.name}, found "
@@ -115,44 +117,29 @@ class _Builder:
     def value(self, hint: Any, value: Any, at: str) -> Any:
         """Return `value` as the annotation `hint` has it."""
         origin, inner = get_origin(hint), get_args(hint)
-        if dataclasses.is_dataclass(hint):
-            return self.record(hint, value, at)  # type: ignore[arg-type]
-        if origin in (Union, types.UnionType):
-            return self._optional(inner, value, at)
-        if origin is Literal:
-            if not any(value == word and type(value) is type(word) for word in inner):
-                raise self._wrong(" or ".join(map(repr, inner)), at, value)
-            return value
-        if origin in (tuple, list):
-            if not isinstance(value, list):
-                raise self._wrong("a list", at, value)
-            return origin(self._items(inner[0], value, at))
-        if origin is dict:
-            if not isinstance(value, dict):
-                raise self._wrong("an object", at, value)
-            return {key: self.value(inner[1], item, _join(at, key)) for key, item in value.items()}
-        return self._plain(hint, value, at)
-
-    def _plain(self, hint: Any, value: Any, at: str) -> Any:
-        if hint is Any:
+        if hint is Any or (value is None and types.NoneType in inner):
             return value
         if hint is Path:
-            return Path(self._plain(str, value, at))
-        if type(value) not in PLAIN[hint] or (hint is float and not abs(value) < math.inf):
-            raise self._wrong(f"a value of type {hint.__name__}", at, value)
-        return value
-
-    def _optional(self, hints: tuple[Any, ...], value: Any, at: str) -> Any:
-        """Return a value of `X | None`; of further alternatives the first that fits."""
-        if value is None and types.NoneType in hints:
-            return None
-        *others, last = (hint for hint in hints if hint is not types.NoneType)
-        for hint in others:
-            try:
-                return self.value(hint, value, at)
-            except ValueError:
-                continue
-        return self.value(last, value, at)
+            return Path(self.value(str, value, at))
+        if dataclasses.is_dataclass(hint):
+            return self.record(hint, value, at)  # type: ignore[arg-type]
+        if origin in (Union, types.UnionType):  # X | None
+            return self.value(next(x for x in inner if x is not types.NoneType), value, at)
+        if origin is Literal:
+            if any(value == word and type(value) is type(word) for word in inner):
+                return value
+            raise self._wrong(" or ".join(map(repr, inner)), at, value)
+        if origin in (tuple, list):
+            if isinstance(value, list):
+                return origin(self._items(inner[0], value, at))
+            raise self._wrong("a list", at, value)
+        if origin is dict:
+            if isinstance(value, dict):
+                return {key: self.value(inner[1], x, _join(at, key)) for key, x in value.items()}
+            raise self._wrong("an object", at, value)
+        if type(value) in PLAIN[hint] and (hint is not float or abs(value) < math.inf):
+            return value
+        raise self._wrong(f"a value of type {hint.__name__}", at, value)
 
     def _items(self, hint: Any, values: list[Any], at: str) -> list[Any]:
         if dataclasses.is_dataclass(hint) and _are_plain(hint, values):

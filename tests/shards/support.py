@@ -55,11 +55,11 @@ def write_dataset(
     """A dataset of these token ids: per split a shard for each array, holding one document."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = {
-        side: [
-            write_shard(folder, f"{side}_{number:05d}", ids, [(0, 0, number, 0, False)])
+        split: [
+            write_shard(folder, f"{split}_{number:05d}", ids, [(0, 0, number, 0, False)])
             for number, ids in enumerate(arrays)
         ]
-        for side, arrays in splits.items()
+        for split, arrays in splits.items()
     }
     return write_manifest(folder, shards, identity)
 
@@ -83,11 +83,11 @@ def text_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     shards: dict[str, list[Shard]] = {"train": [], "val": []}
     sources = []
-    for side, documents in (*(("train", d) for d in train), *(("val", d) for d in val)):
-        name = f"{side}_{len(shards[side]):05d}"
+    for split, documents in (*(("train", d) for d in train), *(("val", d) for d in val)):
+        name = f"{split}_{len(shards[split]):05d}"
         ids = [[gpt2.eot, *gpt2.encode(text)] for text in documents]
         rows = list(_rows(ids, documents, len(sources)))
-        shards[side].append(
+        shards[split].append(
             write_shard(folder, name, [token for document in ids for token in document], rows)
         )
         sources.append(Source(f"texts/{name}", sum(len(text.encode()) for text in documents)))

@@ -92,7 +92,7 @@ def check_epoch(windows: np.ndarray, lengths: tuple[int, ...], block: int) -> li
             phases.append(int(inside.min() - first))
             assert 0 <= phases[-1] <= end - first - 1 - count * block, "within the slack"
             expected |= set(range(inside.min(), inside.min() + count * block))
-    # Targets are ids, ids are places: coverage is one equality of sets, and of sizes.
+    # Targets are ids, ids are positions: coverage is one equality of sets, and of sizes.
     targets = windows[:, 1:].ravel() - 1
     assert set(targets.tolist()) == expected
     assert targets.size == len(expected)
@@ -377,7 +377,7 @@ class _Elsewhere(str):
     type = "elsewhere"
 
 
-def test_ids_are_widened_where_they_arrive(tmp_path: Path) -> None:
+def test_ids_become_int64_on_the_device(tmp_path: Path) -> None:
     ids = np.arange(32_750, 32_786)
     write_dataset(tmp_path, {"train": [ids], "val": [ids]})
     loader = TokenLoader(tmp_path, "val", 1, 35)

@@ -27,10 +27,10 @@ def test_a_permutation_of_any_size_under_any_key(size: int, key: int) -> None:
 @given(
     size=st.integers(1, 2**62),
     key=st.integers(0, 2**64 - 1),
-    places=st.lists(st.integers(0, 2**62), min_size=1, unique=True),
+    indices=st.lists(st.integers(0, 2**62), min_size=1, unique=True),
 )
-def test_large_ranges_stay_inside_and_apart(size: int, key: int, places: list[int]) -> None:
-    inside = np.array(sorted({place % size for place in places}), np.uint64)
+def test_large_ranges_stay_inside_and_apart(size: int, key: int, indices: list[int]) -> None:
+    inside = np.array(sorted({index % size for index in indices}), np.uint64)
     sent = permute(inside, size, key_of(key))
     assert (sent < size).all()
     assert len(np.unique(sent)) == len(inside)
@@ -64,7 +64,7 @@ def test_keys_give_unrelated_orders() -> None:
     orders = [order(size, seed, epoch) for seed in range(3) for epoch in range(3)]
     for i, one in enumerate(orders):
         for other in orders[:i]:
-            # Two random permutations agree in one place on average; 12 is beyond chance.
+            # Two random permutations agree in one index on average; 12 is beyond chance.
             assert np.count_nonzero(one == other) < 12
             assert abs(np.corrcoef(one, other)[0, 1]) < 0.05
 

@@ -41,7 +41,6 @@ class Settings:
     folder: Path = Path("log")
     kind: Literal["a", "b", 1] = "a"
     loss: float | None = None
-    either: int | str = 0
     texts: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
     listed: list[Part] = field(default_factory=list)
@@ -65,7 +64,6 @@ FULL = Settings(
     folder=Path("a/b"),
     kind="b",
     loss=1.5,
-    either="text",
     texts=("x", "y"),
     parts=(Part("p", 1), Part("q")),
     listed=[Part("r", 2)],
@@ -110,7 +108,6 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"folder": 1}, "type str for folder .*found 1"),
     ({"kind": "c"}, "'a' or 'b' or 1 for kind .*found 'c'"),
     ({"kind": True}, "'a' or 'b' or 1 for kind .*found True"),
-    ({"either": 1.5}, "type str for either .*found 1.5"),
     ({"texts": "x"}, "a list for texts .*found 'x'"),
     ({"texts": ["x", 1]}, r"type str for texts\[1\] .*found 1"),
     ({"parts": [{"name": "p"}, {"size": 1}]}, r"a value for parts\[1\]\.name"),

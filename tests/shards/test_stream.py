@@ -19,13 +19,13 @@ from tests.shards.support import arange_dataset, grown, write_dataset
 WEIGHTS = st.lists(st.integers(1, 1000), min_size=1, max_size=9)
 
 
-# Who takes which place
+# Who takes which position
 
 
 @given(weights=WEIGHTS, start=st.integers(0, 2**40))
 def test_each_source_counts_its_own_windows(weights: list[int], start: int) -> None:
-    places = np.arange(start, start + 500)
-    sources, indices = interleave(places, weights)
+    positions = np.arange(start, start + 500)
+    sources, indices = interleave(positions, weights)
     assert sources.min() >= 0 and sources.max() < len(weights)
     for number in range(len(weights)):
         own = indices[sources == number]
@@ -34,11 +34,11 @@ def test_each_source_counts_its_own_windows(weights: list[int], start: int) -> N
 
 @given(weights=WEIGHTS, start=st.integers(0, 2**40))
 def test_shares_are_exact_to_a_small_constant(weights: list[int], start: int) -> None:
-    places = np.arange(start, start + 300)
-    sources, indices = interleave(places, weights)
+    positions = np.arange(start, start + 300)
+    sources, indices = interleave(positions, weights)
     bound = Fraction((len(weights) - 1).bit_length(), 2)
-    for place, source, index in zip(places, sources, indices, strict=True):
-        share = Fraction(weights[source], sum(weights)) * int(place)
+    for position, source, index in zip(positions, sources, indices, strict=True):
+        share = Fraction(weights[source], sum(weights)) * int(position)
         assert abs(int(index) - share) <= bound
 
 
@@ -52,10 +52,10 @@ def test_the_first_place_is_the_first_of_its_source(weights: list[int]) -> None:
 
 def test_far_places_with_long_weights() -> None:
     weights = (2**30 + 1, 2**30 - 3)
-    places = np.array([0, 10**18, 2**62])
-    sources, indices = interleave(places, weights)
-    for place, source, index in zip(places, sources, indices, strict=True):
-        assert abs(int(index) - Fraction(int(place) * weights[source], 2**31 - 2)) <= 1
+    positions = np.array([0, 10**18, 2**62])
+    sources, indices = interleave(positions, weights)
+    for position, source, index in zip(positions, sources, indices, strict=True):
+        assert abs(int(index) - Fraction(int(position) * weights[source], 2**31 - 2)) <= 1
 
 
 # How sources are named
