@@ -116,5 +116,5 @@ def _with_retries(
     """Retry what a network may have broken; errors of a local file system are final."""
     if workspace.folder.remote or any(plan.files[part.file].remote for part in unit.slices):
         name = plan.files[unit.slices[0].file].name
-        return retried(lambda: task(unit), f"unit {unit.number} ({name} ...)")
+        return retried(lambda: task(unit), f"read and write unit {unit.number} ({name} ...)")
     return task(unit)
