@@ -104,7 +104,7 @@ def has_room_for_state(
 ) -> bool:
     """Whether what optimizers remember of those parameters fits into memory; if so, it is there."""
     try:
-        optim.begin_state(optimizers, model, own)
+        optim.allocate_state(optimizers, model, own)
     except torch.OutOfMemoryError:
         return False
     return True

@@ -1,23 +1,24 @@
-"""The shape of a model: what a checkpoint must know to be built again. No torch here.
+"""Shape of a model, and what is known of each optimizer. Plain values, without torch.
 
-The four GPT-2 sizes are `GPT2_SHAPES`; `GPTConfig()` is the smallest of them, with 124M parameters.
+The four GPT-2 sizes are `GPT2_SHAPES`; `GPTConfig()` is the smallest, with 124M parameters.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The 124M GPT-2. Frozen, and checked where it is made (`ValueError`, one line)."""
+    """Shape of a GPT, by default the 124M GPT-2. Raises ValueError for an impossible one."""
 
-    block_size: int = 1024  # tokens of context, as many as there are learned positions
+    block_size: int = 1024  # tokens of context = learned positions
     vocab_size: int = 50257  # GPT-2's 50,000 merges, 256 bytes and <|endoftext|>
     n_layers: int = 12
     n_heads: int = 12
     n_embed: int = 768  # width of the residual stream
-    n_hidden: int = 0  # width inside the MLP; 0 stands for 4 * n_embed and is replaced by it
+    n_hidden: int = 0  # width of the MLP; 0 is replaced by 4 * n_embed
     dropout: float = 0.0
-    bias: bool = True  # in the linear layers and layer norms, as GPT-2 has it
+    bias: bool = True  # in linear layers and layer norms, as in GPT-2
 
     def __post_init__(self) -> None:
         if not self.n_hidden:
@@ -47,7 +48,7 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class GPTConfigSmall(GPTConfig):
-    """A small one: ~10M parameters outside the embeddings, ~30M with GPT-2's vocabulary."""
+    """Small GPT: ~10M parameters without embeddings, ~30M with GPT-2's vocabulary."""
 
     block_size: int = 256
     n_layers: int = 6
@@ -60,4 +61,18 @@ GPT2_SHAPES = {
     "gpt2-medium": GPTConfig(n_layers=24, n_heads=16, n_embed=1024),
     "gpt2-large": GPTConfig(n_layers=36, n_heads=20, n_embed=1280),
     "gpt2-xl": GPTConfig(n_layers=48, n_heads=25, n_embed=1600),
+}
+
+
+class OptimizerTraits(NamedTuple):
+    """What checkpoints and --shard must know of an optimizer."""
+
+    state: tuple[str, ...]  # keys of its state of one parameter: all but "step" have its shape
+    elementwise: bool  # no element's update reads another: so any shard can be updated by itself
+
+
+# By the lower-case name of the class.
+OPTIMIZERS = {
+    "adamw": OptimizerTraits(("step", "exp_avg", "exp_avg_sq"), elementwise=True),
+    "muon": OptimizerTraits(("momentum_buffer",), elementwise=False),
 }

@@ -78,7 +78,7 @@ def stream(
         for left in range(max_new_tokens, 0, -1):
             if all(ended):
                 break
-            if cache is None or cache.longest == cache.capacity:
+            if cache is None or max(map(len, contexts)) > cache.capacity:
                 logits, cache = _begin(model, contexts, left)
                 step = None
             else:
@@ -174,7 +174,6 @@ class Recorded(Step):
     def _dry_run(self) -> Tensor:
         """The step, after which the cache is as long as it was."""
         logits = super().__call__(self.tokens)
-        self.cache.longest -= 1
         self.cache.lengths -= 1
         return logits
 
@@ -183,7 +182,6 @@ class Recorded(Step):
         self.tokens.copy_(tokens)
         self.graph.replay()
         self.cache.lengths += 1
-        self.cache.longest += 1
         return self.logits
 
 

@@ -1,7 +1,6 @@
-"""What moves the weights: AdamW, Muon for the matrices of the blocks, and the learning rate.
+"""Optimizers: AdamW, Muon for the matrices of the blocks, and the learning-rate schedule.
 
-The training loop calls `learning_rate` before every step and sets, in every parameter group,
-`group["lr"] = lr * group["lr_scale"]`.
+The training loop sets `group["lr"] = learning_rate(step, ...)` in every parameter group.
 """
 
 import math
@@ -12,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from mygpt.config import OPTIMIZERS
 from mygpt.model import GPT
+
+_DECAY_FRACTION = 0.5  # part of a "wsd" run over which the learning rate falls
 
 
 def learning_rate(
@@ -23,13 +25,12 @@ def learning_rate(
     warmup_steps: int,
     max_steps: int,
     schedule: Literal["cosine", "wsd"] = "cosine",
-    decay_fraction: float = 0.5,
 ) -> float:
-    """The learning rate of step `step`, counted from 0: up in a line to max_lr, down to min_lr.
+    """Return the learning rate of step `step`, counted from 0.
 
-    "cosine" falls along half a cosine from the end of the warm-up to max_steps, as for GPT-3.
-    "wsd" (warm-up, stable, decay; MiniCPM, section 4) stays at max_lr and falls in a line over
-    the last `decay_fraction` of the steps. From max_steps on the rate is min_lr.
+    It rises linearly to max_lr during the warm-up. "cosine" then falls along half a cosine until
+    max_steps, as for GPT-3; "wsd" (warm-up, stable, decay; MiniCPM, section 4) stays at max_lr and
+    falls linearly over the last half of the steps. From max_steps on the rate is min_lr.
     """
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
@@ -39,7 +40,7 @@ def learning_rate(
         progress = (step - warmup_steps) / (max_steps - warmup_steps)
         coeff = 0.5 * (1 + math.cos(math.pi * progress))
     else:
-        coeff = min(1.0, (max_steps - step) / (decay_fraction * max_steps))
+        coeff = min(1.0, (max_steps - step) / (_DECAY_FRACTION * max_steps))
     return min_lr + coeff * (max_lr - min_lr)
 
 
@@ -47,40 +48,37 @@ def configure_optimizers(
     model: GPT,
     *,
     optimizer: Literal["adamw", "muon"] = "adamw",
-    max_lr: float = 6e-4,
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.95),
-    muon_lr_scale: float = 1.0,
 ) -> list[Optimizer]:
-    """The optimizers of a GPT: each of its parameters is in one group of one of them.
+    """Return the optimizers of a GPT, with each parameter in one group of one of them.
 
-    "adamw": decay on tensors of two and more dimensions, none on biases and gains. "muon": the
-    matrices of the blocks go to Muon, with decay and `muon_lr_scale` times the learning rate,
-    all the rest to AdamW, without decay.
+    "adamw": decay on tensors of dim >= 2, none on biases and layer norms. "muon": Muon with decay
+    on the matrices of the blocks, AdamW without decay on all other parameters.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    decay = {"weight_decay": weight_decay, "lr_scale": 1.0}
-    no_decay = {"weight_decay": 0.0, "lr_scale": 1.0}
+    vectors = [p for p in model.parameters() if p.dim() < 2]
     if optimizer == "adamw":
-        groups = [{"params": matrices, **decay}, {"params": rest, **no_decay}]
-        return [AdamW(groups, lr=max_lr, betas=betas, fused=True)]
-    embeddings = [model.wte.weight, model.wpe.weight]
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return [AdamW(groups, betas=betas, fused=True)]
     matrices = [p for p in model.h.parameters() if p.dim() >= 2]
+    others = [*model.embeddings, *vectors]
     return [
-        Muon([{"params": matrices, **decay, "lr_scale": muon_lr_scale}], lr=max_lr),
-        AdamW([{"params": embeddings + rest, **no_decay}], lr=max_lr, betas=betas, fused=True),
+        Muon(matrices, weight_decay=weight_decay),
+        AdamW(others, weight_decay=0.0, betas=betas, fused=True),
     ]
 
 
 class Muon(Optimizer):
-    """Momentum whose every step is made orthogonal: all directions of a matrix move alike.
+    """Momentum with orthogonalised updates, for matrices only.
 
-    Keller Jordan's Muon (kellerjordan.github.io/posts/muon), with steps as large as AdamW's
-    (Moonlight, arXiv 2502.16982: an RMS of 0.2), so that both can share a learning rate. Equals
-    `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` but for the dtype of the iteration, which
-    here is `dtype`, or if None bf16 on GPUs and fp32 on CPUs: few of them multiply bf16 fast.
-    Takes matrices only.
+    Keller Jordan's Muon (kellerjordan.github.io/posts/muon) with updates scaled to the RMS of
+    AdamW's, 0.2 (Moonlight, arXiv 2502.16982), so that both share a learning rate. Equals
+    `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` except for the dtype of the iteration: here
+    `dtype`, by default bf16 on GPUs and fp32 on CPUs, few of which multiply bf16 fast.
     """
 
     def __init__(
@@ -96,7 +94,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every matrix that has a gradient."""
+        """Update every matrix that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -110,33 +108,28 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         mean = state["momentum_buffer"].lerp_(grad, 1 - momentum)
         dtype = self.dtype or (torch.float32 if p.device.type == "cpu" else torch.bfloat16)
-        return orthogonal(grad.lerp(mean, momentum).to(dtype))  # Nesterov's momentum
+        return orthogonal(grad.lerp(mean, momentum).to(dtype))  # Nesterov momentum
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix with all its singular values brought near 1.
+    """Return the matrix with its singular values brought close to 1.
 
-    Five Newton-Schulz steps of an odd polynomial that is steep at 0, from Keller Jordan's Muon.
+    Five Newton-Schulz iterations with the coefficients of Keller Jordan's Muon.
     """
     wide = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
     x = wide / wide.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.T
-        x = torch.addmm(
-            x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
-        )
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, polynomial, x, beta=3.4445)
     return x if wide is matrix else x.T
 
 
-# What an optimizer keeps of every parameter once it has taken a step.
-_STATE = {AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
-
-
 def state_tensors(optimizers: Iterable[Optimizer], model: GPT) -> dict[str, Tensor]:
-    """All that the optimizers remember, as "PARAMETER.KEY" -> tensor; nothing before a step."""
+    """Return the optimizer state as "PARAMETER.KEY" -> tensor; empty before the first step."""
     return {
         f"{name}.{key}": value
-        for name, parameter, optimizer in _owned(optimizers, model)
+        for name, parameter, optimizer in _named(optimizers, model)
         for key, value in optimizer.state[parameter].items()
     }
 
@@ -147,16 +140,15 @@ def load_state_tensors(
     tensors: Mapping[str, Tensor],
     own: Collection[Tensor] | None = None,
 ) -> None:
-    """Give the optimizers what `state_tensors` returned: bit for bit, copied to their devices.
+    """Copy what `state_tensors` returned into the optimizers, or only that of parameters in `own`.
 
-    With `own`, only the state of the parameters in there is given; all of it is checked. Raises
-    ValueError, and changes nothing, if a tensor is missing, left over or of another shape.
+    Raises ValueError, and changes nothing, if any tensor is missing, left over or of another shape.
     """
-    owned = list(_owned(optimizers, model))
+    named = list(_named(optimizers, model))
     expected = {
-        f"{name}.{key}": () if key == "step" else tuple(parameter.shape)
-        for name, parameter, optimizer in owned
-        for key in _STATE[type(optimizer)]
+        f"{name}.{key}": shape
+        for name, parameter, optimizer in named
+        for key, shape in _state_shapes(optimizer, parameter).items()
     }
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
@@ -165,30 +157,33 @@ def load_state_tensors(
                 f"optimizer state {name}: expected {expected.get(name, 'none')}, found "
                 f"{found.get(name, 'none')}: resume with the model and optimizer that wrote it"
             )
-    for name, parameter, optimizer in owned:
+    for name, parameter, optimizer in named:
         if own is None or parameter in own:
             optimizer.state[parameter] = {
                 key: tensors[f"{name}.{key}"].to(parameter.device, copy=True)
-                for key in _STATE[type(optimizer)]
+                for key in _state_shapes(optimizer, parameter)
             }
 
 
-def begin_state(
+def allocate_state(
     optimizers: Iterable[Optimizer], model: GPT, own: Collection[Tensor] | None = None
 ) -> None:
-    """Give the optimizers the zeros they begin with, of the parameters in `own` or of all.
-
-    The memory that steps need is then taken without a step, in which ranks wait for one another.
-    """
-    for _, parameter, optimizer in _owned(optimizers, model):
+    """Allocate the optimizers' initial state, zeros, without a step, in which ranks communicate."""
+    for _, parameter, optimizer in _named(optimizers, model):
         if own is None or parameter in own:
             optimizer.state[parameter] = {
-                key: parameter.new_zeros(() if key == "step" else parameter.shape)
-                for key in _STATE[type(optimizer)]
+                key: parameter.new_zeros(shape)
+                for key, shape in _state_shapes(optimizer, parameter).items()
             }
 
 
-def _owned(optimizers: Iterable[Optimizer], model: GPT) -> Iterator[tuple[str, Tensor, Optimizer]]:
-    """Every parameter with its name and the optimizer that moves it."""
+def _named(optimizers: Iterable[Optimizer], model: GPT) -> Iterator[tuple[str, Tensor, Optimizer]]:
+    """Yield every parameter with its name and its optimizer."""
     owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     return ((name, p, owner[p]) for name, p in model.named_parameters())
+
+
+def _state_shapes(optimizer: Optimizer, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in the state of one parameter."""
+    keys = OPTIMIZERS[type(optimizer).__name__.lower()].state
+    return {key: () if key == "step" else tuple(parameter.shape) for key in keys}

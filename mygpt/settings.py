@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mygpt.config import GPT2_SHAPES, GPTConfig, GPTConfigSmall
+from mygpt.config import GPT2_SHAPES, OPTIMIZERS, GPTConfig, GPTConfigSmall
 
 ROUNDS = 10  # validations in a run whose interval was left open
 # The ways to say how long a run is. One of them is given, and becomes max_steps.
@@ -127,8 +127,10 @@ class TrainConfig:
         _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         _require(0 <= self.min_lr <= self.max_lr, "min_lr", f"0 to {self.max_lr}", self.min_lr)
         _require(0 <= self.seed < 2**63, "seed", "0 to 2**63 - 1", self.seed)
-        if self.shard == "full" and self.optimizer == "muon":
-            raise ValueError("--optimizer muon needs whole matrices: give --shard optimizer")
+        if self.shard == "full" and not OPTIMIZERS[self.optimizer].elementwise:
+            raise ValueError(
+                f"--optimizer {self.optimizer} needs whole matrices: give --shard optimizer"
+            )
         if self.shard == "full" and not self.micro_batch:
             raise ValueError("--micro-batch auto can't try sizes on --shard full: give a number")
         if not any(getattr(self, name) for name in LENGTHS):

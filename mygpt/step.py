@@ -58,7 +58,7 @@ def train_step(job: Job, stop: Stop) -> Outcome:
     for optimizer in job.optimizers:
         job.scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = lr
     norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), job.config.grad_clip)
     norm = sharding.full_tensor(norm)
     # Whether to move is decided here, on the CPU, and not on the device: every optimizer would

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mygpt import loss
 from mygpt.config import GPTConfig, GPTConfigSmall
-from mygpt.loss import HeadLoss, head_losses
+from mygpt.loss import MeanLoss, token_losses
 from mygpt.model import GPT, KeyValueCache
 
 SHAPE = {"block_size": 16, "vocab_size": 131, "n_layers": 2, "n_heads": 3, "n_embed": 24}
@@ -167,7 +167,7 @@ def test_any_number_of_rows_and_words(rows, vocab, function):
     weight = torch.randn(vocab, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(-1, vocab, (rows,))
     targets[0] = vocab - 1
-    loss = HeadLoss.apply(x, weight, targets, function)
+    loss = MeanLoss.apply(x, weight, targets, function)
     expected = F.cross_entropy(x @ weight.T, targets, ignore_index=-1)
     torch.testing.assert_close(loss, expected)
     gradients = torch.autograd.grad(loss, (x, weight))
@@ -180,15 +180,15 @@ def test_logits_of_any_size():
     for targets in (torch.tensor([2, 0, 1]), torch.tensor([0, 2, -1])):
         expected = F.cross_entropy(x @ weight.T, targets, ignore_index=-1, reduction="none")
         for function in (None, loss.row_losses):
-            torch.testing.assert_close(head_losses(x, weight, targets, function), expected)
+            torch.testing.assert_close(token_losses(x, weight, targets, function), expected)
 
 
 def test_the_vocabulary_is_padded_for_the_product_alone():
     weight = torch.randn(131, 24)
-    wide = loss.padded(weight)
+    wide = loss.pad_vocabulary(weight)
     assert wide.shape == (256, 24)
     assert torch.equal(wide[:131], weight) and wide[131:].eq(0).all()
-    assert loss.padded(wide) is wide
+    assert loss.pad_vocabulary(wide) is wide
 
 
 def test_nothing_to_learn_is_no_loss():
@@ -368,7 +368,7 @@ def test_a_static_step_can_be_repeated_in_the_same_memory():
     model = make().eval()
     cache = KeyValueCache(model, 2, capacity=16, static=True)
     model.next_logits(*padded([[1, 2, 3], [4]]), cache)
-    kept = (cache.keys, cache.values, cache.lengths)
+    kept = (cache.buffer, cache.lengths)
     traces: list[list[object]] = []
 
     class Calls(TorchDispatchMode):
@@ -383,7 +383,7 @@ def test_a_static_step_can_be_repeated_in_the_same_memory():
         with Calls():
             model.next_logits(torch.tensor([[5], [6]]), None, cache)
     assert traces[0] == traces[1] == traces[2]
-    assert all(a is b for a, b in zip(kept, (cache.keys, cache.values, cache.lengths), strict=True))
+    assert all(a is b for a, b in zip(kept, (cache.buffer, cache.lengths), strict=True))
     assert cache.lengths.tolist() == [6, 4]
 
 

@@ -8,7 +8,7 @@ from mygpt.config import GPTConfig
 from mygpt.model import GPT
 from mygpt.optim import (
     Muon,
-    begin_state,
+    allocate_state,
     configure_optimizers,
     learning_rate,
     load_state_tensors,
@@ -54,7 +54,7 @@ def test_the_ancestors_missing_star():
 
 
 def test_warmup_stable_decay():
-    lr = [learning_rate(step, **RATES, schedule="wsd", decay_fraction=0.5) for step in range(120)]
+    lr = [learning_rate(step, **RATES, schedule="wsd") for step in range(120)]
     assert lr[9:56] == [pytest.approx(6e-4)] * 47  # 55 = 110 - half of 110
     assert lr[82] == pytest.approx(6e-5 + 28 / 55 * 5.4e-4)
     assert lr[55] > lr[56] > lr[109] > lr[110] == lr[119] == 6e-5
@@ -90,14 +90,13 @@ def test_adamw_decays_what_has_two_dimensions():
 
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest_without_decay():
     model = GPT(GPTConfig(**SHAPE))
-    muon, adamw = configure_optimizers(model, optimizer="muon", weight_decay=0.2, muon_lr_scale=3)
+    muon, adamw = configure_optimizers(model, optimizer="muon", weight_decay=0.2)
     names = {parameter: name for name, parameter in model.named_parameters()}
     muons = [names[p] for group in muon.param_groups for p in group["params"]]
     assert muons == [name for name, p in model.named_parameters() if "h." in name and p.dim() == 2]
     adamws = [names[p] for group in adamw.param_groups for p in group["params"]]
     assert sorted(muons + adamws) == sorted(names.values())
     assert [g["weight_decay"] for g in muon.param_groups + adamw.param_groups] == [0.2, 0.0]
-    assert [g["lr_scale"] for g in muon.param_groups + adamw.param_groups] == [3, 1.0]
 
 
 def test_decay_and_nothing_else_shrinks_a_weight_without_gradient():
@@ -105,7 +104,9 @@ def test_decay_and_nothing_else_shrinks_a_weight_without_gradient():
     before = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    for optimizer in configure_optimizers(model, optimizer="muon", max_lr=0.5, weight_decay=0.1):
+    for optimizer in configure_optimizers(model, optimizer="muon", weight_decay=0.1):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5
         optimizer.step()
     for (name, now), was in zip(model.named_parameters(), before.parameters(), strict=True):
         is_matrix = name.startswith("h.") and now.dim() == 2
@@ -193,7 +194,7 @@ def test_state_goes_to_some_parameters_only(optimizer):
     saved = dict(state_tensors(optimizers, model))
     own = {model.wte.weight, model.h[1].mlp.c_fc.weight}
     kept = ("wte.", "h.1.mlp.c_fc.weight.")
-    for give in (load_state_tensors, begin_state):
+    for give in (load_state_tensors, allocate_state):
         fresh = configure_optimizers(model, optimizer=optimizer)
         give(fresh, model, *([saved] if give is load_state_tensors else []), own)
         assert state_tensors(fresh, model).keys() == {n for n in saved if n.startswith(kept)}
@@ -207,7 +208,7 @@ def test_state_is_begun_as_a_first_step_begins_it(optimizer):
     for each in (model, other):
         optimizers = configure_optimizers(each, optimizer=optimizer)
         if each is other:
-            begin_state(optimizers, each)
+            allocate_state(optimizers, each)
             begun = {n: (t.shape, t.dtype) for n, t in state_tensors(optimizers, each).items()}
         train(each, optimizers, 2)
         found.append(state_tensors(optimizers, each))

@@ -131,7 +131,7 @@ with start("cpu") as ranks:
         found[f"{way} straight"] = norms, *state(job[0], job[2])
     model, _, optimizers = build("optimizer", "adamw")
     if not ranks.is_main:
-        optim.begin_state = full
+        optim.allocate_state = full
     try:
         autotune.by_trying(model, optimizers, [1, 2], ranks)
     except ValueError as error:
