@@ -10,8 +10,8 @@ LOSS_NOTE = (
 )
 POSITION_NOTE = "Windows start anywhere in a document: a short context is often the middle of one."
 CHOICE_NOTE = (
-    "± one standard error, over questions. Per character: the log-probability of an ending "
-    "divided by its length."
+    "± one standard error, over questions. Normalised: the log-probability of an ending divided by "
+    "its characters."
 )
 Rows = list[tuple[str, ...]]  # of a table, the header first
 
@@ -90,7 +90,7 @@ def _losses(report: Mapping[str, Any]) -> Rows:
     rows: Rows = [("", "nats per token", "perplexity", "bits per byte")]
     models = {"this model": report}
     if reference := report.get("reference"):
-        name = _model(reference)
+        name = f"reference: {_model(reference)}"
         if reference["trained_on"] not in (None, report["fingerprint"]):
             name += f", trained on {reference['trained_on'][:12]}"
         models[name] = reference
@@ -125,10 +125,10 @@ def _positions(report: Mapping[str, Any]) -> Rows:
 
 
 def _choices(report: Mapping[str, Any], name: str) -> Rows:
-    rows: Rows = [(name, "accuracy", "accuracy per character", "questions")]
+    rows: Rows = [(name, "accuracy", "normalised accuracy", "questions")]
     models = {"this model": report}
     if reference := report.get("reference"):
-        models[_model(reference)] = reference
+        models[f"reference: {_model(reference)}"] = reference
     for model, results in models.items():
         metrics = results["choices"][name]
         accuracies = (_with_error(metrics, "accuracy"), _with_error(metrics, "accuracy_norm"))

@@ -85,10 +85,10 @@ def report() -> dict[str, Any]:
 def test_the_terminal(report: dict[str, Any]) -> None:
     lines = summary.text(report).splitlines()
     assert lines[0] == "checkpoint  log/x/step_5, step 5 of 9, 1,000,000 parameters"
-    table = [line.split("  ") for line in lines if line.startswith(("this", "gpt2", "unigram"))]
+    table = [line.split("  ") for line in lines if line.startswith(("this", "ref", "unigram"))]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in table]
     assert cells[0] == ["this model", "2.0000 ±0.1250", "7.40", "0.6667 ±0.1250"]
-    assert cells[1] == ["gpt2", "3.0000", "7.40", "1.0000"]
+    assert cells[1] == ["reference: gpt2", "3.0000", "7.40", "1.0000"]
     assert cells[3] == ["this model minus the reference", "-1.0000 ±0.0100"]
     assert ["this model", "0.5000 ±0.1000", "0.5000", "8"] in cells
     assert "and 2 smaller ones, in eval.json" in lines
@@ -99,14 +99,14 @@ def test_the_terminal(report: dict[str, Any]) -> None:
 
 def test_a_reference_trained_on_something_else_is_said(report: dict[str, Any]) -> None:
     report["reference"] |= {"trained_on": "fedcba9876543210"}
-    assert "\ngpt2, trained on fedcba987654  " in summary.text(report)
+    assert "\nreference: gpt2, trained on fedcba987654  " in summary.text(report)
     report["reference"] |= {"trained_on": report["fingerprint"]}
     assert "trained on" not in summary.text(report)
 
 
 def test_markdown(report: dict[str, Any]) -> None:
     text = summary.markdown(report)
-    assert "| gpt2 | 3.0000 | 7.40 | 1.0000 |" in text
+    assert "| reference: gpt2 | 3.0000 | 7.40 | 1.0000 |" in text
     assert "| part\\_0\\<b>.jsonl |" in text
     assert "\n    a|b\n\n    c\n" in text
     for table in (part for part in text.split("\n\n") if part.startswith("|")):
