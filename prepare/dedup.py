@@ -29,34 +29,33 @@ def find_duplicates(workspace: Workspace, units: Sequence[Unit]) -> None:
     """Store the indices of each unit's duplicates. All units must be hashed."""
     total = sum(len(_hashes(workspace, HASHES, unit)) for unit in units)
     ranges = -(-total // AT_ONCE) or 1
-    duplicates: dict[int, list[np.ndarray]] = {unit.number: [] for unit in units}
-    for number in range(ranges):
-        for unit_number, indices in _duplicates_in(workspace, units, number, ranges):
-            duplicates[unit_number].append(indices)
-    for unit in units:
-        indices = np.sort(np.concatenate([np.empty(0, np.int64), *duplicates[unit.number]]))
-        workspace.save_array(f"{DUPLICATES}/{unit.name}", indices)
+    parts = [_duplicates_in(workspace, units, number, ranges) for number in range(ranges)]
+    owners, indices = np.concatenate(parts, axis=1)
+    order = np.lexsort((indices, owners))
+    bounds = np.searchsorted(owners[order], np.arange(len(units) + 1))
+    for unit, (start, end) in zip(units, pairwise(bounds), strict=True):
+        workspace.save_array(f"{DUPLICATES}/{unit.name}", indices[order[start:end]])
 
 
 def _duplicates_in(
     workspace: Workspace, units: Sequence[Unit], number: int, ranges: int
-) -> list[tuple[int, np.ndarray]]:
-    """Return (unit, indices) of the duplicates whose hash lies in one of the ranges."""
-    hashes, owners, indices = [], [], []
-    for unit in units:
+) -> np.ndarray:
+    """Find the duplicates whose hash lies in one of the ranges.
+
+    Returns (2, n) int64: for each the index of its unit in `units` and its own in the unit.
+    """
+    hashes, documents = [], []
+    for owner, unit in enumerate(units):
         of_unit = _hashes(workspace, HASHES, unit)
-        inside = of_unit[:, 1] % np.uint64(ranges) == number
-        inside &= of_unit.any(axis=1)
-        hashes.append(of_unit[inside])
-        indices.append(np.flatnonzero(inside))
-        owners.append(np.full(len(indices[-1]), unit.number))
-    all_hashes = np.concatenate(hashes)
+        inside = of_unit.any(axis=1) & (of_unit[:, 1] % np.uint64(ranges) == number)
+        indices = np.flatnonzero(inside)
+        hashes.append(of_unit[indices])
+        documents.append(np.stack([np.full_like(indices, owner), indices]))
+    values = np.concatenate(hashes)
     # A stable sort: of equal hashes the one that is first in plan order stays first.
-    order = np.lexsort((all_hashes[:, 1], all_hashes[:, 0]))
-    repeated = np.zeros(len(order), bool)
-    repeated[order[1:]] = (all_hashes[order[1:]] == all_hashes[order[:-1]]).all(axis=1)
-    owner, index = np.concatenate(owners)[repeated], np.concatenate(indices)[repeated]
-    return [(int(unit), index[owner == unit]) for unit in np.unique(owner)]
+    order = np.lexsort((values[:, 1], values[:, 0]))
+    repeated = (values[order[1:]] == values[order[:-1]]).all(axis=1)
+    return np.concatenate(documents, axis=1)[:, order[1:][repeated]]
 
 
 def validation_units(plan: Plan) -> Iterator[Unit]:

@@ -16,9 +16,17 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prepare.sources import InputFile
-from prepare.text import PIECE_BYTES, byte_blocks, damage, one_line, pieces, survey, utf8_error
-from shards.remote import filesystem
+from prepare.sources import JSONL, PARQUET, TEXT, InputFile
+from prepare.text import (
+    PIECE_BYTES,
+    byte_blocks,
+    byte_stream,
+    damage,
+    one_line,
+    pieces,
+    survey,
+    utf8_error,
+)
 
 # Text per batch: large enough for the encoder to run at full speed, small enough for memory.
 BATCH_BYTES = 4 << 20
@@ -92,7 +100,7 @@ def read(files: Sequence[InputFile], parts: Iterable[Slice]) -> Iterator[Batch]:
 
 
 def _is_small_text(file: InputFile, part: Slice) -> bool:
-    plain = file.kind == "text" and file.compression is None
+    plain = file.kind == TEXT and file.compression is None
     return plain and part.split is None and file.size <= PIECE_BYTES
 
 
@@ -100,8 +108,7 @@ def _read_small_texts(files: Sequence[InputFile], parts: list[Slice]) -> Batch:
     """Read plain-text files of moderate size, each a document."""
     contents = []
     for part in parts:
-        system, path = filesystem(files[part.file].path)
-        with system.open_input_file(path) as stream:
+        with byte_stream(files[part.file].path) as stream:
             contents.append(stream.read())
     sources = np.array([part.file for part in parts], np.int32)
     return _batch(pa.array(contents, pa.large_binary()), sources, np.zeros(len(parts), np.int64))
@@ -213,10 +220,9 @@ def _text_of(line: bytes, column: str) -> str:
 
 def _read_parquet(file: InputFile, part: Slice) -> Iterator[Batch]:
     """Read the rows of some row groups, straight from Arrow's buffers."""
-    system, path = filesystem(file.path)
     try:
         # With one column there is nothing to pre-buffer.
-        table = pq.ParquetFile(system.open_input_file(path), pre_buffer=False)
+        table = pq.ParquetFile(byte_stream(file.path), pre_buffer=False)
     except (OSError, pa.ArrowInvalid) as error:
         yield Batch(bad=[BadDocuments(part.file, 0, damage(file.path, error))])
         return
@@ -300,7 +306,7 @@ def _batch(values: pa.Array, sources: np.ndarray, rows: np.ndarray) -> Batch:
 
 
 READERS: dict[str, Callable[[InputFile, Slice], Iterator[Batch]]] = {
-    "text": _read_text,
-    "jsonl": _read_jsonl,
-    "parquet": _read_parquet,
+    TEXT: _read_text,
+    JSONL: _read_jsonl,
+    PARQUET: _read_parquet,
 }

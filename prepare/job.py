@@ -18,9 +18,10 @@ from prepare.split import GIVEN
 from prepare.tasks import HashDocuments, WriteShards, publish_meanwhile
 from prepare.worker_pool import run_local
 from prepare.workspace import HASHES, HELD_OUT, QUARANTINE, WORK, Folder, Workspace
-from shards import tokenizer
 from shards.files import to_json
 from shards.manifest import FILE_NAME, Manifest
+from shards.tokenizer import Tokenizer, open_tokenizer
+from shards.tokenizer import load as load_tokenizer
 
 Result = TypeVar("Result")
 # Calls a task on each unit and yields the results in any order.
@@ -32,32 +33,29 @@ def run(options: Options) -> None:
     options.check()
     workspace = Workspace(Folder(options.out))
     workspace.check_folder()
-    tokenizer.load().encode(
-        ""
-    )  # fail fast without a vocabulary; forked workers share what it loads
+    base = _complete_dataset(workspace) if options.append else None
+    # Fail fast without a vocabulary; forked workers share what this loads.
+    tokenizer = open_tokenizer(base.tokenizer) if base else load_tokenizer()
+    tokenizer.encode("")
     started = time.perf_counter()
     # Planned before anything is written, so that a mistyped source leaves no folder behind.
-    plan = make_plan(options, _appended_to(workspace) if options.append else None)
+    new_plan = make_plan(options, base)
     if options.plan:
-        print(forecast(plan, tokenizer.load(), options.workers))
+        print(forecast(new_plan, tokenizer, options.workers))
         return
-    lock = "-" + options.task.replace("/", "-of-") if options.task else ""
-    with workspace.locked(lock):
-        unfinished = start_or_resume(options, workspace, plan)
-        if unfinished is None:
+    with workspace.locked(options.task):
+        plan = start_or_resume(options, workspace, new_plan)
+        if plan is None:
             print(f"{options.out} is complete: nothing to do.")
             return
         if not options.finish:
-            _run_units(unfinished, workspace, options)
+            _run_units(plan, workspace, options)
         if not options.task:
-            _finish(unfinished, workspace, options.max_bad, started)
-
-
-# The plan to follow: a new one, the stored one, or none if the dataset is complete.
+            _finish(plan, workspace, tokenizer, options.max_bad, started)
 
 
 def start_or_resume(options: Options, workspace: Workspace, plan: Plan) -> Plan | None:
-    """Return the plan to run, recorded in the workspace, or None if its dataset is complete.
+    """Return the plan to run, stored in the workspace, or None if its dataset is complete.
 
     Raises ValueError if the folder holds another dataset, or if a source has changed since.
     """
@@ -69,7 +67,7 @@ def start_or_resume(options: Options, workspace: Workspace, plan: Plan) -> Plan 
     elif manifest is not None:  # it has grown, or was copied here without its plan
         _check_same_sources(workspace, manifest.prefix(0), plan)
     else:
-        workspace.record_plan(plan)
+        workspace.store_plan(plan)
     if manifest is None:
         return plan
     if stored is None or stored.generation <= manifest.generation:  # no append is under way
@@ -80,8 +78,8 @@ def start_or_resume(options: Options, workspace: Workspace, plan: Plan) -> Plan 
 def _start_or_resume_append(
     options: Options, workspace: Workspace, plan: Plan, stored: Plan | None
 ) -> Plan | None:
-    """The same for --append; repeating the last append does nothing."""
-    manifest = _appended_to(workspace)
+    """Start or resume an append; None if it repeats the last one, which is complete."""
+    manifest = _complete_dataset(workspace)
     generation = stored.generation if stored else 0
     is_finished = 0 < generation == manifest.generation
     if is_finished and make_plan(options, manifest.prefix(generation - 1)) == stored:
@@ -93,11 +91,11 @@ def _start_or_resume_append(
         _check_same_plan(workspace, stored, plan)
     else:
         workspace.close()  # if the last append was killed right after its manifest
-        workspace.record_plan(plan)
+        workspace.store_plan(plan)
     return plan
 
 
-def _appended_to(workspace: Workspace) -> Manifest:
+def _complete_dataset(workspace: Workspace) -> Manifest:
     """Return the complete dataset to append to. Raises ValueError if there is none."""
     manifest = workspace.manifest()
     if manifest is None:
@@ -118,13 +116,13 @@ def _check_same_plan(workspace: Workspace, stored: Plan, plan: Plan) -> None:
         if files.get(file.path) != file and (same_paths or file.path not in files):
             actual = "changed" if file.path in files else "gone, or not among those given"
             raise ValueError(
-                f"expected the source {file.name} as it was when {workspace.folder} was begun, "
-                f"found it {actual}: restore it, or give another --out"
+                f"expected the source {file.name} as it was when {workspace.folder} was started, "
+                f"found that file {actual}: restore it, or give another --out"
             )
     names = [field.name for field in fields(Plan) if field.name != "units"]
     differing = [name for name in names if getattr(stored, name) != getattr(plan, name)]
     raise ValueError(
-        f"expected the sources and options with which {workspace.folder} was begun, found other "
+        f"expected the sources and options with which {workspace.folder} was started, found other "
         f"{' and '.join(differing) or 'units'}: repeat them, or give another --out"
     )
 
@@ -160,9 +158,9 @@ def _run_units(plan: Plan, workspace: Workspace, options: Options) -> None:
         _hash_documents(plan, workspace, HELD_OUT, held_out, runner)
         collect_held_out(plan, workspace, held_out)
     workspace.remove_staged(waiting)
-    # Other machines publish what they write, and an upload needs a worker's core as well.
+    # On a cluster each node publishes its shards; uploads, too, are spread over the workers.
     by_workers = options.engine != "local" or workspace.folder.remote
-    written = runner(WriteShards(plan, workspace, by_workers), waiting)
+    written = runner(WriteShards(plan, workspace, publish=by_workers), waiting)
     _show_progress(publish_meanwhile(written, workspace), units, waiting)
 
 
@@ -190,7 +188,7 @@ def _hash_documents(
 def _show_progress(
     results: Iterator[UnitResult], units: Sequence[Unit], waiting: Sequence[Unit]
 ) -> None:
-    """Consume the results of the waiting units with a progress bar: text, tokens/s, time left."""
+    """Iterate over the results of the waiting units, showing text, tokens/s and time left."""
     weights = {unit.number: unit.weight for unit in units}
     total, tokens = sum(weights.values()), 0
     finished = total - sum(unit.weight for unit in waiting)
@@ -204,8 +202,13 @@ def _show_progress(
             bar.update(weights[result.unit])
 
 
-def _finish(plan: Plan, workspace: Workspace, max_bad: int | None, started: float) -> None:
-    """Write quarantine.jsonl and, last of all, the manifest. Raises ValueError if it can't be."""
+def _finish(
+    plan: Plan, workspace: Workspace, tokenizer: Tokenizer, max_bad: int | None, started: float
+) -> None:
+    """Write quarantine.jsonl, then the manifest, which completes the dataset.
+
+    Raises ValueError if units are missing, too many documents are bad or a split is empty.
+    """
     folder, finished = workspace.folder, workspace.results(plan.units)
     missing = [unit.number for unit in plan.units if unit.number not in finished]
     if missing:
@@ -215,7 +218,7 @@ def _finish(plan: Plan, workspace: Workspace, max_bad: int | None, started: floa
         )
     results = [finished[unit.number] for unit in plan.units]
     base = workspace.manifest() if plan.generation else None
-    manifest = finish.build_manifest(plan, results, tokenizer.load(), base)
+    manifest = finish.build_manifest(plan, results, tokenizer, base)
     earlier = (folder.read(QUARANTINE) or b"").splitlines()
     entries = finish.quarantine(plan, results, [json.loads(line) for line in earlier])
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]

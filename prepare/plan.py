@@ -18,12 +18,11 @@ import pyarrow.parquet as pq
 
 from prepare.documents import BadDocuments, Slice, column_bytes, json_object
 from prepare.options import Options
-from prepare.sources import InputFile, find_files
+from prepare.sources import JSONL, PARQUET, TEXT, InputFile, find_files
 from prepare.split import GIVEN, POSITION, SplitRule, choose_rule, follow_rule
 from prepare.text import PIECE_BYTES, READ_BYTES, byte_stream, next_cut, next_line, survey
 from shards import stored_json
 from shards.manifest import Manifest, Shard
-from shards.remote import filesystem
 
 FORMAT, VERSION = "mygpt-plan", 1
 REMEDY = "restore it, or give another --out"
@@ -35,7 +34,6 @@ INSPECTED_AT_ONCE = 16
 TEXT_COLUMNS = ("text", "content")
 # Estimated size of compressed text relative to its file.
 COMPRESSION_RATIO = 4
-
 
 WeightedSlice = tuple[Slice, int]
 
@@ -151,7 +149,7 @@ def _next_unit(base: Manifest | None) -> int:
 
 def _weight(file: InputFile) -> int:
     """Estimate the bytes of text in a file from its size alone."""
-    packed = file.compression is not None or file.kind == "parquet"
+    packed = file.compression is not None or file.kind == PARQUET
     return file.size * (COMPRESSION_RATIO if packed else 1)
 
 
@@ -159,14 +157,14 @@ def _inspect(
     rule: SplitRule, target: int, dedup: bool, number: int, file: InputFile
 ) -> tuple[list[WeightedSlice], list[BadDocuments]]:
     """Return the slices of file `number`, for units of `target` bytes, and what is bad in it."""
-    if file.kind == "parquet":
+    if file.kind == PARQUET:
         return list(_row_groups(number, file)), []
-    if file.kind == "jsonl" and file.compression is None:
+    if file.kind == JSONL and file.compression is None:
         starts = range(0, max(file.size, 1), target)
         return [(Slice(number, i, i + target), min(target, file.size - i)) for i in starts], []
     # With dedup a document stays in one unit, so that it can be compared as a whole.
     is_large = file.size > PIECE_BYTES and not dedup
-    if file.kind == "text" and (rule.rule == POSITION or is_large):
+    if file.kind == TEXT and (rule.rule == POSITION or is_large):
         return _inspect_text(rule, target, number, file)
     return [(Slice(number), _weight(file))], []
 
@@ -175,7 +173,7 @@ def _row_groups(number: int, file: InputFile) -> Iterator[WeightedSlice]:
     """Yield one slice per row group; a file whose footer is unreadable is one slice: its reader
     reports the reason."""
     try:
-        metadata = _parquet(file).metadata
+        metadata = pq.ParquetFile(byte_stream(file.path)).metadata
     except (OSError, pa.ArrowInvalid):
         yield Slice(number), _weight(file)
         return
@@ -235,26 +233,24 @@ def with_column(file: InputFile, requested: str | None) -> InputFile:
     """Return the file with its text column set. Raises ValueError if it has no such column."""
     candidates = (requested,) if requested else TEXT_COLUMNS
     names = _columns(file, candidates)
-    if names is None:
-        return replace(file, column=candidates[0])
     for name in candidates:
-        if name in names:
+        if names is None or name in names:
             return replace(file, column=name)
     raise ValueError(
         f"expected a text column {' or '.join(candidates)} in {file.name}, found "
-        f"{', '.join(names) or 'no column'}: name it by --text-column"
+        f"{', '.join(names or ['no column'])}: name it by --text-column"
     )
 
 
 def _columns(file: InputFile, candidates: Sequence[str]) -> list[str] | None:
     """Return the columns that may hold text; None if there are none or the file is unreadable."""
-    if file.kind == "parquet":
+    if file.kind == PARQUET:
         try:
-            schema = _parquet(file).schema_arrow
+            schema = pq.ParquetFile(byte_stream(file.path)).schema_arrow
         except (OSError, pa.ArrowInvalid):
             return None
         return [field.name for field in schema if _may_hold_text(field.type)]
-    if file.kind == "jsonl":
+    if file.kind == JSONL:
         return _first_fields(file, candidates)
     return None
 
@@ -282,8 +278,3 @@ def _first_fields(file: InputFile, candidates: Sequence[str]) -> list[str] | Non
         if any(name in names for name in candidates):
             break
     return list(names) or None
-
-
-def _parquet(file: InputFile) -> pq.ParquetFile:
-    system, path = filesystem(file.path)
-    return pq.ParquetFile(system.open_input_file(path))

@@ -17,13 +17,8 @@ from pyarrow import fs
 
 from shards.remote import filesystem, is_remote, path_of
 
-KINDS = {
-    ".txt": "text",
-    ".md": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-}
+TEXT, JSONL, PARQUET = "text", "jsonl", "parquet"
+KINDS = {".txt": TEXT, ".md": TEXT, ".jsonl": JSONL, ".ndjson": JSONL, ".parquet": PARQUET}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -160,7 +155,7 @@ def _kind(path: str) -> tuple[str | None, str | None]:
         suffix = posixpath.splitext(stem)[1]
     kind = KINDS.get(suffix)
     # Parquet is read from its end, which a compressed stream reaches last; it compresses inside.
-    return (None if compression and kind == "parquet" else kind), compression
+    return (None if compression and kind == PARQUET else kind), compression
 
 
 def _supported() -> str:
@@ -174,4 +169,4 @@ def _standard_library(val: bool) -> Iterator[InputFile]:
         inside = path.relative_to(root)
         if not STDLIB_LEFT_OUT & set(inside.parts):
             stat, name = path.stat(), f"{STDLIB}/{inside.as_posix()}"
-            yield InputFile(name, path.as_posix(), stat.st_size, stat.st_mtime_ns, "text", val=val)
+            yield InputFile(name, path.as_posix(), stat.st_size, stat.st_mtime_ns, TEXT, val=val)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from prepare.options import DEFAULT_VAL_FRACTION, Options, check_val_fraction
-from prepare.sources import InputFile
+from prepare.sources import TEXT, InputFile
 
 HASH, POSITION, GIVEN = "hash", "position", "given"
 
@@ -34,7 +34,7 @@ class SplitRule:
 
 def choose_rule(options: Options, files: Sequence[InputFile]) -> SplitRule:
     """Return the split rule of a new dataset. Raises ValueError if the files don't allow it."""
-    one_text = len(files) == 1 and files[0].kind == "text"
+    one_text = len(files) == 1 and files[0].kind == TEXT
     if options.val_source:
         return SplitRule(GIVEN, options.val_fraction)
     if options.split == POSITION and not one_text:
@@ -61,11 +61,10 @@ def follow_rule(stored: dict[str, Any], options: Options, files: Sequence[InputF
     requested = (options.split, options.val_fraction)
     if requested not in {("auto", DEFAULT_VAL_FRACTION), (rule.rule, rule.val_fraction)}:
         raise ValueError(
-            f"expected the split that the dataset was begun with, {rule.rule} and "
-            f"{rule.val_fraction}, found {options.split} and {options.val_fraction}: leave out "
-            "--split and --val-fraction"
+            f"expected the split rule of the dataset, {rule.rule} and {rule.val_fraction}, found "
+            f"{options.split} and {options.val_fraction}: leave out --split and --val-fraction"
         )
-    if rule.rule == POSITION and any(file.kind != "text" for file in files):
+    if rule.rule == POSITION and any(file.kind != TEXT for file in files):
         raise ValueError(
             "expected plain text files to append to a dataset that is split by position, found "
             "another type: prepare everything together into another --out"

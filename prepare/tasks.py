@@ -116,5 +116,6 @@ def _with_retries(
     """Retry what a network may have broken; errors of a local file system are final."""
     if workspace.folder.remote or any(plan.files[part.file].remote for part in unit.slices):
         name = plan.files[unit.slices[0].file].name
-        return retried(lambda: task(unit), f"read and write unit {unit.number} ({name} ...)")
+        action = f"read and write unit {unit.number} ({name} ...)"
+        return retried(lambda: task(unit), action, "finished units are kept; run the command again")
     return task(unit)

@@ -1,4 +1,4 @@
-"""Plain text of any size as bytes: streams, surveys, and places where it may be cut."""
+"""Plain text of any size as bytes: streams, surveys, and positions where it may be cut."""
 
 import codecs
 import re
@@ -38,7 +38,7 @@ def byte_stream(path: str, compression: str | None = None, offset: int = 0) -> N
     return stream
 
 
-def byte_blocks(path: str, compression: str | None, offset: int = 0) -> Iterator[bytes]:
+def byte_blocks(path: str, compression: str | None = None, offset: int = 0) -> Iterator[bytes]:
     """Yield a file's bytes from `offset` on, up to where it is damaged. Raises OSError there.
 
     A read that fails returns nothing, so what precedes the damage is read in smaller blocks.
@@ -97,9 +97,8 @@ def damage(path: str, error: Exception) -> str:
     A broken disk or connection is no property of the data: it must fail or retry the unit.
     """
     try:
-        with byte_stream(path) as stream:
-            while stream.read(READ_BYTES):
-                pass
+        for _ in byte_blocks(path):
+            pass
     except OSError as failure:
         raise failure from error
     return f"unreadable from here on: {one_line(error)}"
@@ -152,21 +151,19 @@ def last_cut(content: bytes) -> int:
 def next_cut(path: str, offset: int) -> int:
     """The first safe cut of an uncompressed text from `offset` on, or its end."""
     content, begin = b"", max(offset - LOOKBEHIND, 0)
-    with byte_stream(path, offset=begin) as stream:
-        while block := stream.read(READ_BYTES):
-            seen = content[-LOOKBEHIND:]
-            begin += len(content) - len(seen)
-            content = seen + block
-            if match := SAFE_CUT.search(content, max(offset - begin, len(seen))):
-                return begin + match.start()
+    for block in byte_blocks(path, offset=begin):
+        seen = content[-LOOKBEHIND:]
+        begin += len(content) - len(seen)
+        content = seen + block
+        if match := SAFE_CUT.search(content, max(offset - begin, len(seen))):
+            return begin + match.start()
     return begin + len(content)
 
 
 def next_line(path: str, compression: str | None, offset: int) -> int:
     """The start of the first line that begins after `offset`, or the text's end."""
-    with byte_stream(path, compression, offset) as stream:
-        while block := stream.read(READ_BYTES):
-            if (newline := block.find(b"\n")) >= 0:
-                return offset + newline + 1
-            offset += len(block)
+    for block in byte_blocks(path, compression, offset):
+        if (newline := block.find(b"\n")) >= 0:
+            return offset + newline + 1
+        offset += len(block)
     return offset

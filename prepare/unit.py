@@ -64,9 +64,9 @@ def check_unchanged(plan: Plan, unit: Unit) -> None:
         status = file.status()
         if status != (file.size, file.mtime):
             raise ValueError(
-                f"expected {file.name} with {file.size} bytes as when the dataset was begun, found "
-                f"it {'changed' if status else 'gone'}: restore it and run again, or prepare anew "
-                "into another folder"
+                f"expected {file.name} with {file.size} bytes as when the dataset was started, "
+                f"found that file {'changed' if status else 'gone'}: restore it and run again, or "
+                "prepare into another --out"
             )
 
 
@@ -78,7 +78,7 @@ def _write_unit(
         SplitWriter(folder, f"{split}_{unit.name}", plan.first_source) for split in SPLITS
     )
     result = UnitResult(unit.number, {"train": train.shards, "val": val.shards})
-    documents, is_first = 0, True  # documents: begun so far
+    documents, is_first = 0, True
     with train, val:
         for batch in read(plan.files, unit.slices):
             result.bad += batch.bad

@@ -99,16 +99,12 @@ def _serve(task: Callable[[Unit], Any], parent: Connection, inherited: list[Conn
             unit = parent.recv()
         except (EOFError, ConnectionError):
             return
+        try:
+            outcome: Any = task(unit)
+        except (ValueError, OSError) as error:
+            outcome = error
         with suppress(ConnectionError):  # the parent has closed the pipe; the next recv ends this
-            parent.send(_outcome(task, unit))
-
-
-def _outcome(task: Callable[[Unit], Any], unit: Unit) -> Any:
-    """Return the task's result, or the ValueError or OSError that it raises."""
-    try:
-        return task(unit)
-    except (ValueError, OSError) as error:
-        return error
+            parent.send(outcome)
 
 
 def _exit_with(sentinel: int) -> None:

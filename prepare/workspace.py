@@ -112,8 +112,8 @@ class Workspace:
     folder: Folder
 
     @contextmanager
-    def locked(self, task: str = "") -> Iterator[None]:
-        """Hold the lock of the folder, or of one task in it; it is released with the process.
+    def locked(self, task: str | None = None) -> Iterator[None]:
+        """Hold the lock of the folder, or of task `i/n` in it; it is released with the process.
 
         Tasks share the folder with each other, and with nothing else. Raises ValueError if it is
         held. Object stores have no locks: there the user must take care.
@@ -123,7 +123,8 @@ class Workspace:
             return
         path = self.folder.local / WORK
         path.mkdir(parents=True, exist_ok=True)
-        with self._lock(path / f"lock{task}"):
+        name = f"lock-{task.replace('/', '-of-')}" if task else "lock"
+        with self._lock(path / name):
             # Take the own lock before testing the others, so that two runs can't miss each other.
             for other in [path / "lock"] if task else sorted(path.glob("lock-*")):
                 with self._lock(other):
@@ -155,11 +156,11 @@ class Workspace:
         return None if content is None else Manifest.parse(content, self.folder.path)
 
     def stored_plan(self) -> Plan | None:
-        """Return the plan last recorded here, or None. Raises ValueError if it is damaged."""
+        """Return the plan last stored here, or None. Raises ValueError if it is damaged."""
         record = self.folder.read_json(PLAN)
         return None if record is None else read_plan(record, f"{self.folder}/{PLAN}")
 
-    def record_plan(self, plan: Plan) -> None:
+    def store_plan(self, plan: Plan) -> None:
         """Store the plan, so that every later run can be compared with it."""
         self.folder.write(PLAN, to_json(plan.to_json()))
 

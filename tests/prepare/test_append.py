@@ -1,17 +1,33 @@
-"""An append that is killed: the dataset stays what it was, and the next run makes it whole."""
+"""--append: a dataset grows by generations; what was there stays as it was, killed or not."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from prepare import job
+from prepare.plan import Unit
 from shards.manifest import Manifest
-from tests.prepare.support import ROOT, contents, held, make, run, shrink, texts, write_jsonl
+from tests.prepare.support import (
+    ROOT,
+    contents,
+    expected,
+    held,
+    make,
+    quarantine,
+    run,
+    shrink,
+    text_of,
+    texts,
+    write_jsonl,
+)
 
 UNIT_BYTES = 1000
 PROGRAM = f"""
@@ -22,7 +38,149 @@ command.main()
 
 
 @pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def base(tmp_path: Path) -> Path:
+    """A dataset of a.jsonl, and b.jsonl to append."""
+    write_jsonl(tmp_path / "a.jsonl", texts(100, 1))
+    write_jsonl(tmp_path / "b.jsonl", texts(100, 2))
+    return make(tmp_path / "out", tmp_path / "a.jsonl")
+
+
+def rows(path: Path, documents: list[str]) -> list[tuple[str, int, str]]:
+    offsets = write_jsonl(path, documents)
+    return [(path.name, *pair) for pair in zip(offsets, documents, strict=True)]
+
+
+def test_what_was_there_stays(base: Path, tmp_path: Path) -> None:
+    before, first = contents(base), Manifest.load(base)
+    outcome = run(tmp_path / "b.jsonl", "--out", base, "--append")
+    assert outcome.code == 0, outcome.err
+    after, second = contents(base), Manifest.load(base)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"manifest.json"}
+    assert (first.generation, second.generation) == (0, 1)
+    assert Manifest.load(base, 0).fingerprint == first.fingerprint != second.fingerprint
+    wanted = rows(tmp_path / "a.jsonl", texts(100, 1)) + rows(tmp_path / "b.jsonl", texts(100, 2))
+    assert held(base) == expected(wanted)
+
+
+def test_no_document_changes_sides(base: Path, tmp_path: Path) -> None:
+    sides = held(base)
+    again = texts(100, 1) + texts(50, 3)
+    write_jsonl(tmp_path / "c.jsonl", again)
+    make(base, tmp_path / "c.jsonl", "--append")
+    after = held(base)
+    for side, other in (("train", "val"), ("val", "train")):
+        assert after[side][: len(sides[side])] == sides[side]
+        assert not {d.tokens for d in after[side]} & {d.tokens for d in after[other]}
+
+
+def test_again_and_again(base: Path, tmp_path: Path) -> None:
+    make(base, tmp_path / "b.jsonl", "--append")
+    once = contents(base)
+    for arguments in (["b.jsonl", "--append"], ["a.jsonl"]):
+        outcome = run(tmp_path / arguments[0], *arguments[1:], "--out", base)
+        assert "nothing to do" in outcome.out, outcome.err
+        assert contents(base) == once
+    write_jsonl(tmp_path / "c.jsonl", texts(20, 3))
+    make(base, tmp_path / "c.jsonl", "--append")
+    assert Manifest.load(base).generation == 2
+    assert [source.generation for source in Manifest.load(base).sources] == [0, 1, 2]
+    held(base)
+
+
+def test_a_small_addition_need_not_have_both_sides(base: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "c.jsonl", [text_of("train")])
+    make(base, tmp_path / "c.jsonl", "--append")
+    assert Manifest.load(base).generation == 1
+
+
+def test_bad_documents_add_up(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": null}\n{"text": "good"}\n')
+    make(base, tmp_path / "c.jsonl", "--append")
+    (tmp_path / "d.jsonl").write_text('{"text": 1}\n{"text": "good"}\n')
+    make(base, tmp_path / "d.jsonl", "--append")
+    assert [(e["source"], e["generation"]) for e in quarantine(base)] == [
+        ("c.jsonl", 1),
+        ("d.jsonl", 2),
+    ]
+    held(base)
+
+
+def test_an_interrupted_append_goes_on(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch, MIN_UNIT_BYTES=2000)
+    make(tmp_path / "whole", tmp_path / "a.jsonl")
+    make(base, tmp_path / "b.jsonl", "--append")
+    other = make(tmp_path / "other", tmp_path / "a.jsonl")
+    original = job.run_local
+
+    def interrupted(work: Callable, units: Sequence[Unit], *rest: object) -> Iterator:
+        yield from original(work, units[:2], *rest)
+        raise OSError("stopped here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "run_local", interrupted)
+        assert "stopped" in run(tmp_path / "b.jsonl", "--out", other, "--append").error
+    assert Manifest.load(other).generation == 0
+    outcome = run(tmp_path / "b.jsonl", "--out", other, "--append")
+    assert "Resuming: 2 of" in outcome.out
+    assert Manifest.load(other).generation == 1
+    held(other)
+
+
+def test_an_append_that_was_begun_is_finished_first(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> Iterator:
+        raise OSError("stopped here")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "run_local", interrupted)
+        run(tmp_path / "b.jsonl", "--out", base, "--append")
+    write_jsonl(tmp_path / "c.jsonl", texts(20, 3))
+    assert "b.jsonl" in run(tmp_path / "c.jsonl", "--out", base, "--append").error
+    make(base, tmp_path / "b.jsonl", "--append")
+
+
+def test_the_rule_is_followed(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", texts(100, 1))
+    write_jsonl(tmp_path / "b.jsonl", texts(100, 2))
+    out = make(tmp_path / "out", tmp_path / "a.jsonl", "--val-fraction", 0.3)
+    error = run(tmp_path / "b.jsonl", "--out", out, "--append", "--val-fraction", 0.2).error
+    assert "expected the split rule of the dataset, hash and 0.3, found auto and 0.2" in error
+    make(out, tmp_path / "b.jsonl", "--append")
+    wanted = rows(tmp_path / "a.jsonl", texts(100, 1)) + rows(tmp_path / "b.jsonl", texts(100, 2))
+    assert held(out) == expected(wanted, 0.3)
+    assert json.loads((out / "manifest.json").read_bytes())["split_rule"]["val_fraction"] == 0.3
+
+
+def test_by_position_each_file_is_cut(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name} line\n" * 100)
+    write_jsonl(tmp_path / "c.jsonl", texts(10))
+    out = make(tmp_path / "out", tmp_path / "a.txt")
+    make(out, tmp_path / "b.txt", "--append")
+    for side, sizes in (("train", 637), ("val", 63)):
+        assert [(d.source, d.text_bytes) for d in held(out)[side]] == [
+            ("a.txt", sizes),
+            ("b.txt", sizes),
+        ]
+    assert "plain text files to append" in run(tmp_path / "c.jsonl", "--out", out, "--append").error
+
+
+@pytest.mark.parametrize("state", ["nothing", "unfinished"])
+def test_there_must_be_a_complete_dataset(state: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [text_of("train")] * 3)
+    if state == "unfinished":
+        assert run(tmp_path / "a.jsonl", "--out", tmp_path / "out").code == 2
+    error = run(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--append").error
+    assert "expected a complete dataset" in error
+
+
+@pytest.fixture
+def killable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A dataset of a.jsonl, with b.jsonl beside it, of some hundred units, to append."""
     shrink(monkeypatch, MIN_UNIT_BYTES=UNIT_BYTES)
     write_jsonl(tmp_path / "a.jsonl", texts(100, seed=1))
@@ -49,18 +207,18 @@ def append_until_killed(out: Path, source: Path, units: int) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
-def test_killed_twice(base: Path, tmp_path: Path) -> None:
-    whole = Path(shutil.copytree(base, tmp_path / "whole"))
+def test_killed_twice(killable: Path, tmp_path: Path) -> None:
+    whole = Path(shutil.copytree(killable, tmp_path / "whole"))
     make(whole, tmp_path / "b.jsonl", "--append")
-    before, fingerprint = contents(base), Manifest.load(base).fingerprint
+    before, fingerprint = contents(killable), Manifest.load(killable).fingerprint
     for units in (1, 30):
-        append_until_killed(base, tmp_path / "b.jsonl", units)
-        manifest = Manifest.load(base)
+        append_until_killed(killable, tmp_path / "b.jsonl", units)
+        manifest = Manifest.load(killable)
         assert (manifest.generation, manifest.fingerprint) == (0, fingerprint)
-        now = contents(base)
+        now = contents(killable)
         assert {name: now[name] for name in before} == before
-    outcome = run(tmp_path / "b.jsonl", "--out", base, "--append")
+    outcome = run(tmp_path / "b.jsonl", "--out", killable, "--append")
     assert "Resuming" in outcome.out
-    assert contents(base) == contents(whole)
-    held(base)
-    assert Manifest.load(base, generation=0).fingerprint == fingerprint
+    assert contents(killable) == contents(whole)
+    held(killable)
+    assert Manifest.load(killable, generation=0).fingerprint == fingerprint

@@ -1,6 +1,7 @@
-"""--append: a dataset grows by generations, and what was there stays as it was."""
+"""A source that is no longer what was planned ends the run; what is finished is kept."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -8,158 +9,91 @@ import pytest
 
 from prepare import job
 from prepare.plan import Unit
-from shards.manifest import Manifest
-from tests.prepare.support import (
-    contents,
-    expected,
-    held,
-    make,
-    quarantine,
-    run,
-    shrink,
-    text_of,
-    texts,
-    write_jsonl,
-)
+from tests.prepare.support import contents, make, run, shrink, text_of, texts, write_jsonl
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """A dataset of a.jsonl, and b.jsonl to append."""
-    write_jsonl(tmp_path / "a.jsonl", texts(100, 1))
-    write_jsonl(tmp_path / "b.jsonl", texts(100, 2))
-    return make(tmp_path / "out", tmp_path / "a.jsonl")
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three sources of a unit each."""
+    shrink(monkeypatch, MIN_UNIT_BYTES=1000, MAX_UNIT_BYTES=1000)
+    for number in range(3):
+        path = tmp_path / f"corpus/{number}.jsonl"
+        write_jsonl(path, [text_of("train"), text_of("val"), *texts(5, number)])
+        path.write_text(path.read_text().ljust(1000))
+    return tmp_path / "corpus"
 
 
-def rows(path: Path, documents: list[str]) -> list[tuple[str, int, str]]:
-    offsets = write_jsonl(path, documents)
-    return [(path.name, *pair) for pair in zip(offsets, documents, strict=True)]
-
-
-def test_what_was_there_stays(base: Path, tmp_path: Path) -> None:
-    before, first = contents(base), Manifest.load(base)
-    outcome = run(tmp_path / "b.jsonl", "--out", base, "--append")
-    assert outcome.code == 0, outcome.err
-    after, second = contents(base), Manifest.load(base)
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"manifest.json"}
-    assert (first.generation, second.generation) == (0, 1)
-    assert Manifest.load(base, 0).fingerprint == first.fingerprint != second.fingerprint
-    wanted = rows(tmp_path / "a.jsonl", texts(100, 1)) + rows(tmp_path / "b.jsonl", texts(100, 2))
-    assert held(base) == expected(wanted)
-
-
-def test_no_document_changes_sides(base: Path, tmp_path: Path) -> None:
-    sides = held(base)
-    again = texts(100, 1) + texts(50, 3)
-    write_jsonl(tmp_path / "c.jsonl", again)
-    make(base, tmp_path / "c.jsonl", "--append")
-    after = held(base)
-    for side, other in (("train", "val"), ("val", "train")):
-        assert after[side][: len(sides[side])] == sides[side]
-        assert not {d.tokens for d in after[side]} & {d.tokens for d in after[other]}
-
-
-def test_again_and_again(base: Path, tmp_path: Path) -> None:
-    make(base, tmp_path / "b.jsonl", "--append")
-    once = contents(base)
-    for arguments in (["b.jsonl", "--append"], ["a.jsonl"]):
-        outcome = run(tmp_path / arguments[0], *arguments[1:], "--out", base)
-        assert "nothing to do" in outcome.out, outcome.err
-        assert contents(base) == once
-    write_jsonl(tmp_path / "c.jsonl", texts(20, 3))
-    make(base, tmp_path / "c.jsonl", "--append")
-    assert Manifest.load(base).generation == 2
-    assert [source.generation for source in Manifest.load(base).sources] == [0, 1, 2]
-    held(base)
-
-
-def test_a_small_addition_need_not_have_both_sides(base: Path, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "c.jsonl", [text_of("train")])
-    make(base, tmp_path / "c.jsonl", "--append")
-    assert Manifest.load(base).generation == 1
-
-
-def test_bad_documents_add_up(base: Path, tmp_path: Path) -> None:
-    (tmp_path / "c.jsonl").write_text('{"text": null}\n{"text": "good"}\n')
-    make(base, tmp_path / "c.jsonl", "--append")
-    (tmp_path / "d.jsonl").write_text('{"text": 1}\n{"text": "good"}\n')
-    make(base, tmp_path / "d.jsonl", "--append")
-    assert [(e["source"], e["generation"]) for e in quarantine(base)] == [
-        ("c.jsonl", 1),
-        ("d.jsonl", 2),
-    ]
-    held(base)
-
-
-def test_an_interrupted_append_goes_on(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shrink(monkeypatch, MIN_UNIT_BYTES=2000)
-    make(tmp_path / "whole", tmp_path / "a.jsonl")
-    make(base, tmp_path / "b.jsonl", "--append")
-    other = make(tmp_path / "other", tmp_path / "a.jsonl")
+def during(patch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Do something after the first unit of the next run."""
     original = job.run_local
 
     def interrupted(work: Callable, units: Sequence[Unit], *rest: object) -> Iterator:
-        yield from original(work, units[:2], *rest)
-        raise OSError("stopped here")
+        for number, result in enumerate(original(work, units, *rest)):
+            yield result
+            if number == 0:
+                act()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(job, "run_local", interrupted)
-        assert "stopped" in run(tmp_path / "b.jsonl", "--out", other, "--append").error
-    assert Manifest.load(other).generation == 0
-    outcome = run(tmp_path / "b.jsonl", "--out", other, "--append")
-    assert "Resuming: 2 of" in outcome.out
-    assert Manifest.load(other).generation == 1
-    held(other)
+    patch.setattr(job, "run_local", interrupted)
 
 
-def test_an_append_that_was_begun_is_finished_first(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def stop() -> None:
+    raise OSError("stopped here")
+
+
+CHANGES = {
+    "size": lambda path: path.write_text(path.read_text() + "\n"),
+    "time": lambda path: os.utime(path, ns=(0, path.stat().st_mtime_ns + 1)),
+    "content": lambda path: path.write_text(path.read_text().replace("0", "1")),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_changes_during_the_run(
+    change: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> Iterator:
-        raise OSError("stopped here")
-        yield
-
     with monkeypatch.context() as patch:
-        patch.setattr(job, "run_local", interrupted)
-        run(tmp_path / "b.jsonl", "--out", base, "--append")
-    write_jsonl(tmp_path / "c.jsonl", texts(20, 3))
-    assert "b.jsonl" in run(tmp_path / "c.jsonl", "--out", base, "--append").error
-    make(base, tmp_path / "b.jsonl", "--append")
+        during(patch, lambda: CHANGES[change](corpus / "2.jsonl"))
+        error = run(corpus, "--out", tmp_path / "out").error
+    assert "2.jsonl" in error
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert (tmp_path / "out/train_00001.npy").exists()
 
 
-def test_the_rule_is_followed(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", texts(100, 1))
-    write_jsonl(tmp_path / "b.jsonl", texts(100, 2))
-    out = make(tmp_path / "out", tmp_path / "a.jsonl", "--val-fraction", 0.3)
-    error = run(tmp_path / "b.jsonl", "--out", out, "--append", "--val-fraction", 0.2).error
-    assert "expected the split that the dataset was begun with" in error
-    make(out, tmp_path / "b.jsonl", "--append")
-    wanted = rows(tmp_path / "a.jsonl", texts(100, 1)) + rows(tmp_path / "b.jsonl", texts(100, 2))
-    assert held(out) == expected(wanted, 0.3)
-    assert json.loads((out / "manifest.json").read_bytes())["split_rule"]["val_fraction"] == 0.3
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_changes_between_two_runs(
+    change: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        during(patch, stop)
+        assert "stopped here" in run(corpus, "--out", tmp_path / "out").error
+    CHANGES[change](corpus / "1.jsonl")
+    error = run(corpus, "--out", tmp_path / "out").error
+    assert "corpus/1.jsonl" in error
+    assert ("gone" if change == "gone" else "changed") in error
+    assert not (tmp_path / "out/manifest.json").exists()
 
 
-def test_by_position_each_file_is_cut(tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text(f"{name} line\n" * 100)
-    write_jsonl(tmp_path / "c.jsonl", texts(10))
-    out = make(tmp_path / "out", tmp_path / "a.txt")
-    make(out, tmp_path / "b.txt", "--append")
-    for side, sizes in (("train", 637), ("val", 63)):
-        assert [(d.source, d.text_bytes) for d in held(out)[side]] == [
-            ("a.txt", sizes),
-            ("b.txt", sizes),
-        ]
-    assert "plain text files to append" in run(tmp_path / "c.jsonl", "--out", out, "--append").error
+def test_a_source_that_comes_between_two_runs(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        during(patch, stop)
+        run(corpus, "--out", tmp_path / "out")
+    write_jsonl(corpus / "3.jsonl", texts(14, 3))
+    assert "expected the sources and options" in run(corpus, "--out", tmp_path / "out").error
 
 
-@pytest.mark.parametrize("state", ["nothing", "unfinished"])
-def test_there_must_be_a_complete_dataset(state: str, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", [text_of("train")] * 3)
-    if state == "unfinished":
-        assert run(tmp_path / "a.jsonl", "--out", tmp_path / "out").code == 2
-    error = run(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--append").error
-    assert "expected a complete dataset" in error
+def test_finished_units_are_not_done_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make(tmp_path / "whole", corpus)
+    with monkeypatch.context() as patch:
+        during(patch, stop)
+        run(corpus, "--out", tmp_path / "out")
+    first = (tmp_path / "out/train_00000.npy").stat().st_mtime_ns
+    outcome = run(corpus, "--out", tmp_path / "out")
+    assert "Resuming: 1 of 3 units are finished." in outcome.out
+    assert (tmp_path / "out/train_00000.npy").stat().st_mtime_ns == first
+    assert contents(tmp_path / "out") == contents(whole)
+    assert len(json.loads((whole / "manifest.json").read_bytes())["sources"]) == 3

@@ -1,99 +1,89 @@
-"""A source that is no longer what was planned ends the run; what is finished is kept."""
+"""Shards that are full go on in a further one; the index knows where every document lies."""
 
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from prepare import job
-from prepare.plan import Unit
-from tests.prepare.support import contents, make, run, shrink, text_of, texts, write_jsonl
+from tests.prepare.support import (
+    COMPRESSORS,
+    EOT,
+    expected,
+    held,
+    law,
+    make,
+    shrink,
+    text_of,
+    texts,
+    write_jsonl,
+)
 
 
-@pytest.fixture
-def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three sources of a unit each."""
-    shrink(monkeypatch, MIN_UNIT_BYTES=1000, MAX_UNIT_BYTES=1000)
-    for number in range(3):
-        path = tmp_path / f"corpus/{number}.jsonl"
-        write_jsonl(path, [text_of("train"), text_of("val"), *texts(5, number)])
-        path.write_text(path.read_text().ljust(1000))
-    return tmp_path / "corpus"
+def test_the_index_of_a_shard(tmp_path: Path) -> None:
+    documents = [text_of("train"), "é <|endoftext|>", text_of("val"), "a b\n", text_of("train")]
+    offsets = write_jsonl(tmp_path / "a.jsonl", documents)
+    (tmp_path / "b.md").write_text("three small words")
+    out = make(tmp_path / "out", tmp_path / "a.jsonl", tmp_path / "b.md", "--val-fraction", 0.1)
+    sources = {"a.jsonl": 0, "b.md": 1}
+    wanted = expected(
+        [
+            *(("a.jsonl", *p) for p in zip(offsets, documents, strict=True)),
+            ("b.md", 0, "three small words"),
+        ]
+    )
+    for side in ("train", "val"):
+        lengths = [len(document.tokens) for document in wanted[side]]
+        assert pq.read_table(out / f"{side}_00000.docs.parquet").to_pylist() == [
+            {
+                "offset": sum(lengths[:number]),
+                "source": sources[document.source],
+                "row": document.row,
+                "text_bytes": document.text_bytes,
+                "continued": False,
+            }
+            for number, document in enumerate(wanted[side])
+        ]
+        tokens = np.load(out / f"{side}_00000.npy", allow_pickle=False)
+        assert tokens.tolist() == [token for document in wanted[side] for token in document.tokens]
 
 
-def during(patch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Do something after the first unit of the next run."""
-    original = job.run_local
-
-    def interrupted(work: Callable, units: Sequence[Unit], *rest: object) -> Iterator:
-        for number, result in enumerate(original(work, units, *rest)):
-            yield result
-            if number == 0:
-                act()
-
-    patch.setattr(job, "run_local", interrupted)
-
-
-def stop() -> None:
-    raise OSError("stopped here")
-
-
-CHANGES = {
-    "size": lambda path: path.write_text(path.read_text() + "\n"),
-    "time": lambda path: os.utime(path, ns=(0, path.stat().st_mtime_ns + 1)),
-    "content": lambda path: path.write_text(path.read_text().replace("0", "1")),
-    "gone": lambda path: path.unlink(),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_source_that_changes_during_the_run(
-    change: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_a_full_shard_is_followed_by_another(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        during(patch, lambda: CHANGES[change](corpus / "2.jsonl"))
-        error = run(corpus, "--out", tmp_path / "out").error
-    assert "2.jsonl" in error
-    assert not (tmp_path / "out/manifest.json").exists()
-    assert (tmp_path / "out/train_00001.npy").exists()
+    shrink(monkeypatch, MAX_SHARD_TOKENS=500, BATCH_BYTES=200, READ_BYTES=300)
+    documents = texts(200)
+    offsets = write_jsonl(tmp_path / "plain", documents)
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(COMPRESSORS[suffix]((tmp_path / "plain").read_bytes()))
+    out = make(tmp_path / "out", path)
+    assert held(out) == expected((path.name, *p) for p in zip(offsets, documents, strict=True))
+    shards = json.loads((out / "manifest.json").read_bytes())["splits"]["train"]["shards"]
+    assert [shard["file"] for shard in shards[:2]] == ["train_00000.npy", "train_00000_001.npy"]
+    assert [shard["file"] for shard in shards] == sorted(shard["file"] for shard in shards)
+    assert all(500 <= shard["tokens"] < 1200 for shard in shards[:-1])
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_source_that_changes_between_two_runs(
-    change: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_document_longer_than_a_shard_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        during(patch, stop)
-        assert "stopped here" in run(corpus, "--out", tmp_path / "out").error
-    CHANGES[change](corpus / "1.jsonl")
-    error = run(corpus, "--out", tmp_path / "out").error
-    assert "corpus/1.jsonl" in error
-    assert ("gone" if change == "gone" else "changed") in error
-    assert not (tmp_path / "out/manifest.json").exists()
-
-
-def test_a_source_that_comes_between_two_runs(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        during(patch, stop)
-        run(corpus, "--out", tmp_path / "out")
-    write_jsonl(corpus / "3.jsonl", texts(14, 3))
-    assert "expected the sources and options" in run(corpus, "--out", tmp_path / "out").error
-
-
-def test_finished_units_are_not_done_again(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = make(tmp_path / "whole", corpus)
-    with monkeypatch.context() as patch:
-        during(patch, stop)
-        run(corpus, "--out", tmp_path / "out")
-    first = (tmp_path / "out/train_00000.npy").stat().st_mtime_ns
-    outcome = run(corpus, "--out", tmp_path / "out")
-    assert "Resuming: 1 of 3 units are finished." in outcome.out
-    assert (tmp_path / "out/train_00000.npy").stat().st_mtime_ns == first
-    assert contents(tmp_path / "out") == contents(whole)
-    assert len(json.loads((whole / "manifest.json").read_bytes())["sources"]) == 3
+    shrink(monkeypatch, MAX_SHARD_TOKENS=100, PIECE_BYTES=100, READ_BYTES=50)
+    content = "".join(texts(30))
+    (tmp_path / "long.txt.gz").write_bytes(COMPRESSORS[".gz"](content.encode()))
+    write_jsonl(tmp_path / "a.jsonl", fillers := [text_of("train"), text_of("val")])
+    out = make(tmp_path / "out", tmp_path / "long.txt.gz", tmp_path / "a.jsonl")
+    side = next(s for s, found in held(out).items() if found[0].source == "long.txt.gz")
+    assert held(out)[side][0].tokens == law(content)
+    shards = json.loads((out / "manifest.json").read_bytes())["splits"][side]["shards"]
+    assert len(shards) > 3
+    for number, shard in enumerate(shards):
+        index = pq.read_table(out / shard["index"]).to_pylist()
+        first = np.load(out / shard["file"])[0]
+        assert index[0]["continued"] == (number > 0)
+        assert (first == EOT) == (number == 0)
+    assert sum(shard["documents"] for shard in shards) == 1 + sum(
+        document.source == "a.jsonl" for document in held(out)[side]
+    )
+    assert len(fillers) == 2

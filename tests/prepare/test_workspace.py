@@ -8,7 +8,6 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -137,9 +136,14 @@ class TestTwoAtOnce:
             holder.stdout.readline()
             held(make(out, corpus))
 
-    @pytest.mark.parametrize(("task", "others"), [("", ["-1-of-2"]), ("-1-of-2", [""])])
+    @pytest.mark.parametrize(("task", "others"), [(None, ["1/2"]), ("1/2", [None])])
     def test_tasks_and_a_whole_run_exclude_each_other(
-        self, task: str, others: list[str], corpus: Path, tmp_path: Path, monkeypatch: Any
+        self,
+        task: str | None,
+        others: list[str | None],
+        corpus: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         shrink(monkeypatch, LOCK_SECONDS=0)
         workspace = Workspace(Folder(str(tmp_path / "out")))
@@ -147,7 +151,7 @@ class TestTwoAtOnce:
             for other in others:
                 with pytest.raises(ValueError, match="found another prepare at work"):
                     workspace.locked(other).__enter__()
-            with workspace.locked("-2-of-2") if task else nullcontext():
+            with workspace.locked("2/2") if task else nullcontext():
                 pass
         with workspace.locked(others[0]):
             pass
