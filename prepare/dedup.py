@@ -16,9 +16,9 @@ import xxhash
 from prepare.plan import Plan, Unit
 from prepare.text import digest_array
 from prepare.workspace import DUPLICATES, HASHES, HELD_OUT, Workspace
-from shards import tokenizer
 from shards.manifest import Manifest
 from shards.reader import open_tokens, read_index
+from shards.tokenizer import open_tokenizer
 
 # Documents compared at once: some 40 bytes each.
 AT_ONCE = 1 << 22
@@ -82,7 +82,7 @@ def _stored_validation_text(manifest: Manifest) -> Iterator[bytes]:
 
     The text is decoded from the tokens; a document may continue in the shards after its first.
     """
-    vocabulary = tokenizer.load().vocabulary()
+    vocabulary = open_tokenizer(manifest.tokenizer).vocabulary()
     hasher = None
     for shard in manifest.splits["val"].shards:
         index, tokens = read_index(manifest, shard), open_tokens(manifest, shard)

@@ -48,7 +48,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The number as it stands in the names of the unit's files."""
+        """The number as in the names of the unit's files."""
         return f"{self.number:05d}"
 
 
@@ -90,7 +90,7 @@ class Plan:
     first_source: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as `plan.json` stores it."""
+        """Return the content of `plan.json`."""
         return {"format": FORMAT, "version": VERSION} | asdict(self)
 
 
@@ -113,7 +113,7 @@ def _upgraded(record: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def make_plan(options: Options, base: Manifest | None = None) -> Plan:
-    """Inspect the sources and plan the work; with `base`, the dataset to append to, after its own.
+    """Inspect the sources and plan the work; with `base`, to be appended to that dataset.
 
     Raises ValueError or OSError for bad input.
     """
@@ -142,7 +142,7 @@ def make_plan(options: Options, base: Manifest | None = None) -> Plan:
 
 
 def _next_unit(base: Manifest | None) -> int:
-    """The first unit number that is not part of a shard's name."""
+    """Return the first unit number that no shard of the dataset bears."""
     shards = [shard for split in base.splits.values() for shard in split.shards] if base else []
     return max((int(re.findall(r"\d+", shard.file)[0]) for shard in shards), default=-1) + 1
 
@@ -170,8 +170,10 @@ def _inspect(
 
 
 def _row_groups(number: int, file: InputFile) -> Iterator[WeightedSlice]:
-    """Yield one slice per row group; a file whose footer is unreadable is one slice: its reader
-    reports the reason."""
+    """Yield one slice per row group, or one in all if the footer is unreadable.
+
+    Why it is unreadable is reported when that slice is read.
+    """
     try:
         metadata = pq.ParquetFile(byte_stream(file.path)).metadata
     except (OSError, pa.ArrowInvalid):
