@@ -4,378 +4,336 @@
     python train.py gpt2 --data web=0.7:data/web --data code=0.3:data/code
     torchrun --standalone --nproc_per_node=4 train.py gpt2 --data data/web
 
-The first word is a preset (gpt2 without one), every setting is a flag. The same command again
-goes on where the run in --log-dir stopped. Exit code: 0 finished, or stopped by --stop-at; 2 the
-input is wrong, the disk full or the training beyond help, a line says how; 75 asked to stop (by
-SIGINT, SIGTERM, SIGUSR1 or --max-time) and stopped at a checkpoint: run it again; 1 other ranks
-were lost, see what they said. torchrun turns all of them but 0 into 1.
+The first word is a preset (gpt2 by default), every setting is a flag. The same command again
+resumes the run in --log-dir. Exit code: 0 finished, or stopped by --stop-at; 2 invalid input, full
+disk or diverged training, one line says which and what to do; 75 stopped at a checkpoint by SIGINT,
+SIGTERM, SIGUSR1 or --max-time, run the command again; 1 other ranks were lost, see their output.
+torchrun turns every code but 0 into 1.
+
+Shapes: B sequences of a micro-batch, T block size.
 """
 
-# torch is imported inside the functions, after the flags are read: `--help` must not wait for it.
-from __future__ import annotations
-
-import math
 import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from mygpt import plot, run_config, settings, trackers
-from mygpt.log import Meter, RunLog, baseline_line, step_line, val_line
+from mygpt import settings
+from shards.cli import end_with, one_line_errors
+
+if __name__ == "__main__":
+    # --help and mistyped flags are answered here, before the imports below, which take seconds.
+    with one_line_errors():
+        settings.parse(sys.argv[1:], str(__doc__))
+    # Read by OpenMP when torch loads it: spinning threads slow a shared machine down several times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import hashlib
+import struct
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from mygpt import autotune, checkpoint, plot, run_config, sharding
+from mygpt.distributed import EXIT_LOST, Ranks, RanksLost, autocast, start
+from mygpt.evaluate import Loss, default_batch_size, evaluate
+from mygpt.generate import generate
+from mygpt.log import Meter, RunLog, StepResult, skip_line, step_line, val_line
+from mygpt.optim import learning_rate
 from mygpt.run_config import RunRecord
 from mygpt.settings import TrainConfig
-from shards.cli import end_with, one_line_errors
+from mygpt.spikes import fp16_overflow
+from mygpt.stopping import EXIT_STOPPED, Stop, Stopped
+from mygpt.train_state import TrainState, build, describe, restore, save
+from shards import checks
 from shards.files import write_json
 from shards.stream import Mixture
+from shards.tokenizer import Tokenizer, open_tokenizer
 
-if TYPE_CHECKING:
-    import numpy as np
+ALMOST_DONE = 0.9  # a step that has come this far is finished when the run is asked to stop
+SAMPLE_TOKENS = 64
 
-    from mygpt.config import GPTConfig
-    from mygpt.distributed import Ranks
-    from mygpt.stopping import Stop
-    from mygpt.train_state import Job
-    from shards.tokenizer import Tokenizer
-
-FEW_TOKENS = 2**28  # beyond, counting them for the baseline would hold up the start
+Track = Callable[[int, Mapping[str, float]], None]
 
 
 @one_line_errors()
 def main(args: list[str] | None = None) -> int:
-    """Read the flags, find the datasets and the run's folder, train. Returns the exit code."""
-    begun = time.monotonic()
-    # Threads that wait for one another should sleep, not spin (read once, when torch is imported):
-    # on a machine that does other work as well, steps are several times slower otherwise.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    asked = settings.parse(sys.argv[1:] if args is None else args, str(__doc__))
-    trackers.check(asked)
-    record, dataset = open_run(asked)
-    if record.config.verify:
-        check_hashes(dataset)
-
-    from mygpt.distributed import EXIT_LOST, RanksLost
-
+    """Start or resume the run that the flags describe. Returns the exit code."""
+    started = time.monotonic()
+    config = settings.parse(sys.argv[1:] if args is None else args, str(__doc__))
+    with trackers(config):  # fail fast if one is not installed
+        record, dataset = run_config.start_or_resume(config)
+    if config.verify:
+        verify(dataset)
+    run = config.log_dir
     try:
-        return train(record, dataset, begun)
+        with (
+            start(config.device, config.deterministic) as ranks,
+            checkpoint.locked(run) if ranks.is_main else nullcontext(),
+            Stop(ranks, config.max_time, started).watch() as stop,
+        ):
+            return train(record, dataset, ranks, stop)
     except RanksLost as lost:
         print("error:", lost, file=sys.stderr)
         return EXIT_LOST
 
 
-# --- what to train, on what
-
-
-def open_run(asked: TrainConfig) -> tuple[RunRecord, Mixture]:
-    """The settings and the datasets: those of the run that lies in the folder, if one does.
-
-    Raises ValueError, naming the first difference, if `asked` or its datasets do not fit that run.
-    """
-    begun = run_config.read_run(asked.log_dir)
-    config = run_config.continued(begun.config, asked) if begun else asked
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if not asked.micro_batch and not settings.shares_out(config, world_size):
-        config = replace(config, micro_batch=0)  # found on another number of ranks: find it anew
-    if not config.data:
-        config = replace(config, data=(str(settings.only_dataset()),))
-        if os.environ.get("RANK", "0") == "0":
-            print(f"no --data given: taking {config.data[0]}, the only dataset there")
-    dataset = Mixture.load(config.data, begun.generations if begun else None)
-    if begun and begun.fingerprint != dataset.fingerprint:
-        raise ValueError(
-            f"{config.log_dir} holds a run with dataset fingerprint {begun.fingerprint[:12]}, "
-            f"{' and '.join(config.data)} has {dataset.fingerprint[:12]}: give the --data of that "
-            "run, or another --log-dir"
+def train(record: RunRecord, dataset: Mixture, ranks: Ranks, stop: Stop) -> int:
+    """Train from the newest checkpoint, or from the initial weights, to the last step."""
+    run_config.check_ranks_agree(record, ranks)
+    run, log = record.config.log_dir, RunLog(record.config.log_dir, enabled=ranks.is_main)
+    state = None
+    try:
+        record = autotune.resolve_micro_batch(record, dataset, ranks, log)
+        settings.grad_accum_steps(record.config, ranks.world_size)  # fail fast
+        tokenizer = open_tokenizer(dataset.tokenizer) if record.config.sample_interval else None
+        record = autotune.resolve_max_steps(
+            record,
+            dataset,
+            ranks,
+            log,
+            train_step=lambda state: train_step(state, stop),
+            validate=lambda state: validate(state, stop),
         )
-    if config.init_from and not begun:
-        config = replace(config, model=shape_of(config))
-    if dataset.tokenizer.n_vocab > config.model.vocab_size:
-        raise ValueError(
-            f"expected a vocabulary of at most {config.model.vocab_size}, the model's, found "
-            f"{dataset.tokenizer.n_vocab} in {config.data[0]}: give --vocab-size "
-            f"{dataset.tokenizer.n_vocab}"
-        )
-    record = RunRecord(config, dataset.fingerprint, dataset.generations)
-    if not begun:
-        return record, dataset
-    if config.generation != "latest":
-        return replace(record, earlier=begun.earlier), dataset
-    return moved_on(begun, record)
+        max_steps = record.config.max_steps
+        last = min(max_steps, record.config.stop_at or max_steps)
+        newest = ranks.broadcast_object(max(checkpoint.steps(run), default=-1))
+        if newest >= last and not lacks_validation(record.config, newest):
+            reached = "is finished" if newest >= max_steps else "has reached --stop-at"
+            log.write(f"nothing left to do: {run} {reached}, step {newest} of {max_steps}")
+            return 0
+        state = build(record, dataset, ranks, init_weights=newest < 0)
+        start_or_restore(state, newest, dataset, stop, log)
+        train_loop(state, last, tokenizer, stop, log)
+    except Stopped as stopped:
+        # A step or validation that was under way has been dropped, with the data it read.
+        step = state.step if state else 0
+        if state and state.step != state.saved_step:
+            save(state, run, None)
+            log.write(f"checkpoint {step}/{record.config.max_steps}")
+        end = record.config.max_steps or "a number still to be measured"
+        log.write(f"stopped by {stopped} at step {step} of {end}: the same command resumes")
+        return EXIT_STOPPED
+    log.write(f"finished step {last} of {max_steps}")
+    if last < max_steps:
+        log.write("stopped by --stop-at: the same command without it trains to the end")
+    if ranks.is_main:
+        log.write(f"log         {run / 'log.txt'}", f"picture     {plot.draw_or_explain(run)}")
+        log.write(f"checkpoint  {checkpoint.find(run)}", f"next        python eval.py {run}")
+    return 0
 
 
-def moved_on(begun: RunRecord, record: RunRecord) -> tuple[RunRecord, Mixture]:
-    """The record with the newest generation of every dataset, and these, if they have grown."""
-    from mygpt import checkpoint
-
-    latest = Mixture.load(record.config.data)
-    if latest.fingerprint == record.fingerprint:
-        return replace(record, earlier=begun.earlier), latest
-    until = max(checkpoint.steps(record.config.log_dir), default=0)
-    old = {"until": until, "fingerprint": begun.fingerprint, "generations": begun.generations}
-    earlier = (*begun.earlier, old)
-    return RunRecord(record.config, latest.fingerprint, latest.generations, earlier), latest
+# --- the loop
 
 
-def shape_of(config: TrainConfig) -> GPTConfig:
-    """The shape of the model in --init-from, with the run's dropout, cut to its block size."""
-    from mygpt.pretrained import from_pretrained
+def train_loop(
+    state: TrainState, last: int, tokenizer: Tokenizer | None, stop: Stop, log: RunLog
+) -> None:
+    """Train to step `last`. Raises `Stopped` at a step boundary if asked to stop."""
+    config, max_steps = state.config, state.config.max_steps
+    meter = Meter(config.total_batch_size, state.ideal_seconds, lambda: state.loader.wait_seconds)
+    with trackers(config, state.step, state.ranks.is_main) as track:
+        while state.step < last:
+            with meter:
+                result = train_step(state, stop)
+            step = state.step
+            shown = step % config.log_interval == 0 or step == last
+            if result.skipped:
+                log.write(skip_line(step, max_steps, result, config.log_dir))
+                state.spikes.check()
+            else:
+                metrics = result.metrics() | meter.metrics()
+                log.write(step_line(step, max_steps, metrics, meter.eta(last - step)), shown=shown)
+                track(step, metrics)
+            if shown:
+                meter.reset()
 
-    shape = from_pretrained(config.init_from, dropout=config.model.dropout).config
-    return replace(shape, block_size=min(shape.block_size, config.model.block_size))
+            val_loss, is_best = None, False
+            if step % config.val_interval == 0 or step == max_steps:
+                val_loss, is_best = log_validation(state, stop, log)
+                track(step, {"val_loss": val_loss})
+            if tokenizer and step % config.sample_interval == 0:
+                write_samples(state, tokenizer)
+            if is_best or step == last or step % config.checkpoint_interval == 0:
+                save(state, config.log_dir, val_loss)
+                log.write(f"checkpoint {step}/{max_steps}" + "  best so far" * is_best)
 
 
-def check_hashes(dataset: Mixture) -> None:
-    """Raise ValueError if a shard is not what its manifest says, after reading all of them.
+def train_step(state: TrainState, stop: Stop) -> StepResult:
+    """Take one optimizer step: forward and backward passes, clip, update.
 
-    The ranks of a machine share them out: one that waited for another would give it up for lost.
+    If asked to stop, drop the step with its data and raise `Stopped`. A step whose loss or gradient
+    norm is not finite, or that `state.spikes` rejects, reads its data and counts, but leaves
+    weights and optimizer state unchanged.
     """
-    from shards.checks import check
+    config, device = state.config, state.ranks.device
+    before = state.loader.state_dict()
+    loss = torch.zeros((), device=device)
+    for micro_step in range(state.grad_accum_steps):
+        if stop.asked() and micro_step < ALMOST_DONE * state.grad_accum_steps:
+            state.loader.load_state_dict(before)
+            state.zero_grad()
+            raise Stopped(stop.reason)
+        x, y = next(state.loader)  # (B, T), (B, T)
+        torch.manual_seed(dropout_seed(config.seed, state.step, micro_step, state.ranks.rank))
+        # Gradients accumulate on each rank; DDP averages them during the last backward pass only.
+        is_last = micro_step == state.grad_accum_steps - 1
+        with nullcontext() if state.ddp is None or is_last else state.ddp.no_sync():
+            with autocast(device):
+                _, micro_loss = (state.ddp or state.model)(x, y)
+            state.scaler.scale(micro_loss / state.grad_accum_steps).backward()
+        loss += micro_loss.detach() / state.grad_accum_steps
 
-    rank, ranks = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
-    own = slice(rank, None, ranks or 1)
-    for manifest in dataset.manifests:
-        for split in manifest.splits:
-            check(manifest, split, own)
+    lr = learning_rate(
+        state.step,
+        max_lr=config.max_lr,
+        min_lr=config.min_lr,
+        warmup_steps=config.warmup_steps,
+        max_steps=config.max_steps,
+        schedule=config.schedule,
+    )
+    for optimizer in state.optimizers:
+        state.scaler.unscale_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
+    norm = sharding.full_tensor(norm)
+
+    # The one place where a step waits for its device. To decide about skipping without waiting,
+    # every optimizer would need an update that the device can undo.
+    mean_loss, mean_norm = state.ranks.all_reduce_mean(torch.stack([loss, norm]))
+    skipped = fp16_overflow(state.scaler, mean_loss, mean_norm) or state.spikes.judge(
+        mean_loss, mean_norm
+    )
+    if not skipped:
+        for optimizer in state.optimizers:
+            state.scaler.step(optimizer)
+    state.zero_grad()
+    state.scaler.update()
+    state.step += 1
+    windows = range(before["position"], state.loader.state_dict()["position"])
+    return StepResult(mean_loss, mean_norm, lr, windows, skipped)
 
 
-# --- training
+def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """Return the 64-bit seed of all randomness in one forward pass, a hash of where it stands.
 
-
-def train(record: RunRecord, dataset: Mixture, begun: float) -> int:
-    """Take the run from its newest checkpoint, or from nothing, to its end: the exit code.
-
-    `begun` is when the program was started, by `time.monotonic()`.
+    So a checkpoint needs no generator state, and nothing else that draws numbers (validation,
+    samples, a resume) can shift dropout. Hashed instead of added: step 1 of seed 7 must differ from
+    step 0 of seed 8, and the CPU's generator uses only the low 32 bits.
     """
-    from mygpt import checkpoint, run_config
-    from mygpt import step as announce
-    from mygpt.distributed import start
-    from mygpt.stopping import EXIT_STOPPED, Stop, Stopped
-    from mygpt.train_state import save
-
-    config, run = record.config, record.config.log_dir
-    with (
-        start(config.device, config.deterministic) as ranks,
-        checkpoint.locked(run) if ranks.is_main else nullcontext(),
-        Stop(ranks, config.max_time, begun).watch() as stop,
-    ):
-        run_config.check(record, ranks)
-        log = RunLog(run, enabled=ranks.is_main)
-        record = with_micro_batch(record, dataset, ranks, log)
-        # Refused before anything slow begins.
-        settings.accumulation(record.config, ranks.world_size)
-        coder = open_tokenizer(dataset) if config.sample_interval else None
-        job = None
-        try:
-            record = with_length(record, dataset, ranks, stop, log)
-            of = record.config.max_steps
-            last = min(of, config.stop_at or of)
-            newest = ranks.broadcast_object(max(checkpoint.steps(run), default=-1))
-            if newest >= last and not was_cut_off(record.config, newest):
-                state = "is finished" if newest >= of else "has come to --stop-at"
-                log.write(f"nothing left to do: the run in {run} {state}, step {newest} of {of}")
-                return 0
-            job = build(record, dataset, ranks, fresh=newest < 0)
-            take_up(job, newest, dataset, stop, log)
-            with trackers.open_trackers(job.config, job.step, ranks.is_main) as track:
-                take_steps(job, last, coder, stop, log, track)
-        except Stopped as stopped:
-            # What is there is a number of finished steps: all else was dropped with its data.
-            done = job.step if job else 0
-            if job and job.step != job.saved_step:
-                save(job, run, None)
-                log.write(f"checkpoint {done}/{record.config.max_steps}")
-            end = record.config.max_steps or "a number still to be measured"
-            log.write(f"stopped by {stopped} at step {done} of {end}: the same command goes on")
-            return EXIT_STOPPED
-        if ranks.is_main:
-            log.write(*announce.farewell(run, last, of))
-        return 0
+    numbers = struct.pack("<4Q", seed, step, micro_step, rank)
+    return int.from_bytes(hashlib.blake2b(numbers, digest_size=8).digest(), "little")
 
 
-def with_micro_batch(record: RunRecord, dataset: Mixture, ranks: Ranks, log: RunLog) -> RunRecord:
-    """The record with the rows that --micro-batch auto stands for, found if need be."""
-    from mygpt import autotune
-
-    config = record.config
-    if config.micro_batch:
-        return record
-    block_size = config.model.block_size
-    sizes = autotune.sizes(config.total_batch_size, block_size, ranks.world_size)
-    if ranks.device.type == "cuda":
-        log.write("trying how many rows fit into the memory")
-        trial = replace(config, micro_batch=sizes[0], compile=False)
-        job = build(replace(record, config=trial), dataset, ranks)
-        found = autotune.by_trying(job.model, job.optimizers, sizes, ranks, job.own_parameters)
-    else:
-        found = autotune.by_rule(sizes, block_size)
-    return replace(record, config=replace(config, micro_batch=found))
+# --- validation and samples
 
 
-def with_length(
-    record: RunRecord, dataset: Mixture, ranks: Ranks, stop: Stop, log: RunLog
-) -> RunRecord:
-    """The record with its number of steps, measured if need be, and all that follows from it."""
-    from mygpt.autotune import measured_steps
+def validate(state: TrainState, stop: Stop) -> Loss:
+    """Return the loss on the fixed validation subset, the same on all ranks.
 
-    config = record.config
-    windows = None
-    if len(dataset.manifests) == 1:
-        shards = dataset.manifests[0].splits["train"].shards
-        windows = sum(shard.windows(config.model.block_size) for shard in shards)
-    steps = settings.steps_of(config, windows)
-    if not steps:
-        log.write(f"measuring how many steps fit into {config.time_budget:g} seconds")
-        horizon = max(1000, config.warmup_steps)  # any takes as long
-        trial = replace(record, config=config.resolved(horizon))
-        steps = measured_steps(lambda: build(trial, dataset, ranks), stop)
-    return replace(record, config=config.resolved(steps))
+    Raises `Stopped` if asked to stop.
+    """
+    batch_size = default_batch_size(state.config.model.block_size, state.ranks.device)
+    # One batch for each rank at a time, so that all ranks ask equally often whether to stop.
+    on_all_ranks = batch_size * state.ranks.world_size
+    total = Loss(0.0, 0)
+    with sharding.unsharded(state.model):
+        for first in range(0, len(state.val_windows), on_all_ranks):
+            stop.check()
+            windows = state.val_windows[first : first + on_all_ranks]
+            part = evaluate(state.model, windows, state.ranks, batch_size)
+            total = Loss(total.nats + part.nats, total.tokens + part.tokens)
+    return total
 
 
-def was_cut_off(config: TrainConfig, step: int) -> bool:
-    """Is the validation of a checkpoint's step still to be made, as it was cut off?"""
-    from mygpt import checkpoint
+def log_validation(state: TrainState, stop: Stop, log: RunLog) -> tuple[float, bool]:
+    """Validate, log the loss and redraw the picture. Returns the loss, and if it is the best."""
+    loss = validate(state, stop)
+    log.write(val_line(state.step, state.config.max_steps, loss.mean, loss.tokens))
+    if state.ranks.is_main:
+        plot.draw_or_explain(state.config.log_dir)
+    is_best = loss.mean < state.best_val_loss
+    state.best_val_loss = min(state.best_val_loss, loss.mean)
+    return loss.mean, is_best
 
+
+def lacks_validation(config: TrainConfig, step: int) -> bool:
+    """Return whether the checkpoint of `step` was saved before its validation was finished."""
     if step < 1 or (step % config.val_interval and step != config.max_steps):
         return False
     return checkpoint.read_state(checkpoint.folder_of(config.log_dir, step))["val_loss"] is None
 
 
-def take_up(job: Job, newest: int, dataset: Mixture, stop: Stop, log: RunLog) -> None:
-    """Bring a new job to where its run stands, `newest` being its last checkpoint or -1."""
-    from mygpt import checkpoint
-    from mygpt import step as announce
-    from mygpt.train_state import restore, save
+def write_samples(state: TrainState, tokenizer: Tokenizer) -> None:
+    """Append a continuation of each --sample-prompt (by default a new document) to samples.jsonl.
 
-    config, of, is_main = job.config, job.config.max_steps, job.ranks.is_main
+    The same weights write the same text.
+    """
+    prompts = state.config.sample_prompt or ("",)
+    # On all ranks: the forward pass of a sharded model needs every rank.
+    with sharding.unsharded(state.model):
+        continuations = generate(
+            state.model,
+            [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts],
+            SAMPLE_TOKENS,
+            temperature=0.8,
+            seed=state.config.seed,
+            stop=tokenizer.eot,
+        )
+    # A model may have more ids than its tokenizer: the others decode to nothing.
+    known = [[token for token in ids if token < tokenizer.n_vocab] for ids in continuations]
+    samples = [
+        {"prompt": prompt, "text": prompt + tokenizer.decode(ids)}
+        for prompt, ids in zip(prompts, known, strict=True)
+    ]
+    if state.ranks.is_main:
+        run_config.write_samples(state.config.log_dir, state.step, samples)
+
+
+# --- before the first step
+
+
+def verify(dataset: Mixture) -> None:
+    """Raise ValueError if a shard differs from its manifest; local ranks divide the shards."""
+    rank, ranks = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
+    for manifest in dataset.manifests:
+        for split in manifest.splits:
+            checks.check(manifest, split, slice(rank, None, ranks or 1))
+
+
+def start_or_restore(
+    state: TrainState, newest: int, dataset: Mixture, stop: Stop, log: RunLog
+) -> None:
+    """Load the checkpoint of step `newest` if that is not -1, and describe the run."""
+    config, is_main = state.config, state.ranks.is_main
     if is_main:
-        write_json(config.log_dir / "config.json", job.record.to_json())
+        write_json(config.log_dir / "config.json", state.record.to_json())
         checkpoint.prune(config.log_dir, config.keep, config.keep_every)
-    job.ranks.barrier()
+    state.ranks.barrier()
     if newest >= 0:
-        restore(job, newest)
+        restore(state, newest)
     elif config.init_from:
-        save(job, config.log_dir, None)  # so that going on does not need those weights again
-    log.write(f"resume {newest}/{of}" if newest >= 0 else f"start 0/{of}")
+        save(state, config.log_dir, None)  # a resume does not need those weights again
+    log.write(f"{'resume' if newest >= 0 else 'start'} {state.step}/{config.max_steps}")
     if is_main:
-        log.write(*announce.description(job, dataset.tokens("train")), *baseline(job, dataset))
-    if was_cut_off(config, newest):
-        val_loss, is_best = validation(job, stop, log)
+        log.write(*describe(state, dataset))
+    if lacks_validation(config, newest):
+        val_loss, is_best = log_validation(state, stop, log)
         if is_main:
             checkpoint.note_val_loss(checkpoint.folder_of(config.log_dir, newest), val_loss)
-        log.write(f"checkpoint {newest}/{of}" + "  best so far" * is_best)
+        log.write(f"checkpoint {newest}/{config.max_steps}" + "  best so far" * is_best)
 
 
-def take_steps(
-    job: Job, last: int, coder: Tokenizer | None, stop: Stop, log: RunLog, track: trackers.Track
-) -> None:
-    """The training loop. Raises `Stopped` at a step boundary if asked to stop."""
-    from mygpt import step as announce
-    from mygpt.step import train_step, write_samples
-    from mygpt.train_state import save
+def trackers(
+    config: TrainConfig, step: int = 0, enabled: bool = False
+) -> AbstractContextManager[Track]:
+    """Open --tensorboard and --wandb; without them nothing of theirs is imported."""
+    if not config.tensorboard and not config.wandb:
+        return nullcontext(lambda step, metrics: None)
+    from mygpt import trackers
 
-    config, of = job.config, job.config.max_steps
-    meter = Meter(config.total_batch_size, job.ideal_seconds, lambda: job.loader.wait_seconds)
-    while job.step < last:
-        with meter:
-            outcome = train_step(job, stop)
-        step, rates = job.step, meter.rates(last - job.step)
-        shown = step % config.log_interval == 0 or step == last
-        if outcome.skipped:
-            log.write(announce.skipped(job, outcome))
-            job.spikes.check()
-        else:
-            loss, norm, lr = outcome.loss, outcome.norm, outcome.lr
-            log.write(step_line(step, of, loss, lr, norm, rates), shown=shown)
-            track(step, {"loss": loss, "norm": norm, "lr": lr, **rates.figures()})
-        if shown:
-            meter.reset()
-
-        val_loss, is_best = None, False
-        if step % config.val_interval == 0 or step == of:
-            val_loss, is_best = validation(job, stop, log)
-            track(step, {"val_loss": val_loss})
-        if coder and step % config.sample_interval == 0:
-            write_samples(job, coder)
-        # The best checkpoint is told by the loss it carries, and none is ever overwritten.
-        if is_best or step == last or step % config.checkpoint_interval == 0:
-            save(job, config.log_dir, val_loss)
-            log.write(f"checkpoint {step}/{of}" + "  best so far" * is_best)
-
-
-def validation(job: Job, stop: Stop, log: RunLog) -> tuple[float, bool]:
-    """Validate, log it and draw the picture: the loss, and whether it is the best so far."""
-    from mygpt.step import validate
-
-    found = validate(job, stop)
-    log.write(val_line(job.step, job.config.max_steps, found.mean, found.tokens))
-    if job.ranks.is_main:
-        plot.draw_or_explain(job.config.log_dir)
-    is_best = found.mean < job.best_loss
-    job.best_loss = min(job.best_loss, found.mean)
-    return found.mean, is_best
-
-
-def build(record: RunRecord, dataset: Mixture, ranks: Ranks, fresh: bool = True) -> Job:
-    """Everything as it is before the first step, the same on all ranks but for the rows read.
-
-    `fresh` tells that the weights are those to begin with; else a checkpoint will replace them.
-    """
-    from mygpt.train_state import assemble
-    from shards.loader import TokenLoader
-
-    config = record.config
-    loader = TokenLoader(
-        dataset,
-        "train",
-        config.micro_batch,
-        config.model.block_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        seed=config.seed,
-        device=ranks.device,
-        shuffle_shards=config.shuffle_shards,
-    )
-    return assemble(record, ranks, loader, validation_windows(config, dataset), fresh)
-
-
-def validation_windows(config: TrainConfig, dataset: Mixture) -> list[np.ndarray]:
-    """The fixed part of the validation split, of each source as much as its weight says."""
-    from shards.reader import EvalWindows
-
-    chosen: list[np.ndarray] = []
-    for manifest, weight in zip(dataset.manifests, dataset.weights, strict=True):
-        windows = EvalWindows(manifest, "val", config.model.block_size)
-        tokens = config.val_tokens * weight // sum(dataset.weights)
-        # Copies: a view would keep its shard's map, and the file behind it, for the whole run.
-        chosen += [windows[i].copy() for i in windows.spread(tokens)]
-    return chosen
-
-
-def open_tokenizer(dataset: Mixture) -> Tokenizer:
-    """The tokenizer of the datasets; ValueError if the one installed here is another."""
-    from shards import tokenizer
-
-    coder = tokenizer.load(dataset.tokenizer.name)
-    if coder.hash != dataset.tokenizer.hash:
-        raise ValueError(
-            f"expected the tokenizer {dataset.tokenizer.hash[:12]}, that of the dataset, found "
-            f"{coder.hash[:12]}: --sample-interval 0 trains without sampling"
-        )
-    return coder
-
-
-def baseline(job: Job, dataset: Mixture) -> Iterator[str]:
-    """The losses on the validation split that need no training, if they are soon counted."""
-    from mygpt.evaluate import unigram_loss
-    from shards.reader import EvalWindows, token_counts
-
-    if len(dataset.manifests) == 1 and dataset.tokens("train") <= FEW_TOKENS:
-        manifest = dataset.manifests[0]
-        targets = EvalWindows(manifest, "val", job.config.model.block_size)
-        unigram = unigram_loss(token_counts(manifest, "train"), targets)
-        yield baseline_line(unigram.mean, math.log(dataset.tokenizer.n_vocab))
+    return trackers.open_trackers(config, step, enabled)
 
 
 if __name__ == "__main__":

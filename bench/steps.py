@@ -23,10 +23,10 @@ from mygpt.distributed import Ranks, autocast, compute_dtype
 from mygpt.model import GPT
 from mygpt.run_config import RunRecord
 from mygpt.settings import PRESETS
-from mygpt.step import train_step
 from mygpt.stopping import Stop
 from mygpt.train_state import assemble
 from shards.loader import TokenLoader
+from train import train_step
 
 Step = Callable[[], float]
 BATCHES = 8  # of an epoch: they come again, so the loss falls
@@ -79,7 +79,7 @@ def ours(work: Workload, compiled: bool) -> Step:
         compile=False,
     )
     ranks = Ranks(0, 0, 1, torch.device(work.device))
-    state = assemble(RunRecord(config, "", {}), ranks, work.batches(), [], fresh=True)
+    state = assemble(RunRecord(config, "", {}), ranks, work.batches(), [])
     if compiled:
         state.model.compile()
     stop = Stop(ranks)

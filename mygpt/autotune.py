@@ -1,13 +1,16 @@
-"""The largest micro-batch that fits: `train.py --micro-batch auto`.
+"""Settings found by measuring: `--micro-batch auto` and the steps that fit into `--time-budget`.
 
-Where memory runs out with an error, on CUDA, sizes are tried with real passes through the model.
-Elsewhere the system would rather end the process: there a rule decides, and speed decided the rule.
+Each is measured once in the life of a run and then stored in config.json.
+
+Where memory runs out with an error, on CUDA, micro-batches are tried with real passes through the
+model. Elsewhere the system would kill the process instead: there a rule decides.
 """
 
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from statistics import median
@@ -18,37 +21,58 @@ from torch.optim import Optimizer
 
 from mygpt import optim, settings
 from mygpt.distributed import Ranks, autocast
+from mygpt.log import RunLog
 from mygpt.model import GPT
-from mygpt.step import train_step, validate
-from mygpt.stopping import Stop
-from mygpt.train_state import Job, save
+from mygpt.run_config import RunRecord
+from mygpt.settings import VALIDATIONS
+from mygpt.train_state import TrainState, build, save
+from shards.stream import Mixture
 
-# Tokens in a micro-batch where nothing is tried. On a CPU core a token of the `tiny` model takes
-# 16 % longer in batches of 128 than of 2,048, and 1 % less again in twice as many; of
-# GPTConfigSmall it takes as long in any batch.
+# Tokens per micro-batch where nothing is tried. On a CPU core a token of the `tiny` model takes
+# 16 % longer in micro-batches of 128 tokens than of 2,048, and 1 % less again in twice as many; a
+# token of GPTConfigSmall takes as long in any.
 UNTRIED_TOKENS = 2048
-# What tried sizes may fill, so that validation, NCCL's buffers and fragments have room beside them.
+# Memory that a tried size may fill: validation, NCCL's buffers and fragmentation need the rest.
 SHARE_OF_MEMORY = 0.9
 
 
-def sizes(total_batch_size: int, block_size: int, world_size: int) -> list[int]:
-    """The micro-batches, in rows and ascending, that make up a rank's part of a step exactly.
+def resolve_micro_batch(
+    record: RunRecord, dataset: Mixture, ranks: Ranks, log: RunLog
+) -> RunRecord:
+    """Return the record with `--micro-batch auto` replaced by the largest that fits every rank."""
+    config = record.config
+    if config.micro_batch:
+        return record
+    sizes = micro_batch_sizes(config.total_batch_size, config.model.block_size, ranks.world_size)
+    if ranks.device.type == "cuda":
+        log.write("trying which micro-batch fits into memory")
+        # Uncompiled, a model needs the most memory.
+        trial = replace(config, micro_batch=sizes[0], compile=False)
+        state = build(replace(record, config=trial), dataset, ranks)
+        size = by_trying(state.model, state.optimizers, sizes, ranks, state.own_parameters)
+    else:
+        size = by_rule(sizes, config.model.block_size)
+    return replace(record, config=replace(config, micro_batch=size))
 
-    Raises ValueError if the step's tokens can't be shared out over that many ranks.
+
+def micro_batch_sizes(total_batch_size: int, block_size: int, world_size: int) -> list[int]:
+    """Return, ascending, the micro-batches that divide a rank's part of a step.
+
+    Raises ValueError if the step's tokens don't divide among that many ranks.
     """
-    row_tokens = block_size * world_size
-    rows, rest = divmod(total_batch_size, row_tokens)
-    if rest or not rows:
+    sequence_tokens = block_size * world_size
+    sequences, rest = divmod(total_batch_size, sequence_tokens)
+    if rest or not sequences:
         raise ValueError(
             f"--total-batch-size must be a multiple of block_size * ranks = {block_size} * "
-            f"{world_size} = {row_tokens}, got {total_batch_size}: nearest is "
-            f"{max(row_tokens, total_batch_size - rest)}"
+            f"{world_size} = {sequence_tokens}, got {total_batch_size}: nearest is "
+            f"{max(sequence_tokens, total_batch_size - rest)}"
         )
-    return [size for size in range(1, rows + 1) if rows % size == 0]
+    return [size for size in range(1, sequences + 1) if sequences % size == 0]
 
 
 def by_rule(sizes: Sequence[int], block_size: int) -> int:
-    """The largest of ascending sizes with at most `UNTRIED_TOKENS` tokens; if none, the first."""
+    """Return the largest size of at most `UNTRIED_TOKENS` tokens; the first if there is none."""
     return max((size for size in sizes if size * block_size <= UNTRIED_TOKENS), default=sizes[0])
 
 
@@ -59,25 +83,23 @@ def by_trying(
     ranks: Ranks,
     own: Collection[Tensor] | None = None,
 ) -> int:
-    """The largest of ascending sizes with which no rank runs out of memory, the same on all.
+    """Return the largest of ascending sizes with which no rank runs out of memory.
 
-    Optimizers will remember something of the parameters in `own`; of all, if None. They and the
-    model are of no further use afterwards. The model should be uncompiled: compiled it needs less.
-    Raises ValueError if not even the first size fits.
+    `own`: the parameters whose optimizer state lies on this rank; None: all. Model and optimizers
+    are of no further use afterwards. Raises ValueError if not even the first size fits.
     """
 
-    def fits(rows: int) -> bool:
-        # No rank talks to others while it may run out: they would wait for it.
-        return ranks.all_reduce_sum([has_room(model, rows, ranks.device)])[0] == ranks.world_size
+    def on_all_ranks(fits: bool) -> bool:
+        return ranks.all_reduce_sum([fits])[0] == ranks.world_size
 
-    with _less_memory(ranks.device):
-        # A step has all of it at once: the optimizers fill their part first, and the first size is
-        # tried once more when the gradients are there, which stay.
-        begun = (
-            ranks.all_reduce_sum([has_room_for_state(optimizers, model, own)])[0]
-            == ranks.world_size
-        )
-        fitting = list(takewhile(fits, [sizes[0], *sizes]))[1:] if begun else []
+    with _limited_memory(ranks.device):
+        # A step needs everything at once: the optimizer state is allocated first, and the first
+        # size is tried a second time when the gradients, which stay, are allocated.
+        fitting = []
+        if on_all_ranks(_fits_optimizer_state(optimizers, model, own)):
+            attempts = [sizes[0], *sizes]
+            fits = lambda size: on_all_ranks(_fits(model, size, ranks.device))  # noqa: E731
+            fitting = list(takewhile(fits, attempts))[1:]
     if not fitting:
         raise ValueError(
             f"not even --micro-batch {sizes[0]} fits into the memory of {ranks.device}: give "
@@ -86,9 +108,9 @@ def by_trying(
     return fitting[-1]
 
 
-def has_room(model: GPT, rows: int, device: torch.device) -> bool:
-    """Whether a forward and a backward pass over that many full rows fit into memory."""
-    shape = (rows, model.config.block_size + 1)
+def _fits(model: GPT, micro_batch: int, device: torch.device) -> bool:
+    """Try a forward and a backward pass; without communication, since a rank may fail alone."""
+    shape = (micro_batch, model.config.block_size + 1)
     try:
         tokens = torch.randint(model.config.vocab_size, shape, device=device)  # (B, T + 1)
         with autocast(device):
@@ -99,10 +121,10 @@ def has_room(model: GPT, rows: int, device: torch.device) -> bool:
     return True
 
 
-def has_room_for_state(
+def _fits_optimizer_state(
     optimizers: Sequence[Optimizer], model: GPT, own: Collection[Tensor] | None
 ) -> bool:
-    """Whether what optimizers remember of those parameters fits into memory; if so, it is there."""
+    """Try to allocate the optimizer state of `own`, and keep it."""
     try:
         optim.allocate_state(optimizers, model, own)
     except torch.OutOfMemoryError:
@@ -111,8 +133,8 @@ def has_room_for_state(
 
 
 @contextmanager
-def _less_memory(device: torch.device) -> Iterator[None]:
-    """Inside the block, memory runs out early; after it, nothing that was tried is kept."""
+def _limited_memory(device: torch.device) -> Iterator[None]:
+    """Let CUDA run out of memory at `SHARE_OF_MEMORY`, and free what was tried at the end."""
     if device.type != "cuda":
         yield
         return
@@ -124,35 +146,72 @@ def _less_memory(device: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-# --- How many steps fit into --time-budget, measured before a run on a copy that is thrown away.
+def resolve_max_steps(
+    record: RunRecord,
+    dataset: Mixture,
+    ranks: Ranks,
+    log: RunLog,
+    *,
+    train_step: Callable[[TrainState], object],
+    validate: Callable[[TrainState], object],
+) -> RunRecord:
+    """Return the record with its number of steps, measured for --time-budget, and its intervals."""
+    config = record.config
+    windows = None
+    if len(dataset.manifests) == 1:
+        shards = dataset.manifests[0].splits["train"].shards
+        windows = sum(shard.windows(config.model.block_size) for shard in shards)
+    max_steps = settings.steps_of(config, windows)
+    if not max_steps:
+        log.write(f"measuring how many steps fit into {config.time_budget:g} seconds")
+        trial = replace(record, config=config.resolved(max(1000, config.warmup_steps)))
+        max_steps = steps_in_budget(lambda: build(trial, dataset, ranks), train_step, validate)
+    return replace(record, config=config.resolved(max_steps))
 
 
-def measured_steps(build: Callable[[], Job], stop: Stop) -> int:
-    """The steps that fit, the same on all ranks. `build` makes the copy.
+def steps_in_budget(
+    build: Callable[[], TrainState],
+    train_step: Callable[[TrainState], object],
+    validate: Callable[[TrainState], object],
+) -> int:
+    """Return how many steps fit into --time-budget, the same on all ranks.
 
-    It pays once for all that a run pays for at its start, then takes steps for a fiftieth of the
-    budget, then validates and writes a checkpoint. What it learned, drew and read goes with it.
+    Measured on a state that `build` makes and that is thrown away: the start-up with its first
+    step, steps for a fiftieth of the budget, one validation and one checkpoint.
     """
-    begun = time.perf_counter()
-    job = build()
-    config = job.config
-    train_step(job, stop)
-    start_seconds = time.perf_counter() - begun
-
-    def seconds_of_step() -> float:
-        started = time.perf_counter()
-        train_step(job, stop)
-        return time.perf_counter() - started
-
-    # Every rank must take as many steps as the others, so the main one decides how many.
-    count = job.ranks.broadcast_object(int(config.time_budget / 50 / seconds_of_step()))
-    step_seconds = median(seconds_of_step() for _ in range(max(3, min(count, 100))))
     started = time.perf_counter()
-    validate(job, stop)
+    state = build()
+    config = state.config
+    train_step(state)
+    startup_seconds = time.perf_counter() - started
+
+    def step_seconds() -> float:
+        before = time.perf_counter()
+        train_step(state)
+        return time.perf_counter() - before
+
+    # All ranks must take the same number of steps: rank 0 decides.
+    count = state.ranks.broadcast_object(int(config.time_budget / 50 / step_seconds()))
+    seconds = median(step_seconds() for _ in range(max(3, min(count, 100))))
+    before = time.perf_counter()
+    validate(state)
     with tempfile.TemporaryDirectory() as folder:
-        save(job, Path(folder), None)
-    round_seconds = time.perf_counter() - started
-    left = config.time_budget - (time.perf_counter() - begun) - start_seconds
-    return job.ranks.broadcast_object(
-        settings.steps_that_fit(left, step_seconds, round_seconds, config.val_interval)
+        save(state, Path(folder), None)
+    round_seconds = time.perf_counter() - before
+    left = config.time_budget - (time.perf_counter() - started) - startup_seconds
+    return state.ranks.broadcast_object(
+        steps_that_fit(left, seconds, round_seconds, config.val_interval)
     )
+
+
+def steps_that_fit(
+    seconds: float, step_seconds: float, round_seconds: float, val_interval: int
+) -> int:
+    """Return how many steps fit into `seconds`, at least 1, leaving a twentieth of it unused.
+
+    `round_seconds`: a validation with its checkpoint, once per `val_interval` steps or, if that is
+    0, `VALIDATIONS` times in the run.
+    """
+    if not val_interval:
+        return max(1, int((0.95 * seconds - VALIDATIONS * round_seconds) / step_seconds))
+    return max(1, int(0.95 * seconds / (step_seconds + round_seconds / val_interval)))

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mygpt import run_config
+from shards import stored_json
 
 FORMAT, VERSION = "mygpt-checkpoint", 2
 # What wrappers put before the names of parameters: torch.compile, DDP, activation checkpointing.
@@ -151,8 +151,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / "state.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint: it has no state.json")
-    remedies = ("use another checkpoint", "read it with the version of myGPT that wrote it")
-    return {"spikes": None} | run_config.read(path, FORMAT, VERSION, *remedies)
+    return {"spikes": None} | stored_json.read(path, FORMAT, {VERSION}, "use another checkpoint")
 
 
 def note_val_loss(folder: Path, val_loss: float) -> None:

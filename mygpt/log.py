@@ -1,4 +1,4 @@
-r"""The log of a run: `log.txt`, a line an event, written by `RunLog` and read back by `read`.
+r"""The log of a run: `RUN/log.txt`, one line per event, appended by `RunLog` and parsed by `read`.
 
     step 120/400  loss 4.123456  lr 2.973e-03  norm 0.7312  ms 212.4  tok/s 4821  mfu n/a  \
         data 0.1%  eta 0:00:59                                        (all on one line)
@@ -6,43 +6,102 @@ r"""The log of a run: `log.txt`, a line an event, written by `RunLog` and read b
     val 120/400  loss 4.301234  tokens 16384
     resume 100/400
 
-The file is only appended to. After a crash some steps are trained and logged again: a `resume`
-line (or `start 0/400`) says from where, and readers drop what was replayed. Lines of any other
-kind are for people.
+`METRICS` is the one table of what a step line holds. The file is only ever appended to: after a
+crash some steps are trained and logged a second time, a `resume` line (or `start 0/400`) says from
+which step, and readers drop what was logged of later steps before it. Other lines are for people.
 """
 
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-_NUMBER = r"[-+.0-9e]+|nan|inf"
-_STEP = re.compile(
-    rf"step (\d+)/\d+  loss ({_NUMBER})  lr ({_NUMBER})  norm ({_NUMBER})  ms \S+  tok/s (\d+)  "
-    r".*eta \S+"
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of a training step: its name in code and trackers, and how it is shown.
+
+    From this table come the line in log.txt, its parser, `History.series`, TensorBoard, W&B and
+    the report: a new metric is a row here and a value where the step is logged.
+    """
+
+    name: str
+    label: str  # in log.txt, before the value
+    format: str
+    chart: str = ""  # title of its chart in the report; "": none
+    unit: str = ""
+    log_scale: bool = False
+    is_timing: bool = False  # depends on the machine: differs between equal runs
+
+
+METRICS = (
+    Metric("loss", "loss", ".6f", unit="nats per token"),  # the report draws it beside validation
+    Metric("lr", "lr", ".3e", "Learning rate"),
+    Metric("norm", "norm", ".4f", "Gradient norm", "before clipping", log_scale=True),
+    Metric("ms", "ms", ".1f", is_timing=True),  # per step
+    Metric("tokens_per_second", "tok/s", ".0f", "Throughput", "tokens per second", is_timing=True),
+    Metric("mfu", "mfu", ".1%", is_timing=True),  # of the GPU's peak FLOPs, where that is known
+    Metric("waiting", "data", ".1%", is_timing=True),  # share of the time spent on waiting for data
 )
+
+_STEP = re.compile(r"step (\d+)/\d+  (loss .*)eta \S+")
 _SKIP = re.compile(r'skip step (\d+)/\d+  .*reason "([^"]*)"  windows .*')
-_VAL = re.compile(rf"val (\d+)/\d+  loss ({_NUMBER})  tokens \d+")
+_VAL = re.compile(r"val (\d+)/\d+  loss (\S+)  tokens \d+")
 _RESUME = re.compile(r"(?:start|resume) (\d+)/\d+")
-_UNIGRAM = re.compile(rf"baseline unigram ({_NUMBER}) uniform .*")
+_UNIGRAM = re.compile(r"baseline unigram (\S+) uniform .*")
 
 
-def end_torn_line(path: Path) -> None:
-    """A killed writer may have left half a line: what comes next must not be glued to it."""
-    with open(path, "a+b") as file:
-        if file.tell():
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of one optimizer step, the same on all ranks."""
+
+    loss: float  # nats per token, mean over the step's tokens, before the update
+    norm: float  # of the whole gradient, before clipping
+    lr: float
+    windows: range  # positions in the stream that the step was trained on
+    skipped: str = ""  # reason why the weights were left unchanged; empty if they were updated
+
+    def metrics(self) -> dict[str, float]:
+        """Return the step's metrics by their names in `METRICS`."""
+        return {"loss": self.loss, "lr": self.lr, "norm": self.norm}
+
+
+def step_line(step: int, max_steps: int, metrics: Mapping[str, float], eta: timedelta) -> str:
+    """Return the log line of a training step; a metric without a value is shown as n/a."""
+    words = [
+        f"{m.label} {format(metrics[m.name], m.format) if m.name in metrics else 'n/a'}"
+        for m in METRICS
+    ]
+    return "  ".join([f"step {step}/{max_steps}", *words, f"eta {str(eta).replace(' ', '')}"])
+
+
+def skip_line(step: int, max_steps: int, result: StepResult, run: Path) -> str:
+    """Return the log line of a step that left the weights unchanged, and how to see its data."""
+    windows = result.windows
+    return (
+        f"skip step {step}/{max_steps}  loss {result.loss:.6f}  norm {result.norm:.4f}  "
+        f'reason "{result.skipped}"  windows {windows.start}..{windows.stop - 1}  '
+        f"look: python -m shards explain --run {run} --step {step}"
+    )
+
+
+def val_line(step: int, max_steps: int, loss: float, tokens: int) -> str:
+    """Return the log line of a validation on the fixed subset of `tokens` targets."""
+    return f"val {step}/{max_steps}  loss {loss:.6f}  tokens {tokens}"
+
+
+def baseline_line(unigram: float, uniform: float) -> str:
+    """Return the log line of the losses that need no model, in nats per token of validation."""
+    return f"baseline unigram {unigram:.6f} uniform {uniform:.6f}"
 
 
 class RunLog:
-    """Lines for the terminal and for `RUN/log.txt`; silent where `enabled` is False."""
+    """Append-only writer of `RUN/log.txt`, echoed on the terminal; silent unless `enabled`."""
 
     def __init__(self, run: Path, enabled: bool = True) -> None:
         self.path = run / "log.txt"
@@ -52,65 +111,47 @@ class RunLog:
             end_torn_line(self.path)
 
     def write(self, *lines: str, shown: bool = True) -> None:
-        """Append lines, each at once and whole, and show them on the terminal.
+        """Append lines, each whole and at once, and echo them if `shown`.
 
-        Raises OSError where the disk is full or not writable.
+        Raises OSError if the disk is full or not writable.
         """
         if not self.enabled:
             return
         for line in lines:
             if shown:
-                _show(line)
+                _print(line)
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(line + "\n")
             except OSError as error:
                 raise OSError(
-                    f"cannot write {self.path} ({error}): make room, and the same command goes on "
-                    "from the last checkpoint"
+                    f"cannot write {self.path} ({error}): make room and run the same command "
+                    "again, it resumes from the last checkpoint"
                 ) from error
 
 
-def _show(line: str) -> None:
-    """Print a line. Where nobody reads along any more, a run goes on: log.txt has every line."""
+def _print(line: str) -> None:
+    """Print a line. A run outlives the reader of its output (`| head`): log.txt has every line."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@dataclass(frozen=True)
-class Rates:
-    """How fast training goes, on the mean of some steps; its text is the end of a step's line."""
-
-    seconds: float  # of a step
-    tokens_per_second: float
-    mfu: float | None  # of the hardware's peak, None where that is not known
-    waiting: float  # share of the time spent waiting for data
-    eta: timedelta  # what the steps that are left will take, without validations
-
-    def figures(self) -> dict[str, float]:
-        """By name, what a chart can show."""
-        known = {} if self.mfu is None else {"mfu": self.mfu}
-        return known | {
-            "ms": self.seconds * 1e3,
-            "tokens_per_second": self.tokens_per_second,
-            "waiting": self.waiting,
-        }
-
-    def __str__(self) -> str:
-        mfu = "n/a" if self.mfu is None else f"{self.mfu:.1%}"
-        return (
-            f"ms {self.seconds * 1e3:.1f}  tok/s {self.tokens_per_second:.0f}  mfu {mfu}  "
-            f"data {self.waiting:.1%}  eta {str(self.eta).replace(' ', '')}"
-        )
+def end_torn_line(path: Path) -> None:
+    """Terminate the last line of a file if a killed writer left it incomplete."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
 
 
 class Meter:
-    """The speed of training: `with meter:` around each step, `rates` over those since `reset`.
+    """Throughput of training: `with meter:` around each step, `metrics` since the last `reset`.
 
-    `tokens` are those of one step; `ideal_seconds` is what a step would take at the hardware's
-    peak, None where that is not known; `waited` tells the seconds spent waiting for data so far.
+    `tokens`: per step. `ideal_seconds`: of a step at the peak of the hardware, None if unknown.
+    `waited`: returns the seconds spent waiting for data so far.
     """
 
     def __init__(
@@ -120,7 +161,7 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new average."""
+        """Start a new average."""
         self._started, self._seconds, self._steps = 0.0, 0.0, 0
         self._waited_before = self.waited()
 
@@ -131,83 +172,91 @@ class Meter:
         self._seconds += time.perf_counter() - self._started
         self._steps += 1
 
-    def rates(self, steps_left: int) -> Rates:
-        """The means over the steps timed."""
+    def metrics(self) -> dict[str, float]:
+        """Return the means over the timed steps, by their names in `METRICS`."""
         seconds = self._seconds / self._steps
-        return Rates(
-            seconds=seconds,
-            tokens_per_second=self.tokens / seconds,
-            mfu=self.ideal_seconds and self.ideal_seconds / seconds,
-            waiting=(self.waited() - self._waited_before) / self._seconds,
-            eta=timedelta(seconds=round(steps_left * seconds)),
-        )
+        mfu = {} if self.ideal_seconds is None else {"mfu": self.ideal_seconds / seconds}
+        return mfu | {
+            "ms": seconds * 1e3,
+            "tokens_per_second": self.tokens / seconds,
+            "waiting": (self.waited() - self._waited_before) / self._seconds,
+        }
 
-
-def step_line(step: int, of: int, loss: float, lr: float, norm: float, rates: str | Rates) -> str:
-    """The line of a training step."""
-    return f"step {step}/{of}  loss {loss:.6f}  lr {lr:.3e}  norm {norm:.4f}  {rates}"
-
-
-def skip_line(step: int, of: int, loss: float, norm: float, reason: str, windows: range) -> str:
-    """The line of a step whose weights were left alone, with its place in the stream."""
-    return (
-        f'skip step {step}/{of}  loss {loss:.6f}  norm {norm:.4f}  reason "{reason}"  '
-        f"windows {windows.start}..{windows.stop - 1}"
-    )
-
-
-def val_line(step: int, of: int, loss: float, tokens: int) -> str:
-    """The line of a validation on the fixed subset of `tokens` targets."""
-    return f"val {step}/{of}  loss {loss:.6f}  tokens {tokens}"
-
-
-def baseline_line(unigram: float, uniform: float) -> str:
-    """The line of what needs no training: nats a token on the validation split."""
-    return f"baseline unigram {unigram:.6f} uniform {uniform:.6f}"
+    def eta(self, steps_left: int) -> timedelta:
+        """Return the time that the remaining steps will take, without validations."""
+        return timedelta(seconds=round(steps_left * self._seconds / self._steps))
 
 
 @dataclass
 class History:
-    """What a log tells, replayed steps once: step → what was logged of it.
+    """Content of a log, each step once: losses in nats per token, by step.
 
-    Losses are in nats a token; `skipped` tells why a step did not move the weights.
+    `series` and `timings` hold the metrics of `METRICS` by name, `skipped` the reason why a step
+    left the weights unchanged. Equal runs have equal histories: timings are not compared.
     """
 
-    train: dict[int, float] = field(default_factory=dict)
+    series: dict[str, dict[int, float]] = field(default_factory=lambda: _by_name(False))
+    timings: dict[str, dict[int, float]] = field(
+        default_factory=lambda: _by_name(True), compare=False
+    )
     val: dict[int, float] = field(default_factory=dict)
-    lr: dict[int, float] = field(default_factory=dict)
-    norm: dict[int, float] = field(default_factory=dict)
-    tokens_per_second: dict[int, float] = field(default_factory=dict, compare=False)
     skipped: dict[int, str] = field(default_factory=dict)
     unigram: float | None = None
 
+    @property
+    def train(self) -> dict[int, float]:
+        """Training loss by step."""
+        return self.series["loss"]
+
     def forget_after(self, step: int) -> None:
-        """Drop what was logged of later steps: they are trained again."""
-        series: list[dict[int, Any]] = [self.train, self.val, self.lr, self.norm, self.skipped]
-        for one in (*series, self.tokens_per_second):
-            for late in [at for at in one if at > step]:
-                del one[late]
+        """Drop everything logged of later steps: they are trained again."""
+        logged: list[dict[int, Any]] = [*self.series.values(), *self.timings.values()]
+        for series in (*logged, self.val, self.skipped):
+            for late in [at for at in series if at > step]:
+                del series[late]
+
+    def of(self, metric: Metric) -> dict[int, float]:
+        """Return the values of one metric by step."""
+        return (self.timings if metric.is_timing else self.series)[metric.name]
+
+
+def _by_name(is_timing: bool) -> dict[str, dict[int, float]]:
+    return {metric.name: {} for metric in METRICS if metric.is_timing == is_timing}
 
 
 def read(run: Path) -> History:
-    """Read `RUN/log.txt`. Lines that are torn or of no known kind are passed over.
+    """Parse `RUN/log.txt`; lines that are torn, damaged or of no known kind are passed over.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError if there is no log.
     """
     path, history = run / "log.txt", History()
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: give the folder of a run")
     for line in path.read_text("utf-8", errors="replace").splitlines():
         if match := _STEP.fullmatch(line):
-            series = (history.train, history.lr, history.norm, history.tokens_per_second)
-            for values, value in zip(series, match.groups()[1:], strict=True):
-                values[int(match[1])] = float(value)
+            _read_step(int(match[1]), match[2], history)
         elif match := _SKIP.fullmatch(line):
             history.skipped[int(match[1])] = match[2]
-        elif match := _VAL.fullmatch(line):
-            history.val[int(match[1])] = float(match[2])
+        elif (match := _VAL.fullmatch(line)) and (loss := _number(match[2])) is not None:
+            history.val[int(match[1])] = loss
         elif match := _UNIGRAM.fullmatch(line):
-            history.unigram = float(match[1])
+            history.unigram = _number(match[1])
         elif match := _RESUME.fullmatch(line):
             history.forget_after(int(match[1]))
     return history
+
+
+def _read_step(step: int, text: str, history: History) -> None:
+    """Note the metrics in `label value  label value ...` of one step."""
+    values = dict(word.split(" ", 1) for word in text.split("  ") if " " in word)
+    for metric in METRICS:
+        if (value := _number(values.get(metric.label, ""))) is not None:
+            history.of(metric)[step] = value
+
+
+def _number(word: str) -> float | None:
+    """Return the number in a word of the log, a percentage as a share; None if it holds none."""
+    try:
+        return float(word[:-1]) / 100 if word.endswith("%") else float(word)
+    except ValueError:
+        return None

@@ -1,94 +1,60 @@
-"""What a run's folder records: its settings, with which it may go on, and the texts it wrote.
+"""What a run records, resumes and refuses: `RUN/config.json` and the rules for going on with it.
 
     {"format": "mygpt-run", "version": 2, "fingerprint": "0a1b...", "generations": {"web": 0},
      "earlier": [], "config": {"max_steps": 700, "seed": 1337, ..., "model": {"n_layers": 4, ...}}}
 
-`config.json` is written before the first step: what was measured or worked out is so once and for
-all. Version 1, which knew one dataset and its `generation`, is read as well.
+Written before the first step with everything resolved: what was measured (micro-batch, number of
+steps) is measured once in the life of a run (promise 7).
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mygpt import checkpoint
 from mygpt.config import GPTConfig
 from mygpt.log import end_torn_line
-from mygpt.settings import LENGTHS, OPEN, RETIRED, TrainConfig, shallow
-
-# --- JSON files of a run that say their format and version: `config.json` and `state.json`.
-
-
-def read(path: Path, kind: str, newest: int, if_damaged: str, if_other: str) -> dict[str, Any]:
-    """The record in a file, as version 2 has it; version 1 knew one dataset and its `generation`.
-
-    `kind` is the format that it must have, in a version up to `newest`. Raises ValueError, ending
-    in the remedy `if_damaged` or `if_other`, for a file that is no JSON, or another record.
-    """
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): {if_damaged}") from None
-    found = (record.get("format"), record.get("version"))
-    if found not in [(kind, version) for version in range(1, newest + 1)]:
-        raise ValueError(
-            f"{path}: expected format {kind} version 1 to {newest}, found {found[0]} {found[1]}: "
-            f"{if_other}"
-        )
-    if "generation" in record:
-        # The name of an only dataset is that of its folder, and not compared.
-        record["generations"] = {"data": record.pop("generation")}
-    return record
-
+from mygpt.pretrained import from_pretrained
+from mygpt.settings import (
+    LENGTHS,
+    RETIRED,
+    UNRESOLVED,
+    TrainConfig,
+    fits_micro_batch,
+    only_dataset,
+    shallow,
+)
+from shards import stored_json
+from shards.stream import Mixture
 
 if TYPE_CHECKING:
     from mygpt.distributed import Ranks
 
-
 FORMAT, VERSION = "mygpt-run", 2
+OTHER_RUN = "take another --log-dir"
+NO_FIELDS = frozenset({"format", "version", *RETIRED})
 
-# What a run is made of stays fixed from its first step to its last (promise 7); these may differ
-# from one start to the next. `data` is where the datasets lie: their fingerprint is what is fixed.
+# Everything else is fixed from a run's first step to its last (promise 7). `data` is where the
+# datasets lie: it is their fingerprint that is fixed.
 FREE = {
     *("data", "generation", "verify", "log_dir", "stop_at", "max_time", "micro_batch"),
     *("skip_spikes", "log_interval", "val_interval", "checkpoint_interval", "keep", "keep_every"),
     *("sample_interval", "sample_prompt", "tensorboard", "wandb"),
     *("device", "compile", "deterministic", "gradient_checkpointing", "shard"),
 }
-
-
-def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The settings as plain JSON values; the model's own lie under "model"."""
-    lists = {name: list(getattr(config, name)) for name in ("data", "sample_prompt")}
-    return asdict(config) | lists | {"log_dir": str(config.log_dir)}
-
-
-def from_json(values: Mapping[str, Any]) -> TrainConfig:
-    """What `to_json` wrote, of version 1 too. Raises ValueError for an unknown setting."""
-    values = {name: value for name, value in values.items() if name not in RETIRED}
-    known = {f.name for f in fields(TrainConfig)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(
-            f"unknown setting {unknown[0]!r} in the run's configuration: expected that of this "
-            "version of myGPT; use the version that wrote it, or start anew with another --log-dir"
-        )
-    data = values["data"]
-    typed = {
-        "model": GPTConfig(**values["model"]),
-        "log_dir": Path(values["log_dir"]),
-        "data": (data,) if isinstance(data, str) else tuple(data or ()),
-        "sample_prompt": tuple(values.get("sample_prompt", ())),
-    }
-    return TrainConfig(**{**values, **typed})
+# Settings that may differ between the hosts of one run.
+PER_HOST = {"model", "data", "log_dir", "device"}
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What `RUN/config.json` says: the settings as resolved, and the datasets' identity.
+    """Content of `RUN/config.json`: the resolved settings and the identity of the datasets.
 
-    `earlier` lists what the datasets were before `--generation latest` moved on, oldest first:
-    {"until": step, "fingerprint": ..., "generations": ...}.
+    `earlier` lists what the datasets were before `--generation latest` advanced them, oldest
+    first: {"until": step, "fingerprint": ..., "generations": ...}.
     """
 
     config: TrainConfig
@@ -97,7 +63,7 @@ class RunRecord:
     earlier: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written."""
+        """Return the record as it is stored."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -108,41 +74,107 @@ class RunRecord:
         }
 
 
-def read_run(folder: Path) -> RunRecord | None:
-    """The record of the run in `folder`, or None where there is none.
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings as plain JSON values, the model's under "model"."""
+    lists = {name: list(getattr(config, name)) for name in ("data", "sample_prompt")}
+    return asdict(config) | lists | {"log_dir": str(config.log_dir)}
 
-    Raises ValueError for one of another version, and for checkpoints without a record.
+
+def from_json(values: Any, where: str | Path = "config.json") -> TrainConfig:
+    """Parse what `to_json` returned; ValueError naming `where` for invalid or unknown settings."""
+    return stored_json.build(TrainConfig, values, where, retired=NO_FIELDS)
+
+
+def read_run(folder: Path) -> RunRecord | None:
+    """Read the record of the run in `folder`; None if there is no run.
+
+    Raises ValueError for a damaged record, one of another version, and checkpoints without one.
     """
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "checkpoints").is_dir():
-            raise ValueError(f"{folder} has checkpoints but no config.json: take another --log-dir")
+            raise ValueError(f"{folder} has checkpoints but no config.json: {OTHER_RUN}")
         return None
-    other = "take another --log-dir"
-    remedies = (other, f"use the version of myGPT that wrote it, or {other}")
-    raw = read(path, FORMAT, VERSION, *remedies)
-    earlier = tuple(raw.get("earlier", ()))
-    return RunRecord(from_json(raw["config"]), raw["fingerprint"], raw["generations"], earlier)
+    raw = stored_json.read(path, FORMAT, {VERSION}, OTHER_RUN)
+    return stored_json.build(RunRecord, raw, path, retired=NO_FIELDS, remedy=OTHER_RUN)
 
 
-def continued(stored: TrainConfig, asked: TrainConfig) -> TrainConfig:
-    """The settings with which the run of `stored` goes on when `asked` is the command.
+def start_or_resume(requested: TrainConfig) -> tuple[RunRecord, Mixture]:
+    """Return the record and the datasets of the run that `requested` starts or resumes.
 
-    Raises ValueError if `asked` changes what must not change, naming the first such setting. What
-    `asked` leaves open is as the run has it.
+    Raises ValueError, naming the first difference, if a run lies in the folder that `requested` or
+    its datasets do not fit.
     """
-    if asked.init_from:  # the shape came from there, and is not spelt out on the command line
-        block_size = min(asked.model.block_size, stored.model.block_size)
-        shape = replace(stored.model, block_size=block_size, dropout=asked.model.dropout)
-        asked = replace(asked, model=shape)
-    wanted = _flat(asked)
+    stored = read_run(requested.log_dir)
+    config = resume(stored.config, requested) if stored else requested
+    if not requested.micro_batch and not fits_micro_batch(config, _world_size()):
+        config = replace(config, micro_batch=0)  # measured for another number of ranks
+    if not config.data:
+        config = replace(config, data=(str(only_dataset()),))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"no --data given: taking {config.data[0]}, the only dataset there")
+    if stored:
+        dataset = Mixture.load(config.data, stored.generations, expect=stored.fingerprint)
+    else:
+        dataset = Mixture.load(config.data)
+    if config.init_from and not stored:
+        config = replace(config, model=_pretrained_shape(config))
+    if dataset.tokenizer.n_vocab > config.model.vocab_size:
+        raise ValueError(
+            f"expected a vocabulary of at most {config.model.vocab_size}, the model's, found "
+            f"{dataset.tokenizer.n_vocab} in {config.data[0]}: give --vocab-size "
+            f"{dataset.tokenizer.n_vocab}"
+        )
+    record = RunRecord(config, dataset.fingerprint, dataset.generations)
+    if stored and config.generation == "latest":
+        return _advance_generation(stored, record, dataset)
+    return replace(record, earlier=stored.earlier if stored else ()), dataset
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _pretrained_shape(config: TrainConfig) -> GPTConfig:
+    """Return the shape of --init-from's model, with the run's dropout, cut to its block size."""
+    shape = from_pretrained(config.init_from, dropout=config.model.dropout).config
+    return replace(shape, block_size=min(shape.block_size, config.model.block_size))
+
+
+def _advance_generation(
+    stored: RunRecord, record: RunRecord, dataset: Mixture
+) -> tuple[RunRecord, Mixture]:
+    """Move the record to the newest generation of every dataset, if any has grown."""
+    latest = Mixture.load(record.config.data)
+    if latest.fingerprint == dataset.fingerprint:
+        return replace(record, earlier=stored.earlier), dataset
+    until = max(checkpoint.steps(record.config.log_dir), default=0)
+    former = {
+        "until": until,
+        "fingerprint": stored.fingerprint,
+        "generations": stored.generations,
+    }
+    earlier = (*stored.earlier, former)
+    return RunRecord(record.config, latest.fingerprint, latest.generations, earlier), latest
+
+
+def resume(stored: TrainConfig, requested: TrainConfig) -> TrainConfig:
+    """Return the settings to resume a run with: as requested, where open as stored.
+
+    Raises ValueError naming the first setting in which `requested` changes what is fixed.
+    """
+    if requested.init_from:  # the shape came from there and is not repeated on the command line
+        block_size = min(requested.model.block_size, stored.model.block_size)
+        shape = replace(stored.model, block_size=block_size, dropout=requested.model.dropout)
+        requested = replace(requested, model=shape)
+    values = _flat(requested)
     for name, value in _flat(stored).items():
-        is_open = name in OPEN and not wanted[name]
-        if name not in FREE and not is_open and wanted[name] != value:
-            raise _refusal(stored, asked, name, value, wanted[name])
-    left_open = [name for name in OPEN if not wanted[name] and name != "stop_at"]
-    filled = {name: getattr(stored, name) for name in left_open}
-    return replace(asked, data=asked.data or stored.data, **filled)
+        is_open = name in UNRESOLVED and not values[name]
+        if name not in FREE and not is_open and values[name] != value:
+            raise _refusal(stored, requested, name, value, values[name])
+    open_names = [name for name in UNRESOLVED if not values[name] and name != "stop_at"]
+    resolved = {name: getattr(stored, name) for name in open_names}
+    return replace(requested, data=requested.data or stored.data, **resolved)
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
@@ -151,7 +183,7 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def _refusal(
-    stored: TrainConfig, asked: TrainConfig, name: str, value: object, wanted: object
+    stored: TrainConfig, requested: TrainConfig, name: str, value: object, other: object
 ) -> ValueError:
     flag = name.replace("_", "-")
     remedy = f"--{flag} {value}"
@@ -160,46 +192,16 @@ def _refusal(
     elif name in LENGTHS:
         remedy = f"--max-steps {stored.max_steps}"
     return ValueError(
-        f"{asked.log_dir} holds a run with {name} {value}, this command asks for {wanted}: "
-        f"give {remedy} to go on with it, or another --log-dir"
+        f"{requested.log_dir} holds a run with {name} {value}, this command asks for {other}: "
+        f"give {remedy} to resume it, or another --log-dir"
     )
 
 
-def write_samples(run: Path, step: int, samples: Iterable[Mapping[str, str]]) -> None:
-    """Append texts that the model wrote after `step` steps to RUN/samples.jsonl."""
-    path = run / "samples.jsonl"
-    end_torn_line(path)
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+def check_ranks_agree(record: RunRecord, ranks: "Ranks") -> None:
+    """Raise ValueError on all ranks, naming the first difference, if their records differ.
 
-
-def read_samples(run: Path) -> list[dict[str, Any]]:
-    """The texts of RUN/samples.jsonl, {"step", "prompt", "text"} each; none without the file.
-
-    Those of steps that were trained again are there once, torn lines not at all.
-    """
-    path = run / "samples.jsonl"
-    found: dict[tuple[int, str], dict[str, Any]] = {}
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-        try:
-            sample = json.loads(line)
-        except ValueError:
-            continue
-        found[sample["step"], sample["prompt"]] = sample
-    return list(found.values())
-
-
-# --- Have all ranks the same run in mind? Each has read its flags, config.json and manifests alone.
-
-
-# Where things lie, and what they run on, may differ from host to host.
-HOSTS_OWN = {"model", "data", "log_dir", "device"}
-
-
-def check(record: RunRecord, ranks: "Ranks") -> None:
-    """Raise ValueError on all ranks, naming the first difference, if one has another run in mind.
-
-    They would train all the same: on rows that another seed or generation put in another order.
+    Every rank has parsed its flags, config.json and manifests by itself; ranks with another seed or
+    generation would train all the same, on sequences in another order.
     """
     first, *others = ranks.all_gather_object(_identity(record))
     for rank, other in enumerate(others, start=1):
@@ -213,8 +215,31 @@ def check(record: RunRecord, ranks: "Ranks") -> None:
 
 
 def _identity(record: RunRecord) -> dict[str, Any]:
-    """What has to be equal, by name; the name of an only dataset is that of its folder."""
+    """Return what must be equal on all ranks; the name of a single dataset is its folder's."""
     generations = list(record.generations.values())
-    names = {"dataset fingerprint": record.fingerprint[:12], "generations": generations}
-    settings = asdict(record.config.model) | shallow(record.config)
-    return names | {name: value for name, value in settings.items() if name not in HOSTS_OWN}
+    datasets = {"dataset fingerprint": record.fingerprint[:12], "generations": generations}
+    return datasets | {k: v for k, v in _flat(record.config).items() if k not in PER_HOST}
+
+
+def write_samples(run: Path, step: int, samples: Iterable[Mapping[str, str]]) -> None:
+    """Append the samples drawn after `step` steps to RUN/samples.jsonl."""
+    path = run / "samples.jsonl"
+    end_torn_line(path)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+
+
+def read_samples(run: Path) -> list[dict[str, Any]]:
+    """Read RUN/samples.jsonl: {"step", "prompt", "text"} each; an empty list without the file.
+
+    Samples of steps that were trained again appear once, torn lines are passed over.
+    """
+    path = run / "samples.jsonl"
+    samples: dict[tuple[int, str], dict[str, Any]] = {}
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        try:
+            sample = json.loads(line)
+        except ValueError:
+            continue
+        samples[sample["step"], sample["prompt"]] = sample
+    return list(samples.values())

@@ -1,6 +1,6 @@
-"""The settings of a training run: its flags, its presets, and the arithmetic of its steps.
+"""Settings of a training run: command-line flags, presets, and the arithmetic of step counts.
 
-Everything here is plain values: no torch, so that `train.py --help` answers at once.
+Plain values without torch, so that `train.py --help` answers at once.
 """
 
 import difflib
@@ -15,24 +15,23 @@ import tyro
 
 from mygpt.config import GPT2_SHAPES, OPTIMIZERS, GPTConfig, GPTConfigSmall
 
-ROUNDS = 10  # validations in a run whose interval was left open
-# The ways to say how long a run is. One of them is given, and becomes max_steps.
+VALIDATIONS = 10  # validations per run unless --val-interval says otherwise
+# Four ways to give the length of a run; exactly one is used, and it becomes max_steps.
 LENGTHS = ("max_steps", "max_tokens", "epochs", "time_budget")
-# Where 0 says "not decided": a run that goes on has them already, `resolved` works them out.
-OPEN = (
+# Settings in which 0 means "not decided yet": filled in by `resolved`, or on resume by the run.
+UNRESOLVED = (
     *LENGTHS,
     *("stop_at", "warmup_steps", "val_interval", "checkpoint_interval", "micro_batch"),
 )
-
-# Settings of earlier versions: what their flags answer. Stored values are dropped.
+# Settings of earlier versions: what to do instead. Stored values are ignored.
 RETIRED = {
-    "fp8": "fp8 was removed: at this width its casts cost more than they save; remove --fp8",
-    "attention": "torch chooses the attention kernel; remove --attention",
+    "fp8": "at this width its casts cost more than they save, remove --fp8",
+    "attention": "torch chooses the attention kernel, remove --attention",
 }
 
 
 def seconds_of(text: str) -> float:
-    """Seconds in "90", "1h30m" or "2d". Raises ValueError for anything else."""
+    """Parse "90", "1h30m" or "2d" into seconds; ValueError for anything else."""
     if re.fullmatch(r"\d+(\.\d*)?", text):
         return float(text)
     match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
@@ -42,7 +41,7 @@ def seconds_of(text: str) -> float:
     return float(sum(int(n or 0) * size for n, size in zip(match.groups(), sizes, strict=True)))
 
 
-# How the command line reads a time; the rest of the program sees seconds.
+# A duration on the command line, seconds everywhere else.
 Seconds = Annotated[
     float,
     tyro.constructors.PrimitiveConstructorSpec[float](
@@ -53,12 +52,12 @@ Seconds = Annotated[
         str_from_instance=lambda value: [f"{value:g}"],
     ),
 ]
-# "auto" is the command line's word for a number that is still to be found.
-Rows = Annotated[
+# "auto" on the command line, 0 everywhere else.
+MicroBatch = Annotated[
     int,
     tyro.constructors.PrimitiveConstructorSpec[int](
         nargs=1,
-        metavar="ROWS|auto",
+        metavar="SEQUENCES|auto",
         instance_from_str=lambda words: 0 if words[0] == "auto" else int(words[0]),
         is_instance=lambda value: isinstance(value, int),
         str_from_instance=lambda value: [str(value) if value else "auto"],
@@ -69,55 +68,55 @@ Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run as it is asked for; what is 0 is open, and filled in by the run or by `resolved`."""
+    """Settings of a run as requested; `resolved` fills in those that are still 0."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
-    data: Repeated = ()  # dataset's folder, or several: NAME=WEIGHT:FOLDER; else data/'s only one
-    generation: Literal["own", "latest"] = "own"  # latest: go on with all that data have grown to
-    shuffle_shards: int = 0  # shuffle within moving groups of so many shards; 0: over all of them
-    verify: bool = False  # check the hash of every shard before anything else
-    init_from: str = ""  # weights to begin with: gpt2, gpt2-medium, ... or a folder of theirs
-    log_dir: Path = Path("log")  # the run's folder; a run that lies there is continued
-    seed: int = 1337  # of the initial weights, the order of the data and dropout
-    max_steps: int = 19073  # optimizer steps, the horizon of the schedule; or one of the next three
-    max_tokens: int = 0  # training tokens, counted anew in each epoch
+    data: Repeated = ()  # dataset folder, or NAME=WEIGHT:FOLDER repeated; else data/'s only one
+    generation: Literal["own", "latest"] = "own"  # latest: use all that the datasets have grown to
+    shuffle_shards: int = 0  # shuffle within groups of this many shards; 0: globally
+    verify: bool = False  # check the hash of every shard first
+    init_from: str = ""  # initial weights: gpt2, gpt2-medium, ... or a folder in that format
+    log_dir: Path = Path("log")  # folder of the run; an existing run is resumed
+    seed: int = 1337  # of initial weights, data order and dropout
+    max_steps: int = 19073  # optimizer steps, the schedule's horizon; or one of the next three
+    max_tokens: int = 0  # training tokens, repeated ones included
     epochs: float = 0  # passes over the training split
-    time_budget: Seconds = 0  # time of training, from which max_steps is measured
-    stop_at: int = 0  # stop after this step and leave the schedule as it is; 0: go to the end
-    max_time: Seconds = 0  # stop then, at a checkpoint, to be run again: 3600 or 1h; 0: no limit
-    total_batch_size: int = 2**19  # tokens of one step, of all ranks together
-    micro_batch: Rows = 16  # rows that a rank takes through the model at once; auto: what fits
-    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
-    shard: Literal["none", "optimizer", "full"] = "none"  # what each rank has only a share of
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices of the blocks
-    max_lr: float = 6e-4  # learning rate after the warm-up
+    time_budget: Seconds = 0  # training time; max_steps is derived from measured step times
+    stop_at: int = 0  # stop after this step without changing the schedule; 0: run to the end
+    max_time: Seconds = 0  # stop at a checkpoint after this time (3600, 1h30m); 0: no limit
+    total_batch_size: int = 2**19  # tokens per optimizer step, over all ranks
+    micro_batch: MicroBatch = 16  # sequences per forward pass and rank; auto: as many as fit
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    shard: Literal["none", "optimizer", "full"] = "none"  # ZeRO-1 (optimizer) or FSDP2 (full)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks
+    max_lr: float = 6e-4  # learning rate after warm-up
     min_lr: float = 6e-5  # learning rate at the end
-    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: stay at max_lr, fall in the last half
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear over the last half
     warmup_steps: int = 0  # steps of linear warm-up; 0: a twentieth of the run
     weight_decay: float = 0.1  # on tensors of two and more dimensions
-    beta1: float = 0.9  # AdamW's decay of the mean of the gradient
-    beta2: float = 0.95  # AdamW's decay of the mean of its square
-    grad_clip: float = 1.0  # largest norm of the gradient
-    skip_spikes: float = 0  # skip steps so many deviations above the mean norm; 6, say; 0: none
-    log_interval: int = 1  # steps from one line on the terminal to the next; log.txt has each
-    val_interval: int = 0  # steps from one validation to the next; 0: a tenth of the run
-    val_tokens: int = 2**20  # size of the fixed part of the validation split used for them
-    checkpoint_interval: int = 0  # likewise for checkpoints; a better validation makes one too
-    keep: int = 2  # newest checkpoints to keep, beside the best by validation
-    keep_every: int = 0  # keep also those of steps that this divides; 0: none of them
-    sample_interval: int = 0  # steps from one text that the model writes to the next; 0: none
-    sample_prompt: Repeated = ()  # what such texts begin with; may be repeated
-    tensorboard: bool = False  # write RUN/tensorboard too
-    wandb: str = ""  # send the figures to this project of Weights & Biases
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
-    compile: bool = True  # torch.compile; on CUDA only
-    deterministic: bool = False  # bitwise repeatable on CUDA as well, which costs speed
+    beta1: float = 0.9  # AdamW: decay rate of the gradient's mean
+    beta2: float = 0.95  # AdamW: decay rate of the squared gradient's mean
+    grad_clip: float = 1.0  # maximum norm of the gradient
+    skip_spikes: float = 0  # skip steps this many standard deviations above the mean norm; 0: none
+    log_interval: int = 1  # steps between lines on the terminal; log.txt has every step
+    val_interval: int = 0  # steps between validations; 0: a tenth of the run
+    val_tokens: int = 2**20  # tokens of the fixed validation subset
+    checkpoint_interval: int = 0  # steps between checkpoints, plus each best one; 0: a tenth
+    keep: int = 2  # newest checkpoints to keep, besides the best one by validation
+    keep_every: int = 0  # also keep the checkpoints of every so many steps; 0: none
+    sample_interval: int = 0  # steps between samples drawn from the model; 0: none
+    sample_prompt: Repeated = ()  # prompt of such samples; may be repeated
+    tensorboard: bool = False  # also write RUN/tensorboard
+    wandb: str = ""  # also log to this Weights & Biases project
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first one available
+    compile: bool = True  # torch.compile, on CUDA only
+    deterministic: bool = False  # bitwise reproducible on CUDA too, at some cost in speed
 
     def __post_init__(self) -> None:
         for name in ("total_batch_size", "log_interval", "val_tokens", "keep"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         others = ("max_time", "shuffle_shards", "keep_every", "sample_interval", "skip_spikes")
-        for name in (*OPEN, *others):
+        for name in (*UNRESOLVED, *others):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, "0 or more", value)
         for name in ("max_lr", "grad_clip"):
@@ -134,7 +133,7 @@ class TrainConfig:
         if self.shard == "full" and not self.micro_batch:
             raise ValueError("--micro-batch auto can't try sizes on --shard full: give a number")
         if not any(getattr(self, name) for name in LENGTHS):
-            raise ValueError(f"a run needs an end: give {_flags_of(LENGTHS)}")
+            raise ValueError(f"a run needs a length: give {_flags_of(LENGTHS)}")
         if self.max_steps and self.warmup_steps > self.max_steps:
             raise ValueError(
                 f"--warmup-steps must be at most max_steps = {self.max_steps}, "
@@ -142,8 +141,8 @@ class TrainConfig:
             )
 
     def resolved(self, max_steps: int) -> "TrainConfig":
-        """The same with `max_steps`, and with the intervals left open worked out of it."""
-        tenth = max(1, max_steps // ROUNDS)
+        """Return the settings with `max_steps`, and with open intervals derived from it."""
+        tenth = max(1, max_steps // VALIDATIONS)
         return replace(
             self,
             max_steps=max_steps,
@@ -154,14 +153,14 @@ class TrainConfig:
 
 
 def _flags_of(names: Sequence[str]) -> str:
-    """The flags of settings, as one offers a choice."""
+    """Join the flags of settings into a list of alternatives."""
     *others, last = (f"--{name.replace('_', '-')}" for name in names)
     return f"{', '.join(others)} or {last}"
 
 
-def _require(condition: bool, name: str, wanted: str, found: object) -> None:
+def _require(condition: bool, name: str, expected: str, actual: object) -> None:
     if not condition:
-        raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, got {found}")
+        raise ValueError(f"--{name.replace('_', '-')} must be {expected}, got {actual}")
 
 
 _GPT2 = TrainConfig(warmup_steps=715, val_interval=250, checkpoint_interval=1000)
@@ -218,8 +217,8 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
 }
 
 
-# What the parser fills in: the same fields, unchecked and with n_hidden still open. So n_hidden
-# follows --n-embed, and an impossible value is reported by us in one line, not inside the parser.
+# The dataclasses that the parser fills: the same fields, unchecked and with n_hidden left open. So
+# n_hidden follows --n-embed, and impossible values become our one-line errors, not the parser's.
 class _ModelFlags(GPTConfig):
     """The shape of the model."""
 
@@ -236,28 +235,31 @@ class _Flags(TrainConfig):
 
 
 def parse(args: Sequence[str], description: str) -> TrainConfig:
-    """Read `[PRESET] --flag value ...`. Raises ValueError for values that cannot be.
+    """Parse `[PRESET] --flag value ...`.
 
-    Unknown flags and values of a wrong type leave through the parser's own message and exit code 2;
-    `--help` prints and exits.
+    Raises ValueError for invalid values. Unknown flags and values of a wrong type exit with the
+    parser's own message and code 2; `--help` prints and exits.
     """
+    _refuse_retired_flags(args)
     preset, rest = _preset_name(args)
-    for name, message in RETIRED.items():
-        if _is_given(name, rest) or _is_given(f"no_{name}", rest):
-            raise ValueError(message)
     base = PRESETS[preset][1]
+    model = _ModelFlags(**(shallow(base.model) | {"n_hidden": 0}))
     flags = tyro.cli(
         _Flags,
         args=rest,
-        default=_Flags(
-            **(shallow(base) | {"model": _ModelFlags(**(shallow(base.model) | {"n_hidden": 0}))})
-        ),
+        default=_Flags(**(shallow(base) | {"model": model})),
         prog="train.py",
         description=f"{description}\n\nPresets: {_presets()}.\n\nThe defaults below: {preset}.",
         config=(tyro.conf.OmitArgPrefixes,),
     )
     values = shallow(flags) | {"model": type(base.model)(**shallow(flags.model))}
-    return TrainConfig(**(values | _length(flags, rest)))
+    return TrainConfig(**(values | _overridden_length(flags, rest)))
+
+
+def _refuse_retired_flags(args: Sequence[str]) -> None:
+    for name, advice in RETIRED.items():
+        if _is_explicit(name, args) or _is_explicit(f"no_{name}", args):
+            raise ValueError(f"--{name} was removed: {advice}")
 
 
 def _presets() -> str:
@@ -275,101 +277,87 @@ def _preset_name(args: Sequence[str]) -> tuple[str, Sequence[str]]:
     )
 
 
-def _length(flags: _Flags, args: Sequence[str]) -> dict[str, int]:
-    """What of the preset is put aside when a flag says anew how long the run is."""
-    given = [name for name in LENGTHS if _is_given(name, args)]
-    said = [name for name in given if getattr(flags, name)]
-    if len(said) > 1:
-        raise ValueError(f"{_flags_of(said)} each say how long: give one of them")
-    if not given:
+def _overridden_length(flags: _Flags, args: Sequence[str]) -> dict[str, int]:
+    """Return zeros for the preset's length if a flag gives another kind of length."""
+    explicit = [name for name in LENGTHS if _is_explicit(name, args)]
+    chosen = [name for name in explicit if getattr(flags, name)]
+    if len(chosen) > 1:
+        raise ValueError(f"{_flags_of(chosen)} each give the length of the run: use one of them")
+    if not explicit:
         return {}
-    aside = dict.fromkeys((name for name in LENGTHS if name not in said), 0)
-    return aside if _is_given("warmup_steps", args) else aside | {"warmup_steps": 0}
+    zeros = dict.fromkeys((name for name in LENGTHS if name not in chosen), 0)
+    return zeros if _is_explicit("warmup_steps", args) else zeros | {"warmup_steps": 0}
 
 
-def _is_given(name: str, args: Sequence[str]) -> bool:
-    """Whether a flag is among the words of the command, be it with the value it has anyway."""
+def _is_explicit(name: str, args: Sequence[str]) -> bool:
+    """Return whether a flag is among the arguments, even with its default value."""
     flags = {f"--{name}", f"--{name.replace('_', '-')}"}
     return any(word.partition("=")[0] in flags for word in args)
 
 
 def shallow(config: GPTConfig | TrainConfig) -> dict[str, Any]:
-    """Field → value, the model of a `TrainConfig` as it is."""
+    """Return {field: value}, with the model of a `TrainConfig` as an object."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
 
 
 def steps_of(config: TrainConfig, windows_per_epoch: int | None) -> int:
-    """The steps that --max-steps, --max-tokens or --epochs stand for; 0 for --time-budget.
+    """Convert --max-steps, --max-tokens or --epochs to steps, rounded up; 0 for --time-budget.
 
-    `windows_per_epoch` is None where several sources are mixed: each of them then has epochs of
-    its own, and --epochs is a ValueError. The last step is a whole one.
+    `windows_per_epoch` is None for a mixture of datasets, each of which has epochs of its own:
+    --epochs is then a ValueError.
     """
     if config.max_steps or config.max_tokens:
         return config.max_steps or math.ceil(config.max_tokens / config.total_batch_size)
     if not config.epochs:
         return 0
     if windows_per_epoch is None:
-        raise ValueError("--epochs says nothing of several sources: give --max-tokens instead")
+        raise ValueError("--epochs is not defined for several datasets: give --max-tokens instead")
     windows = config.epochs * windows_per_epoch
-    # Rounded first: 0.1 * 300 is a little more than 30.
+    # Rounded before ceil: 0.1 * 300 is a little more than 30.
     return math.ceil(round(windows * config.model.block_size / config.total_batch_size, 6))
 
 
-def shares_out(config: TrainConfig, world_size: int) -> bool:
-    """Whether so many ranks make a step of whole micro-batches."""
-    piece = config.micro_batch * config.model.block_size * world_size
-    return not piece or config.total_batch_size % piece == 0
+def fits_micro_batch(config: TrainConfig, world_size: int) -> bool:
+    """Return whether a step divides into whole micro-batches on this many ranks."""
+    tokens = config.micro_batch * config.model.block_size * world_size
+    return not tokens or config.total_batch_size % tokens == 0
 
 
-def accumulation(config: TrainConfig, world_size: int) -> int:
-    """Micro-steps of one step: total_batch_size / (micro_batch * block_size * world_size).
+def grad_accum_steps(config: TrainConfig, world_size: int) -> int:
+    """Return total_batch_size / (micro_batch * block_size * world_size), the micro-steps of a step.
 
-    Raises ValueError with the nearest values that fit if this is no whole number.
+    Raises ValueError with the nearest valid values if this is not an integer.
     """
-    row_tokens = config.model.block_size * world_size
-    piece = config.micro_batch * row_tokens
-    micro_steps, rest = divmod(config.total_batch_size, piece)
+    sequence_tokens = config.model.block_size * world_size
+    micro_tokens = config.micro_batch * sequence_tokens
+    micro_steps, rest = divmod(config.total_batch_size, micro_tokens)
     if not rest:
         return micro_steps
     below = config.total_batch_size - rest
-    nearest = f"{below} or {below + piece}" if below else f"{piece}"
+    nearest = f"{below} or {below + micro_tokens}" if below else f"{micro_tokens}"
     message = (
         f"--total-batch-size must be a multiple of micro_batch * block_size * ranks = "
-        f"{config.micro_batch} * {config.model.block_size} * {world_size} = {piece}, got "
+        f"{config.micro_batch} * {config.model.block_size} * {world_size} = {micro_tokens}, got "
         f"{config.total_batch_size}: nearest are {nearest}"
     )
-    rows, rest = divmod(config.total_batch_size, row_tokens)
+    sequences, rest = divmod(config.total_batch_size, sequence_tokens)
     if not rest:
-        fits = next(m for m in range(config.micro_batch, 0, -1) if rows % m == 0)
+        fits = next(m for m in range(config.micro_batch, 0, -1) if sequences % m == 0)
         message += f"; or keep it and give --micro-batch {fits}"
     raise ValueError(message)
 
 
-def steps_that_fit(
-    seconds: float, step_seconds: float, round_seconds: float, val_interval: int
-) -> int:
-    """How many steps fit in `seconds`; at least 1.
-
-    `round_seconds` is a validation with its checkpoint, of which there are `ROUNDS`, or one every
-    `val_interval` steps if that is not 0. A twentieth of the time is left over for a machine
-    that slows down.
-    """
-    if not val_interval:
-        return max(1, int((0.95 * seconds - ROUNDS * round_seconds) / step_seconds))
-    return max(1, int(0.95 * seconds / (step_seconds + round_seconds / val_interval)))
-
-
 def only_dataset(folder: Path = Path("data")) -> Path:
-    """The dataset under `folder` if there is exactly one; else FileNotFoundError or ValueError."""
-    found = sorted(path.parent for path in folder.glob("*/manifest.json"))
-    if not found:
+    """Return the dataset under `folder` if there is exactly one; else an error with the choices."""
+    datasets = sorted(path.parent for path in folder.glob("*/manifest.json"))
+    if not datasets:
         raise FileNotFoundError(
             f"no dataset under {folder}/: make one with `python -m prepare SOURCE --out "
             f"{folder}/NAME`, or name its folder with --data"
         )
-    if len(found) > 1:
+    if len(datasets) > 1:
         raise ValueError(
-            f"{len(found)} datasets under {folder}/: choose with --data one of "
-            + ", ".join(map(str, found))
+            f"{len(datasets)} datasets under {folder}/: choose with --data one of "
+            + ", ".join(map(str, datasets))
         )
-    return found[0]
+    return datasets[0]

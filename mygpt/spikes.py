@@ -8,6 +8,8 @@ import math
 from collections import deque
 from typing import Any
 
+import torch
+
 WINDOW = 128  # norms that a spike is held against
 ENOUGH = 32  # of them, before anything is called a spike
 IN_A_ROW = 10  # skipped steps after which a run is beyond help
@@ -68,3 +70,14 @@ class Spikes:
         """Remember what `state_dict` returned."""
         self.norms = deque(state["norms"], maxlen=WINDOW)
         self.in_a_row = state["in_a_row"]
+
+
+def fp16_overflow(scaler: torch.amp.GradScaler, loss: float, norm: float) -> str:
+    """Return why fp16's loss scaler skips a step, "" if it does not.
+
+    Overflow is how the scaler finds its scale; only at scale 1 is it a fault of the training.
+    """
+    if not scaler.is_enabled() or not math.isfinite(loss) or math.isfinite(norm):
+        return ""
+    scale = scaler.get_scale()
+    return f"fp16 overflow at loss scale {scale:g}" if scale > 1 else ""

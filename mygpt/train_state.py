@@ -1,10 +1,10 @@
-"""A model in training and all that its next step depends on, and how that is saved and restored."""
+"""Everything the next optimizer step depends on, and how it is built, saved and restored."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,149 +13,90 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mygpt import checkpoint, optim, run_config, settings, sharding
 from mygpt.distributed import Ranks, compute_dtype, peak_flops
+from mygpt.evaluate import unigram_loss
+from mygpt.log import baseline_line
 from mygpt.model import GPT
-from mygpt.optim import configure_optimizers
 from mygpt.pretrained import from_pretrained
 from mygpt.run_config import RunRecord
 from mygpt.settings import TrainConfig
 from mygpt.spikes import Spikes
+from shards.loader import TokenLoader
+from shards.reader import EvalWindows, token_counts
+from shards.stream import Mixture
 
-
-class Stream(Protocol):
-    """Where batches come from: what `shards.loader.TokenLoader` does."""
-
-    wait_seconds: float  # spent inside `next` so far
-
-    @property
-    def windows_per_epoch(self) -> int:
-        """Windows of the training split."""
-
-    @property
-    def unused_tokens(self) -> int:
-        """Its tokens that no window of an epoch holds."""
-
-    def __next__(self) -> tuple[Tensor, Tensor]: ...
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, as JSON, with one "position" counted in windows."""
-
-    def load_state_dict(self, state: dict[str, Any], earlier: Sequence[str] = ()) -> None:
-        """Go to such a place; ValueError if it is of another stream."""
+MAX_COUNTED_TOKENS = 2**28  # beyond, counting the unigram baseline would delay the start
 
 
 @dataclass
-class Job:
-    """A model in training, after `step` finished steps."""
+class TrainState:
+    """A model in training after `step` finished steps."""
 
     record: RunRecord
     ranks: Ranks
     model: GPT
     ddp: DistributedDataParallel | None  # the same model, averaging gradients over the ranks
     optimizers: list[torch.optim.Optimizer]
-    scaler: torch.amp.GradScaler  # of the loss, for fp16; else it does nothing
-    loader: Stream
-    val_windows: Sequence[np.ndarray]
-    micro_steps: int  # forward and backward passes of one step
-    ideal_seconds: float | None  # of a step at the peak of the hardware, where that is known
+    scaler: torch.amp.GradScaler  # loss scaler of fp16; disabled for other dtypes
+    loader: TokenLoader
+    val_windows: Sequence[np.ndarray]  # the fixed validation subset
+    grad_accum_steps: int  # forward and backward passes per step
+    ideal_seconds: float | None  # per step at the peak of the hardware, if known
     spikes: Spikes = field(init=False)
     step: int = 0
-    saved_step: int = 0  # of the checkpoint that was written or read last
-    best_loss: float = math.inf  # of all validations so far
+    saved_step: int = 0  # step of the checkpoint written or restored last
+    best_val_loss: float = math.inf
 
     def __post_init__(self) -> None:
         self.spikes = Spikes(self.config.skip_spikes)
 
     @property
     def config(self) -> TrainConfig:
-        """The settings of the run."""
+        """Settings of the run."""
         return self.record.config
 
     @property
     def own_parameters(self) -> set[Tensor] | None:
-        """Those whose optimizer state lies on this rank alone; None where every rank has all."""
+        """Parameters whose optimizer state only this rank holds (ZeRO-1); None: all of them."""
         if self.config.shard != "optimizer":
             return None
         return sharding.own_parameters(self.optimizers, self.ranks)
 
-
-def save(job: Job, run: Path, val_loss: float | None) -> None:
-    """Write the checkpoint of the steps finished so far, and drop what is no longer to be kept."""
-    weights = sharding.full_tensors(checkpoint.parameters(job.model), job.ranks)
-    tensors = sharding.full_tensors(optim.state_tensors(job.optimizers, job.model), job.ranks)
-    if job.ranks.is_main:
-        state = {
-            "val_loss": val_loss,
-            "loader": job.loader.state_dict(),
-            "scaler": job.scaler.state_dict(),
-            "spikes": job.spikes.state_dict(),
-            "fingerprint": job.record.fingerprint,
-            "generations": job.record.generations,
-            "config": run_config.to_json(job.config),
-        }
-        checkpoint.save(run, job.step, weights, tensors, state)
-        checkpoint.prune(run, job.config.keep, job.config.keep_every)
-    job.saved_step = job.step
-    job.ranks.barrier()
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
 
-def restore(job: Job, step: int) -> float | None:
-    """Put the job where the checkpoint of `step` was, and return the validation loss it holds.
+def build(
+    record: RunRecord, dataset: Mixture, ranks: Ranks, init_weights: bool = True
+) -> TrainState:
+    """Return the state before the first step, the same on all ranks but for the data they read.
 
-    Raises ValueError if the checkpoint is of another dataset or of other settings than the run.
+    `init_weights=False` if a checkpoint will be loaded over the weights.
     """
-    run = job.config.log_dir
-    folder = checkpoint.folder_of(run, step)
-    state = checkpoint.read_state(folder)
-    _check_identity(job, folder, state)
-    checkpoint.load_model(folder, job.model, sharding.shard_like)
-    tensors = sharding.shard_tensors(checkpoint.load_optimizer(folder), job.model)
-    if tensors:  # none before the first step
-        optim.load_state_tensors(job.optimizers, job.model, tensors, job.own_parameters)
-    earlier = [one["fingerprint"] for one in job.record.earlier]
-    job.loader.load_state_dict(state["loader"], earlier)
-    if state["scaler"]:  # empty when it was not in use: the device may have been another one
-        job.scaler.load_state_dict(state["scaler"])
-    if state["spikes"]:
-        job.spikes.load_state_dict(state["spikes"])
-    best = checkpoint.best_of(run)
-    job.step = job.saved_step = step
-    job.best_loss = math.inf if best is None else checkpoint.read_state(best)["val_loss"]
-    return state["val_loss"]
-
-
-def _check_identity(job: Job, folder: Path, state: dict[str, Any]) -> None:
-    """The chain from the checkpoint to the run's config.json to the dataset (promise 10)."""
-    known = {job.record.fingerprint, *(one["fingerprint"] for one in job.record.earlier)}
-    if state["fingerprint"] not in known:
-        raise ValueError(
-            f"{folder} was trained on the dataset {state['fingerprint'][:12]}, its run's "
-            f"config.json says {job.record.fingerprint[:12]}: one of them is of another run; put "
-            "the right one back"
-        )
-    try:
-        run_config.continued(run_config.from_json(state["config"]), job.config)
-    except ValueError as error:
-        raise ValueError(f"{folder} and its run's config.json differ: {error}") from None
-
-
-# --- A training job as it is before its first step: model, optimizers, and how ranks share them.
+    loader = _loader(record.config, dataset, ranks)
+    val_windows = _validation_windows(record.config, dataset)
+    return assemble(record, ranks, loader, val_windows, init_weights)
 
 
 def assemble(
-    record: RunRecord, ranks: Ranks, loader: Stream, val_windows: Sequence[np.ndarray], fresh: bool
-) -> Job:
-    """The job of a run that reads from `loader`, the same on all ranks but for the rows read.
-
-    `fresh` tells that the weights are those to begin with; else a checkpoint will replace them.
-    """
+    record: RunRecord,
+    ranks: Ranks,
+    loader: TokenLoader,
+    val_windows: Sequence[np.ndarray],
+    init_weights: bool = True,
+) -> TrainState:
+    """Return the state before the first step of a run that reads from `loader`."""
     config, device = record.config, ranks.device
-    model, shard = first_model(config, fresh), config.shard if ranks.world_size > 1 else "none"
+    model = _initial_model(config, init_weights)
     model.gradient_checkpointing = config.gradient_checkpointing
+    shard = config.shard if ranks.world_size > 1 else "none"
     if shard == "full":
         sharding.shard_model(model, ranks)
     model.to(device)
     if config.compile and device.type == "cuda":
-        model.compile()  # in place: a wrapper would put its prefix before every parameter's name
-    optimizers = configure_optimizers(
+        model.compile()  # in place: a wrapper would prefix the names of the parameters
+    optimizers = optim.configure_optimizers(
         model,
         optimizer=config.optimizer,
         weight_decay=config.weight_decay,
@@ -164,30 +105,154 @@ def assemble(
     if shard == "optimizer":
         sharding.shard_optimizers(optimizers, ranks)
     flops, peak = model.flops_per_token() * config.total_batch_size, peak_flops(device)
-    return Job(
+    return TrainState(
         record=record,
         ranks=ranks,
         model=model,
-        ddp=averaging(model, ranks) if ranks.world_size > 1 and shard != "full" else None,
+        ddp=_data_parallel(model, ranks) if ranks.world_size > 1 and shard != "full" else None,
         optimizers=optimizers,
         scaler=torch.amp.GradScaler(device.type, enabled=compute_dtype(device) == torch.float16),
         loader=loader,
         val_windows=val_windows,
-        micro_steps=settings.accumulation(config, ranks.world_size),
+        grad_accum_steps=settings.grad_accum_steps(config, ranks.world_size),
         ideal_seconds=peak and flops / (peak * ranks.world_size),
     )
 
 
-def first_model(config: TrainConfig, fresh: bool) -> GPT:
-    """The model, with the weights of --init-from if it begins with them, else freshly drawn."""
-    if config.init_from and fresh:
+def _initial_model(config: TrainConfig, init_weights: bool) -> GPT:
+    if config.init_from and init_weights:
         return from_pretrained(config.init_from, config.model.block_size, config.model.dropout)
     torch.manual_seed(config.seed)
     return GPT(config.model)
 
 
-def averaging(model: GPT, ranks: Ranks) -> DistributedDataParallel:
-    """The model, averaging its gradients over the ranks."""
+def _data_parallel(model: GPT, ranks: Ranks) -> DistributedDataParallel:
     own_gpu = [ranks.local_rank] if ranks.device.type == "cuda" else None
-    # The gradients lie in the buffers that are sent, instead of beside them.
+    # Gradients are views of the all-reduce buckets instead of copies beside them.
     return DistributedDataParallel(model, device_ids=own_gpu, gradient_as_bucket_view=True)
+
+
+def _loader(config: TrainConfig, dataset: Mixture, ranks: Ranks) -> TokenLoader:
+    return TokenLoader(
+        dataset,
+        "train",
+        config.micro_batch,
+        config.model.block_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=config.seed,
+        device=ranks.device,
+        shuffle_shards=config.shuffle_shards,
+    )
+
+
+def _validation_windows(config: TrainConfig, dataset: Mixture) -> list[np.ndarray]:
+    """Return the fixed validation subset, from each source in proportion to its weight."""
+    chosen: list[np.ndarray] = []
+    for manifest, weight in zip(dataset.manifests, dataset.weights, strict=True):
+        windows = EvalWindows(manifest, "val", config.model.block_size)
+        tokens = config.val_tokens * weight // sum(dataset.weights)
+        # Copies: a view would keep its shard mapped for the whole run.
+        chosen += [windows[i].copy() for i in windows.spread(tokens)]
+    return chosen
+
+
+def save(state: TrainState, run: Path, val_loss: float | None) -> None:
+    """Write the checkpoint of the current step and remove those no longer to be kept."""
+    weights = sharding.full_tensors(checkpoint.parameters(state.model), state.ranks)
+    tensors = sharding.full_tensors(optim.state_tensors(state.optimizers, state.model), state.ranks)
+    if state.ranks.is_main:
+        record = {
+            "val_loss": val_loss,
+            "loader": state.loader.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "spikes": state.spikes.state_dict(),
+            "fingerprint": state.record.fingerprint,
+            "generations": state.record.generations,
+            "config": run_config.to_json(state.config),
+        }
+        checkpoint.save(run, state.step, weights, tensors, record)
+        checkpoint.prune(run, state.config.keep, state.config.keep_every)
+    state.saved_step = state.step
+    state.ranks.barrier()
+
+
+def restore(state: TrainState, step: int) -> None:
+    """Load the checkpoint of `step` into a newly built state.
+
+    Raises ValueError if the checkpoint belongs to another dataset or has other settings.
+    """
+    run = state.config.log_dir
+    folder = checkpoint.folder_of(run, step)
+    stored = checkpoint.read_state(folder)
+    _check_identity(state, folder, stored)
+    checkpoint.load_model(folder, state.model, sharding.shard_like)
+    tensors = sharding.shard_tensors(checkpoint.load_optimizer(folder), state.model)
+    if tensors:  # none before the first step
+        optim.load_state_tensors(state.optimizers, state.model, tensors, state.own_parameters)
+    earlier = [former["fingerprint"] for former in state.record.earlier]
+    state.loader.load_state_dict(stored["loader"], earlier)
+    if stored["scaler"]:  # empty if written on a device that needs none
+        state.scaler.load_state_dict(stored["scaler"])
+    if stored["spikes"]:
+        state.spikes.load_state_dict(stored["spikes"])
+    best = checkpoint.best_of(run)
+    state.step = state.saved_step = step
+    state.best_val_loss = math.inf if best is None else checkpoint.read_state(best)["val_loss"]
+
+
+def _check_identity(state: TrainState, folder: Path, stored: dict[str, Any]) -> None:
+    """Check the chain from the checkpoint to the run's config.json to the dataset (promise 10)."""
+    record = state.record
+    known = {record.fingerprint, *(former["fingerprint"] for former in record.earlier)}
+    if stored["fingerprint"] not in known:
+        raise ValueError(
+            f"{folder} was trained on the dataset {stored['fingerprint'][:12]}, its run's "
+            f"config.json says {record.fingerprint[:12]}: one of them is of another run; put the "
+            "right one back"
+        )
+    try:
+        run_config.resume(run_config.from_json(stored["config"], folder), state.config)
+    except ValueError as error:
+        raise ValueError(f"{folder} and its run's config.json differ: {error}") from None
+
+
+def describe(state: TrainState, dataset: Mixture) -> Iterator[str]:
+    """Yield the lines that say what is about to be trained, on what and how."""
+    config, shape, loader = state.config, state.config.model, state.loader
+    tokens = config.max_steps * config.total_batch_size
+    epochs = tokens / shape.block_size / loader.windows_per_epoch
+    yield (
+        f"data   {' '.join(config.data)} ({state.record.fingerprint[:12]}): "
+        f"{dataset.tokens('train'):,} training tokens, {loader.unused_tokens:,} of them in no "
+        "window of an epoch"
+    )
+    for former in state.record.earlier:
+        names = ", ".join(f"{name} {number}" for name, number in former["generations"].items())
+        yield f"grown  up to step {former['until']} the data were those of generation {names}"
+    yield f"length {config.max_steps:,} steps = {tokens:,} tokens = {epochs:.2f} epochs"
+    yield (
+        f"model  {shape.n_layers} layers, {shape.n_heads} heads, {shape.n_embed} wide, "
+        f"{shape.block_size} tokens of context: {state.model.num_params():,} parameters, "
+        f"{state.model.num_params(non_embedding=True):,} outside the embeddings"
+    )
+    yield (
+        f"batch  {config.total_batch_size:,} tokens = {config.micro_batch} sequences * "
+        f"{shape.block_size} tokens * {state.grad_accum_steps} accumulation steps * "
+        f"{state.ranks.world_size} ranks"
+    )
+    dtype = str(compute_dtype(state.ranks.device)).removeprefix("torch.")
+    scaled = ", with loss scaling: this GPU has no bfloat16" if state.scaler.is_enabled() else ""
+    yield f"device {state.ranks.device}, {dtype}{scaled}"
+    if config.shard != "none" and state.ranks.world_size > 1:
+        yield f"shard  {config.shard}, over {state.ranks.world_size} ranks"
+    yield from _baseline(state, dataset)
+
+
+def _baseline(state: TrainState, dataset: Mixture) -> Iterator[str]:
+    """Yield the validation losses that need no model, unless counting tokens would take long."""
+    if len(dataset.manifests) == 1 and dataset.tokens("train") <= MAX_COUNTED_TOKENS:
+        manifest = dataset.manifests[0]
+        windows = EvalWindows(manifest, "val", state.config.model.block_size)
+        unigram = unigram_loss(token_counts(manifest, "train"), windows)
+        yield baseline_line(unigram.mean, math.log(dataset.tokenizer.n_vocab))

@@ -45,8 +45,7 @@ import os, signal, sys
 from pathlib import Path
 import train
 from shards.cli import end_with
-from mygpt import step
-take_step, mark = step.train_step, Path(sys.argv[1])
+take_step, mark = train.train_step, Path(sys.argv[1])
 
 def take_step_or_die(job, stop):
     if job.step == 50 and not job.ranks.is_main and not mark.exists():
@@ -54,7 +53,7 @@ def take_step_or_die(job, stop):
         os.kill(os.getpid(), signal.SIGKILL)
     return take_step(job, stop)
 
-step.train_step = take_step_or_die
+train.train_step = take_step_or_die
 end_with(lambda: train.main(sys.argv[2:]))
 """
 
@@ -146,15 +145,14 @@ def test_slurm_queues_again_what_was_asked_to_stop(tmp_path: Path, slurm: dict[s
 FAULTY = """
 import sys, train
 from shards.cli import end_with
-from mygpt import step
-take_step = step.train_step
+take_step = train.train_step
 
 def take_step_or_fail(job, stop):
     if job.step == 30 and not job.ranks.is_main:
         raise ValueError("a fault of this rank alone")
     return take_step(job, stop)
 
-step.train_step = take_step_or_fail
+train.train_step = take_step_or_fail
 end_with(lambda: train.main(sys.argv[2:]))
 """
 

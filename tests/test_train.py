@@ -18,10 +18,9 @@ import torch
 
 import train
 from mygpt import checkpoint, log, optim, run_config
-from mygpt import step as steps
 from mygpt.evaluate import Loss
 from mygpt.stopping import EXIT_STOPPED, Stop
-from mygpt.train_state import Job
+from mygpt.train_state import TrainState
 from shards.loader import TokenLoader
 from shards.manifest import Manifest
 from tests.dataset import VOCABULARY, write_dataset
@@ -68,13 +67,12 @@ def test_resume_is_bitwise_with_muon(data: Path, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys, train
-from mygpt import step
-take_step = step.train_step
+take_step = train.train_step
 def take_step_or_die(job, stop):
     if job.step == 13:
         os.kill(os.getpid(), signal.SIGKILL)
     return take_step(job, stop)
-step.train_step = take_step_or_die
+train.train_step = take_step_or_die
 train.main(sys.argv[1:])
 """
 
@@ -100,14 +98,14 @@ def test_a_signal_ends_at_a_checkpoint(
     number: signal.Signals,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    take_step = steps.train_step
+    take_step = train.train_step
 
-    def take_step_and_hear(job: Job, stop: Stop) -> steps.Outcome:
+    def take_step_and_hear(job: TrainState, stop: Stop) -> train.StepResult:
         if job.step == 6:
             signal.raise_signal(number)
         return take_step(job, stop)
 
-    monkeypatch.setattr(steps, "train_step", take_step_and_hear)
+    monkeypatch.setattr(train, "train_step", take_step_and_hear)
     assert start(data, tmp_path) == EXIT_STOPPED == 75
     assert checkpoint.steps(tmp_path)[-1] == 6
     monkeypatch.undo()
@@ -135,7 +133,7 @@ def test_the_log_of_a_run_is_never_truncated(data: Path, straight: Path) -> None
 
 def test_dropout_draws_anew_for_every_forward_pass() -> None:
     places = list(product(range(5), range(20), range(4), range(4)))
-    low_bits = {steps.dropout_seed(*place) & 0xFFFFFFFF for place in places}
+    low_bits = {train.dropout_seed(*place) & 0xFFFFFFFF for place in places}
     assert len(low_bits) == len(places)
 
 
@@ -177,9 +175,9 @@ def test_gradients_are_averaged_over_the_ranks_once_a_step(
         def __call__(self, *inputs: torch.Tensor) -> Any:
             return job.model(*inputs)
 
-    assert job.micro_steps == 2
+    assert job.grad_accum_steps == 2
     monkeypatch.setattr(job, "ddp", FakeDDP())
-    steps.train_step(job, Stop(job.ranks))
+    train.train_step(job, Stop(job.ranks))
     assert entered == [4]  # after the first micro-batch of four rows, not after the second
 
 
@@ -204,7 +202,7 @@ def test_a_step_is_that_of_plain_autograd(data: Path, tmp_path: Path) -> None:
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     torch.optim.AdamW(groups, lr=3e-3 / 4, betas=(0.9, 0.95)).step()
 
-    outcome = steps.train_step(job, Stop(job.ranks))
+    outcome = train.train_step(job, Stop(job.ranks))
     found = (outcome.loss, outcome.norm)
     assert found == pytest.approx((expected.item(), expected_norm), rel=1e-5)
     assert (outcome.lr, outcome.windows, outcome.skipped) == (3e-3 / 4, range(8), "")
@@ -238,7 +236,7 @@ def test_the_best_is_kept_and_never_overwritten(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([4.0, 3.0, 5.0, 3.5])
-    monkeypatch.setattr(steps, "validate", lambda *_: Loss(next(losses), 1))
+    monkeypatch.setattr(train, "validate", lambda *_: Loss(next(losses), 1))
     flags = ("--keep", "1", "--checkpoint-interval", "100")
     start(data, tmp_path, *flags, "--stop-at", "15")
     assert checkpoint.steps(tmp_path) == [10, 15]
@@ -297,7 +295,7 @@ def test_another_dataset_is_refused(
     straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(write_dataset(tmp_path / "other", seed=1).folder, straight)
-    assert "holds a run with dataset fingerprint" in capsys.readouterr().err
+    assert "expected the dataset with fingerprint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--fp8"], ["--no-fp8"], ["--attention", "flash"]])
@@ -371,7 +369,7 @@ def test_a_time_budget_becomes_steps_that_are_kept(data: Path, tmp_path: Path) -
 def test_the_schedule_is_set_on_every_group(data: Path, tmp_path: Path) -> None:
     job = one_job(data, tmp_path, "--optimizer", "muon", "--warmup-steps", "5")
     job.step = 8
-    lr = steps.train_step(job, Stop(job.ranks)).lr
+    lr = train.train_step(job, Stop(job.ranks)).lr
     expected = optim.learning_rate(8, max_lr=3e-3, min_lr=1.5e-4, warmup_steps=5, max_steps=20)
     assert lr == expected
     groups = [group for optimizer in job.optimizers for group in optimizer.param_groups]

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import train
 from mygpt import checkpoint, log
-from mygpt import step as steps
 from mygpt.evaluate import Loss
 from mygpt.stopping import EXIT_STOPPED, Stop
-from mygpt.train_state import Job
+from mygpt.train_state import TrainState
 from tests.dataset import write_dataset
 from tests.training import ROOT, arguments, environment, final_bytes, on_ranks, start
 
@@ -41,7 +41,7 @@ def test_a_signal_within_a_step_drops_the_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = 0
-    draw_seed = steps.dropout_seed
+    draw_seed = train.dropout_seed
 
     def hear(*place: int) -> int:
         nonlocal calls
@@ -50,12 +50,12 @@ def test_a_signal_within_a_step_drops_the_step(
             signal.raise_signal(number)
         return draw_seed(*place)
 
-    monkeypatch.setattr(steps, "dropout_seed", hear)
+    monkeypatch.setattr(train, "dropout_seed", hear)
     assert start(data, tmp_path) == EXIT_STOPPED == 75
     assert calls == 2 * 6 + 1
     assert checkpoint.steps(tmp_path) == [5, 6]
     assert last_lines(tmp_path, 1) == [
-        f"stopped by {number.name} at step 6 of 20: the same command goes on"
+        f"stopped by {number.name} at step 6 of 20: the same command resumes"
     ]
     monkeypatch.undo()
     assert start(data, tmp_path) == 0
@@ -66,7 +66,7 @@ def test_a_signal_within_a_step_drops_the_step(
 def test_a_signal_within_a_validation_makes_it_be_done_again(
     data: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate, calls = steps.evaluate, 0
+    evaluate, calls = train.evaluate, 0
 
     def evaluate_and_hear(*asked: object) -> Loss:
         nonlocal calls
@@ -75,8 +75,8 @@ def test_a_signal_within_a_validation_makes_it_be_done_again(
             signal.raise_signal(signal.SIGTERM)
         return evaluate(*asked)
 
-    monkeypatch.setattr(steps, "default_batch_size", lambda *_: 3)
-    monkeypatch.setattr(steps, "evaluate", evaluate_and_hear)
+    monkeypatch.setattr(train, "default_batch_size", lambda *_: 3)
+    monkeypatch.setattr(train, "evaluate", evaluate_and_hear)
     assert start(data, tmp_path) == EXIT_STOPPED
     newest = checkpoint.folder_of(tmp_path, 20)
     assert checkpoint.read_state(newest)["val_loss"] is None
@@ -96,17 +96,17 @@ def test_max_time_stops_and_the_next_start_goes_on(
 ) -> None:
     assert start(data, tmp_path, "--max-time", "0.001") == EXIT_STOPPED
     assert checkpoint.steps(tmp_path) == []
-    take_step = steps.train_step
+    take_step = train.train_step
 
-    def take_step_in_time(job: Job, stop: Stop) -> steps.Outcome:
+    def take_step_in_time(job: TrainState, stop: Stop) -> train.StepResult:
         stop._deadline = 0 if job.step == 13 else stop._deadline
         return take_step(job, stop)
 
-    monkeypatch.setattr(steps, "train_step", take_step_in_time)
+    monkeypatch.setattr(train, "train_step", take_step_in_time)
     assert start(data, tmp_path, "--max-time", "1h") == EXIT_STOPPED
     assert last_lines(tmp_path, 2) == [
         "checkpoint 13/20",
-        "stopped by --max-time at step 13 of 20: the same command goes on",
+        "stopped by --max-time at step 13 of 20: the same command resumes",
     ]
     monkeypatch.undo()
     assert start(data, tmp_path, "--max-time", "2d") == 0
@@ -141,10 +141,9 @@ def test_a_signal_right_after_a_checkpoint_writes_no_other(
 RANKS = """
 import hashlib, os, signal, sys, train
 from shards.cli import end_with
-from mygpt import step
 
 out, rank, jobs = sys.argv[1], int(os.environ["RANK"]), []
-take_step = step.train_step
+take_step = train.train_step
 
 def take_step_with_faults(job, stop):
     jobs[:] = [job]
@@ -169,7 +168,7 @@ def main():
         print(code, job.step, position, weights.hexdigest(), job.spikes.in_a_row, file=file)
     return 0
 
-step.train_step = take_step_with_faults
+train.train_step = take_step_with_faults
 end_with(main)
 """
 
@@ -208,7 +207,7 @@ def test_a_signal_to_torchrun_reaches_its_ranks_in_time(data: Path, tmp_path: Pa
     step = checkpoint.steps(tmp_path)[-1]
     assert last_lines(tmp_path, 2) == [
         f"checkpoint {step}/1000000",
-        f"stopped by SIGTERM at step {step} of 1000000: the same command goes on",
+        f"stopped by SIGTERM at step {step} of 1000000: the same command resumes",
     ]
 
 
@@ -218,7 +217,7 @@ def test_a_signal_to_torchrun_reaches_its_ranks_in_time(data: Path, tmp_path: Pa
 KILLED = """
 import os, random, signal, sys, torch, train
 from mygpt import checkpoint, evaluate, optim, plot
-from mygpt import step, train_state
+from mygpt import train_state
 
 sys.modules["matplotlib.figure"] = None
 torch.set_num_threads(1)
@@ -255,7 +254,7 @@ def test_kills_at_random_moments_change_nothing(data: Path, straight: Path, tmp_
 INSIDE = """
 import os, signal, sys, torch, train
 from mygpt import checkpoint, evaluate, optim, plot
-from mygpt import step, train_state
+from mygpt import train_state
 
 sys.modules["matplotlib.figure"] = None
 torch.set_num_threads(1)
@@ -274,8 +273,8 @@ def killed_in(module, name, call):
         os._exit(train.main(sys.argv[1:]))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, name
 
-killed_in(step, "dropout_seed", 13)           # within step 7, after the checkpoint of step 5
-killed_in(step, "evaluate", 1)                # within the validation of step 10
+killed_in(train, "dropout_seed", 13)           # within step 7, after the checkpoint of step 5
+killed_in(train, "evaluate", 1)                # within the validation of step 10
 killed_in(checkpoint, "save_file", 2)         # within the checkpoint of step 10
 killed_in(checkpoint, "_sync", 3)             # likewise, all written and not yet renamed
 killed_in(os, "rename", 1)                    # at its rename

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import train
-from mygpt import checkpoint, plot, settings
+from mygpt import checkpoint, plot, run_config, settings
 from mygpt.distributed import Ranks
-from mygpt.train_state import Job
+from mygpt.train_state import TrainState
 from tests.dataset import VOCABULARY
 
 ROOT = Path(train.__file__).parent
@@ -74,8 +74,9 @@ def final_bytes(run: Path) -> tuple[bytes, bytes, dict[str, Any]]:
     return weights, optimizer, checkpoint.read_state(folder)["loader"]
 
 
-def one_job(data: Path, run: Path, *flags: str) -> Job:
+def one_job(data: Path, run: Path, *flags: str) -> TrainState:
     """What a run begins with, without the run."""
-    record, dataset = train.open_run(settings.parse(arguments(data, run, *flags), "Train."))
+    config = settings.parse(arguments(data, run, *flags), "Train.")
+    record, dataset = run_config.start_or_resume(config)
     record = replace(record, config=record.config.resolved(20))
     return train.build(record, dataset, ALONE)

@@ -32,6 +32,7 @@ if __name__ == "__main__":  # answer --help before the imports below, which take
     parse(sys.argv[1:])
 
 from mygpt.eval import summary
+from mygpt.log import METRICS
 from mygpt.report import page, run_summary
 from mygpt.report.chart import Line, chart
 from mygpt.report.run_summary import RunSummary
@@ -102,7 +103,7 @@ def _tiles(about: RunSummary) -> Iterator[tuple[str, str, str]]:
     tokens = _compact(about.step * about.config.total_batch_size)
     yield "Steps", f"{about.step:,}", f"of {about.config.max_steps:,}; {tokens} tokens"
     yield "Parameters", _compact(about.config.model.num_params), "embeddings included"
-    if speeds := sorted(history.tokens_per_second.values()):
+    if speeds := sorted(history.timings["tokens_per_second"].values()):
         yield "Tokens per second", _compact(speeds[len(speeds) // 2]), "median over steps"
 
 
@@ -135,21 +136,17 @@ def _losses(about: RunSummary) -> str:
 
 def _curves(about: RunSummary) -> str:
     history = about.history
-    drawn = (
-        chart("Learning rate", "", [Line("learning rate", "third", history.lr)]),
+    drawn = [
         chart(
-            "Gradient norm",
-            "before clipping",
-            [Line("norm", "first", history.norm, "smoothed")],
-            is_log=True,
+            metric.chart,
+            metric.unit,
+            [Line(metric.label, "first", history.of(metric), "smoothed")],
+            is_log=metric.log_scale,
             marks=history.skipped,
-        ),
-        chart(
-            "Throughput",
-            "tokens per second",
-            [Line("tokens per second", "first", history.tokens_per_second, "smoothed")],
-        ),
-    )
+        )
+        for metric in METRICS
+        if metric.chart
+    ]
     return f'<div class="charts">{"".join(drawn)}</div>'
 
 

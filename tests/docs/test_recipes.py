@@ -51,7 +51,7 @@ def parse_training(args: list[str], ranks: int = 1) -> None:
     """What train.py refuses before anything slow begins: flags, and batches that don't divide."""
     config = settings.parse(args, "")
     if config.micro_batch:  # 0 measures one that fits
-        settings.accumulation(config, ranks)
+        settings.grad_accum_steps(config, ranks)
 
 
 PARSERS: dict[str, Callable[[list[str]], object]] = {

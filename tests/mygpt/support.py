@@ -1,5 +1,6 @@
 """A run on disk that nobody had to train."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -72,7 +73,8 @@ def write_log(run: Path) -> None:
     log = RunLog(run)
     log.write(f"start 0/{STEPS}", baseline_line(7.5, 10.8), shown=False)
     for step in range(1, STEPS + 1):
-        rates = f"ms 250.0  tok/s {2048 + step}  mfu n/a  eta 0:00:02"
-        log.write(step_line(step, STEPS, 11 - step / 10, 3e-3, 0.7, rates), shown=False)
+        metrics = {"loss": 11 - step / 10, "lr": 3e-3, "norm": 0.7, "ms": 250.0}
+        metrics["tokens_per_second"] = 2048.0 + step
+        log.write(step_line(step, STEPS, metrics, timedelta(seconds=2)), shown=False)
         if step % 10 == 0:
             log.write(val_line(step, STEPS, 11 - step / 11, 64), shown=False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from mygpt import autotune, checkpoint, optim, settings
+from mygpt import autotune, checkpoint, optim, run_config, settings
 from mygpt.config import GPTConfig
 from mygpt.distributed import Ranks
 from mygpt.log import RunLog
@@ -39,12 +39,12 @@ def model_with_room(monkeypatch: pytest.MonkeyPatch, rows: int) -> tuple[GPT, li
 
 
 def test_sizes_divide_a_ranks_rows() -> None:
-    assert autotune.sizes(12 * 8, 8, 1) == [1, 2, 3, 4, 6, 12]
-    assert autotune.sizes(12 * 8, 8, 4) == [1, 3]
+    assert autotune.micro_batch_sizes(12 * 8, 8, 1) == [1, 2, 3, 4, 6, 12]
+    assert autotune.micro_batch_sizes(12 * 8, 8, 4) == [1, 3]
     with pytest.raises(ValueError, match=r"8 \* 5 = 40, got 96: nearest is 80"):
-        autotune.sizes(12 * 8, 8, 5)
+        autotune.micro_batch_sizes(12 * 8, 8, 5)
     with pytest.raises(ValueError, match="got 4: nearest is 8"):
-        autotune.sizes(4, 8, 1)
+        autotune.micro_batch_sizes(4, 8, 1)
 
 
 def test_the_rule_bounds_the_tokens() -> None:
@@ -128,7 +128,7 @@ def test_auto_is_found_once_and_written_down(
     # What was found for one rank is found anew for four, which it can't be shared out over.
     for world_size, rows in ((2, 6), (4, 0)):
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
-        record, _ = train.open_run(settings.parse(command, ""))
+        record, _ = run_config.start_or_resume(settings.parse(command, ""))
         assert record.config.micro_batch == rows
 
 

@@ -11,13 +11,13 @@ from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train
-from mygpt import autotune, settings
+from mygpt import autotune, run_config, settings
 from mygpt.distributed import Ranks
-from mygpt.step import train_step, validate
 from mygpt.stopping import Stop
-from mygpt.train_state import Job
+from mygpt.train_state import TrainState
 from tests.dataset import VOCABULARY
 from tests.ranks import run_ranks
+from train import train_step, validate
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -39,7 +39,7 @@ with start("cpu") as ranks:
 
 def two_steps(ranks: Ranks, flags: list[str]) -> dict[str, Any]:
     """Of two steps of a run: what is logged, what the optimizer is given, who talked when."""
-    record, dataset = train.open_run(settings.parse(flags, "Train."))
+    record, dataset = run_config.start_or_resume(settings.parse(flags, "Train."))
     record = replace(record, config=record.config.resolved(20))
     job, stop = train.build(record, dataset, ranks), Stop(ranks)
     passes: list[int] = []  # the step of each forward pass
@@ -70,7 +70,7 @@ def two_steps(ranks: Ranks, flags: list[str]) -> dict[str, Any]:
     }
 
 
-def rows_that_fit(job: Job) -> int:
+def rows_that_fit(job: TrainState) -> int:
     """What `--micro-batch auto` would find if the last of several ranks had room for 3 rows."""
     forward, is_last = job.model.forward, job.ranks.rank == job.ranks.world_size - 1
 

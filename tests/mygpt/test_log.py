@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mygpt import log
-from mygpt.log import Meter, RunLog, read, skip_line, step_line, val_line
+from mygpt.log import Meter, RunLog, StepResult, read, skip_line, step_line, val_line
 
 ROOT = Path(__file__).parents[2]
-RATES = "ms 250.0  tok/s 2048  mfu n/a  data 0.4%  eta 0:00:02"
+RATES = {"ms": 250.0, "tokens_per_second": 2048.0, "waiting": 0.004}
+ETA = timedelta(seconds=2)
 
 
 def line(step: int, loss: float) -> str:
-    return step_line(step, 400, loss, 3e-3, 0.7, RATES)
+    return step_line(step, 400, {"loss": loss, "lr": 3e-3, "norm": 0.7, **RATES}, ETA)
 
 
 def write(run: Path, lines: list[str]) -> None:
@@ -44,24 +46,19 @@ def test_rates_are_means_since_the_reset(monkeypatch: pytest.MonkeyPatch) -> Non
         with known:
             pass
     for _ in range(2):
-        text = str(known.rates(10))
-        assert text == "ms 1000.0  tok/s 512  mfu 25.0%  data 50.0%  eta 0:00:10"
+        rates = {"ms": 1000.0, "tokens_per_second": 512.0, "mfu": 0.25, "waiting": 0.5}
+        assert (known.metrics(), known.eta(10)) == (rates, timedelta(seconds=10))
     known.reset()
     with known:
         pass
-    text = str(known.rates(10**6))
-    assert text == "ms 250.0  tok/s 2048  mfu 100.0%  data 0.0%  eta 2days,21:26:40"
+    rates = {"ms": 250.0, "tokens_per_second": 2048.0, "mfu": 1.0, "waiting": 0.0}
+    assert known.metrics() == rates
+    text = step_line(1, 9, rates, known.eta(10**6))
+    assert text.endswith("ms 250.0  tok/s 2048  mfu 100.0%  data 0.0%  eta 2days,21:26:40")
     waits[1] = 3.001
     with unknown:
         pass
-    rates = unknown.rates(10)
-    assert str(rates) == RATES
-    assert rates.figures() == {
-        "ms": 250.0,
-        "tokens_per_second": 2048.0,
-        "waiting": pytest.approx(0.004),
-    }
-    assert known.rates(1).figures()["mfu"] == 1.0
+    assert (unknown.metrics(), unknown.eta(10)) == (pytest.approx(RATES), ETA)
 
 
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(0, 1e3)), unique_by=lambda x: x[0]))
@@ -76,19 +73,23 @@ def test_steps_and_validations_are_read_back(
 
 
 def test_all_of_a_step_is_read_back(tmp_path: Path) -> None:
-    skipped = skip_line(2, 400, math.nan, math.inf, "loss is nan", range(8, 16))
+    result = StepResult(math.nan, math.inf, 1e-3, range(8, 16), "loss is nan")
+    skipped = skip_line(2, 400, result, Path("log/a"))
     older = "step 3/400  loss 2.5  lr 1.000e-03  norm 0.5  ms 1.0  tok/s 9  mfu n/a  eta 0:00:02"
-    write(tmp_path, [line(1, 4.125), f"{skipped}  look: here", older])
+    write(tmp_path, [line(1, 4.125), skipped, older])
     history = read(tmp_path)
     assert history.train == {1: 4.125, 3: 2.5}
-    assert history.lr == {1: 3e-3, 3: 1e-3}
-    assert history.norm == {1: 0.7, 3: 0.5}
-    assert history.tokens_per_second == {1: 2048, 3: 9}
+    assert history.series["lr"] == {1: 3e-3, 3: 1e-3}
+    assert history.series["norm"] == {1: 0.7, 3: 0.5}
+    assert history.timings["tokens_per_second"] == {1: 2048, 3: 9}
     assert history.skipped == {2: "loss is nan"}
-    assert "windows 8..15  look: here" in (tmp_path / "log.txt").read_text()
+    assert (
+        "windows 8..15  look: python -m shards explain --run log/a --step 2"
+        in (tmp_path / "log.txt").read_text()
+    )
     write(tmp_path, ["resume 1/400"])
     assert read(tmp_path).skipped == {}
-    assert read(tmp_path).lr == {1: 3e-3}
+    assert read(tmp_path).series["lr"] == {1: 3e-3}
 
 
 def test_replayed_steps_are_dropped(tmp_path: Path) -> None:

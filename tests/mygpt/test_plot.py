@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from mygpt import plot
 from mygpt.log import RunLog, step_line, val_line
 
-RATES = "ms 250.0  tok/s 2048  mfu n/a  eta 0:00:02"
+RATES = {"lr": 3e-3, "norm": 0.7, "ms": 250.0, "tokens_per_second": 2048.0}
+ETA = timedelta(seconds=2)
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def run(tmp_path: Path) -> Path:
     log = RunLog(tmp_path)
     log.write("baseline unigram 4.8 uniform 10.8")
     for step in range(1, 60):
-        log.write(step_line(step, 60, 11 - step / 10, 3e-3, 0.7, RATES))
+        log.write(step_line(step, 60, {"loss": 11 - step / 10, **RATES}, ETA))
         if step % 20 == 0:
             log.write(val_line(step, 60, 11 - step / 11, 64))
     return tmp_path
@@ -56,7 +58,7 @@ def test_several_runs_make_one_picture(
     runs = [tmp_path / "log" / name for name in ("one", "other", "begun")]
     for folder in runs:
         shutil.copytree(run, folder, ignore=shutil.ignore_patterns("log"))
-    (runs[2] / "log.txt").write_text(step_line(1, 60, 11, 3e-3, 0.7, RATES) + "\n")
+    (runs[2] / "log.txt").write_text(step_line(1, 60, {"loss": 11, **RATES}, ETA) + "\n")
     labels: list[str] = []
     original = Axes.plot
 

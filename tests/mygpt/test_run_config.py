@@ -42,20 +42,20 @@ OWN_FIELDS = [f.name for f in fields(TrainConfig) if f.name not in ("model", "in
 def test_each_setting_is_either_free_or_fixed(name: str) -> None:
     asked = changed(RUN, name)
     if name in run_config.FREE:
-        assert run_config.continued(RUN, asked) == asked
+        assert run_config.resume(RUN, asked) == asked
     else:
         flag = "max-steps 1000" if name in settings.LENGTHS else name.replace("_", "-")
         with pytest.raises(
             ValueError, match=f"holds a run with {name} .* asks for .*: give --(no-)?{flag}"
         ):
-            run_config.continued(RUN, asked)
+            run_config.resume(RUN, asked)
 
 
 def test_what_is_left_open_is_as_the_run_has_it() -> None:
     stored = replace(RUN, time_budget=290.0, stop_at=10)
     asked = replace(PRESETS["gpt2"][1], max_steps=0, time_budget=290.0, warmup_steps=0)
     asked = replace(asked, val_interval=0, checkpoint_interval=0)
-    assert run_config.continued(stored, asked) == replace(stored, stop_at=0)
+    assert run_config.resume(stored, asked) == replace(stored, stop_at=0)
 
 
 def test_retired_settings_of_a_stored_run_are_dropped() -> None:
@@ -67,19 +67,19 @@ def test_the_shape_of_a_model_that_came_from_elsewhere_is_not_asked_for_again() 
     shape = GPTConfig(block_size=128, n_layers=2, n_heads=2, n_embed=32, dropout=0.1)
     stored = replace(RUN, model=shape, init_from="folder")
     asked = replace(RUN, init_from="folder", model=GPTConfig(dropout=0.1))
-    assert run_config.continued(stored, asked) == stored
+    assert run_config.resume(stored, asked) == stored
     with pytest.raises(ValueError, match="block_size 128, this command asks for 64"):
-        run_config.continued(stored, replace(asked, model=GPTConfig(block_size=64, dropout=0.1)))
+        run_config.resume(stored, replace(asked, model=GPTConfig(block_size=64, dropout=0.1)))
     with pytest.raises(ValueError, match="init_from folder, this command asks for other"):
-        run_config.continued(stored, replace(asked, init_from="other"))
+        run_config.resume(stored, replace(asked, init_from="other"))
     with pytest.raises(ValueError, match="holds a run with"):
-        run_config.continued(stored, RUN)
+        run_config.resume(stored, RUN)
 
 
 def test_another_time_budget_is_refused() -> None:
     stored = replace(RUN, time_budget=290.0)
     with pytest.raises(ValueError, match=r"time_budget 290.0, this command asks for 60"):
-        run_config.continued(stored, replace(RUN, max_steps=0, time_budget=60))
+        run_config.resume(stored, replace(RUN, max_steps=0, time_budget=60))
 
 
 def test_the_record_of_a_run_round_trips_and_knows_its_version(tmp_path: Path) -> None:
@@ -90,13 +90,13 @@ def test_the_record_of_a_run_round_trips_and_knows_its_version(tmp_path: Path) -
     path.write_text(json.dumps(record.to_json()))
     assert run_config.read_run(tmp_path) == record
     path.write_text(json.dumps(record.to_json() | {"version": 99}))
-    with pytest.raises(ValueError, match="mygpt-run version 1 to 2, found mygpt-run 99"):
+    with pytest.raises(ValueError, match="format mygpt-run version 2 in .*99"):
         run_config.read_run(tmp_path)
     path.write_text(json.dumps(record.to_json() | {"config": {"colour": "red"}}))
-    with pytest.raises(ValueError, match="unknown setting 'colour'"):
+    with pytest.raises(ValueError, match="found .*colour"):
         run_config.read_run(tmp_path)
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+    with pytest.raises(ValueError, match=r"expected a JSON object in .*config\.json"):
         run_config.read_run(tmp_path)
     path.unlink()
     (tmp_path / "checkpoints").mkdir()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mygpt import run_config, settings
+from mygpt import autotune, run_config, settings
 from mygpt.config import GPTConfig
 from mygpt.settings import PRESETS, TrainConfig
 
@@ -25,7 +25,7 @@ def test_every_preset_parses_to_itself_and_survives_json(name: str) -> None:
     assert config == PRESETS[name][1]
     written = json.loads(json.dumps(run_config.to_json(config)))
     assert run_config.to_json(run_config.from_json(written)) == run_config.to_json(config)
-    assert settings.accumulation(config, world_size=1) >= 1
+    assert settings.grad_accum_steps(config, world_size=1) >= 1
 
 
 def test_without_a_preset_it_is_gpt2() -> None:
@@ -142,7 +142,7 @@ def test_impossible_values_are_refused_in_one_line(flags: str, message: str) -> 
 
 
 def test_flags_are_read_without_torch() -> None:
-    code = "import sys, mygpt.run_config, mygpt.log; sys.exit('torch' in sys.modules)"
+    code = "import sys, mygpt.settings, mygpt.log; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -153,9 +153,9 @@ def test_the_124M_run_has_2_to_the_19_tokens_a_step() -> None:
     """The ancestor had 524277 in place of 2**19, which no batch divides."""
     config = PRESETS["gpt2"][1]
     assert config.total_batch_size == 2**19 == 524288
-    assert settings.accumulation(config, world_size=4) == 2**19 // (16 * 1024 * 4)
+    assert settings.grad_accum_steps(config, world_size=4) == 2**19 // (16 * 1024 * 4)
     with pytest.raises(ValueError, match="got 524277: nearest are 507904 or 524288"):
-        settings.accumulation(replace(config, total_batch_size=524277), world_size=1)
+        settings.grad_accum_steps(replace(config, total_batch_size=524277), world_size=1)
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 9), st.integers(1, 10**5))
@@ -166,24 +166,24 @@ def test_accumulation_is_exact_or_names_values_that_are(
     config = TrainConfig(model, micro_batch=micro_batch, total_batch_size=total)
     piece = micro_batch * block_size * world_size
     try:
-        assert settings.accumulation(config, world_size) * piece == total
+        assert settings.grad_accum_steps(config, world_size) * piece == total
     except ValueError as error:
         assert total % piece
         nearest = str(error).split("nearest are ")[1].split(";")[0]
         for value in map(int, nearest.split(" or ")):
-            settings.accumulation(replace(config, total_batch_size=value), world_size)
+            settings.grad_accum_steps(replace(config, total_batch_size=value), world_size)
             assert abs(value - total) < piece
         if "--micro-batch " in str(error):
             fits = replace(config, micro_batch=int(str(error).split("--micro-batch ")[1]))
-            settings.accumulation(fits, world_size)
+            settings.grad_accum_steps(fits, world_size)
 
 
 @given(st.floats(1, 1e5), st.floats(1e-3, 10), st.floats(0, 10), st.integers(0, 500))
 def test_steps_that_fit_fit(seconds: float, step: float, round_: float, interval: int) -> None:
     def cost(steps: int) -> float:
-        return steps * step + round_ * (steps / interval if interval else settings.ROUNDS)
+        return steps * step + round_ * (steps / interval if interval else settings.VALIDATIONS)
 
-    steps = settings.steps_that_fit(seconds, step, round_, interval)
+    steps = autotune.steps_that_fit(seconds, step, round_, interval)
     assert steps == 1 or cost(steps) <= 0.95 * seconds * (1 + 1e-9) + (0 if interval else round_)
     assert steps >= 1
     assert cost(steps + 1) > 0.949 * seconds

@@ -30,8 +30,8 @@ def test_tensorboard_shows_what_the_log_says_of_a_run_that_was_stopped(
 
     history = log.read(tmp_path)
     assert series("loss") == pytest.approx(history.train, rel=1e-6)
-    assert series("norm") == pytest.approx(history.norm, abs=1e-4)
-    assert series("lr") == pytest.approx(history.lr, rel=1e-3)
+    assert series("norm") == pytest.approx(history.series["norm"], abs=1e-4)
+    assert series("lr") == pytest.approx(history.series["lr"], rel=1e-3)
     assert series("val_loss") == pytest.approx(history.val, rel=1e-6)
     assert set(events.Tags()["scalars"]) > {"ms", "tokens_per_second", "waiting"}
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-import train
 from mygpt import run_config, settings
 from mygpt.distributed import Ranks
 from mygpt.run_config import RunRecord
@@ -32,7 +31,7 @@ def test_another_seed_on_one_rank_is_refused_on_both(data: Path, tmp_path: Path)
 
 @pytest.fixture
 def record(data: Path, tmp_path: Path) -> RunRecord:
-    return train.open_run(settings.parse(arguments(data, tmp_path), "Train."))[0]
+    return run_config.start_or_resume(settings.parse(arguments(data, tmp_path), "Train."))[0]
 
 
 def check(first: RunRecord, second: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,8 +40,8 @@ def check(first: RunRecord, second: RunRecord, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         Ranks, "all_gather_object", lambda _, value: said.append(value) or list(said)
     )
-    run_config.check(first, ALONE)
-    run_config.check(second, ALONE)
+    run_config.check_ranks_agree(first, ALONE)
+    run_config.check_ranks_agree(second, ALONE)
 
 
 def test_where_things_lie_may_differ(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,34 +8,34 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from mygpt import optim, spikes
-from mygpt import step as steps
-from mygpt.step import Outcome, train_step, validate
 from mygpt.stopping import Stop, Stopped
-from mygpt.train_state import Job
+from mygpt.train_state import TrainState
 from tests.training import ALONE, one_job
+from train import StepResult, train_step, validate
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def state_of(job: Job) -> dict[str, torch.Tensor]:
+def state_of(job: TrainState) -> dict[str, torch.Tensor]:
     weights = {name: p.detach().clone() for name, p in job.model.named_parameters()}
     memory = optim.state_tensors(job.optimizers, job.model)
     return weights | {name: tensor.clone() for name, tensor in memory.items()}
 
 
-def unchanged(job: Job, before: dict[str, torch.Tensor]) -> bool:
+def unchanged(job: TrainState, before: dict[str, torch.Tensor]) -> bool:
     after = state_of(job)
     return after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
 
 
-def take(job: Job, count: int = 1) -> Outcome:
+def take(job: TrainState, count: int = 1) -> StepResult:
     for _ in range(count):
         outcome = train_step(job, Stop(ALONE))
     return outcome
 
 
-def poison_loss(job: Job, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def poison_loss(job: TrainState, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     """From now on the loss and its gradient hold `value`."""
     forward = job.model.forward
 
@@ -48,7 +48,7 @@ def poison_loss(job: Job, monkeypatch: pytest.MonkeyPatch, value: float) -> None
 
 
 @contextmanager
-def gradient_infinite_if(job: Job, condition: Callable[[], bool]) -> Iterator[None]:
+def gradient_infinite_if(job: TrainState, condition: Callable[[], bool]) -> Iterator[None]:
     def poisoned(gradient: torch.Tensor) -> torch.Tensor:
         return torch.full_like(gradient, math.inf) if condition() else gradient
 
@@ -148,7 +148,7 @@ def test_a_step_is_dropped_with_its_data_wherever_it_is_stopped(
 ) -> None:
     flags = ("--micro-batch", "1")  # eight micro-steps
     job, straight = one_job(data, tmp_path, *flags), one_job(data, tmp_path, *flags)
-    assert job.micro_steps == 8
+    assert job.grad_accum_steps == 8
     take(job)
     before = state_of(job)
     if call == 8:
@@ -166,7 +166,7 @@ def test_a_step_is_dropped_with_its_data_wherever_it_is_stopped(
 def test_a_step_that_is_almost_done_is_finished(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "ALMOST_DONE", 0.5)
+    monkeypatch.setattr(train, "ALMOST_DONE", 0.5)
     job = one_job(data, tmp_path)  # two micro-steps
     with pytest.raises(Stopped):
         train_step(job, StopAt(0))
@@ -179,7 +179,7 @@ def test_a_validation_is_stopped_between_its_batches(
 ) -> None:
     job = one_job(data, tmp_path)
     whole = validate(job, Stop(ALONE))
-    monkeypatch.setattr(steps, "default_batch_size", lambda *_: 5)
+    monkeypatch.setattr(train, "default_batch_size", lambda *_: 5)
     parts = validate(job, StopAt(-(-len(job.val_windows) // 5)))
     assert (parts.tokens, parts.nats) == (whole.tokens, pytest.approx(whole.nats))
     assert job.model.training
