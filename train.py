@@ -333,6 +333,7 @@ def trackers(
         return nullcontext(lambda step, metrics: None)
     from mygpt import trackers
 
+    trackers.check(config)
     return trackers.open_trackers(config, step, enabled)
 
 

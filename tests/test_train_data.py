@@ -101,7 +101,7 @@ def test_a_grown_dataset_is_moved_on_to_when_asked_only(
     capsys.readouterr()
     for stop in ("8", "12"):  # the flag may stay: there is nothing newer the second time
         start(data, run, "--stop-at", stop, "--generation", "latest")
-        assert "until step 6 the data were those of generation data 0" in capsys.readouterr().out
+        assert "up to step 6 the data were those of generation data 0" in capsys.readouterr().out
     start(data, run)
     record = config_of(run)
     assert record["fingerprint"] == Manifest.load(data).fingerprint != before

@@ -81,7 +81,7 @@ def test_no_room_for_what_the_optimizers_remember_is_refused(
     optimizers = optim.configure_optimizers(model)
     if room:
         ranks, answers = Ranks(0, 0, 2, torch.device("cpu")), iter(room)
-        monkeypatch.setattr(Ranks, "sums", lambda self, values: [next(answers)])
+        monkeypatch.setattr(Ranks, "all_reduce_sum", lambda self, values: [next(answers)])
     else:
         ranks = ALONE
         for name in ("zeros_like", "Tensor.new_zeros"):
@@ -100,7 +100,7 @@ def test_the_rank_with_least_room_decides(monkeypatch: pytest.MonkeyPatch) -> No
     model, tried = model_with_room(monkeypatch, 100)
     answers: Iterator[float] = iter([2, 2, 2, 2, 2, 1])  # the first of them of the state
     ranks = Ranks(0, 0, 2, torch.device("cpu"))
-    monkeypatch.setattr(Ranks, "sums", lambda self, values: [next(answers)])
+    monkeypatch.setattr(Ranks, "all_reduce_sum", lambda self, values: [next(answers)])
     assert (
         autotune.by_trying(model, optim.configure_optimizers(model), [1, 2, 4, 8, 16], ranks) == 4
     )
@@ -121,9 +121,9 @@ def test_auto_is_found_once_and_written_down(
     assert train.main(command) == 0
     written = json.loads((run / "config.json").read_text("utf-8"))["config"]
     assert written["micro_batch"] == 6
-    assert "batch  192 tokens = 6 rows * 16 tokens * 2 micro-steps" in (run / "log.txt").read_text(
-        "utf-8"
-    )
+    assert "batch  192 tokens = 6 sequences * 16 tokens * 2 accumulation steps" in (
+        run / "log.txt"
+    ).read_text("utf-8")
     assert checkpoint.steps(run)[-1] == 4
     # What was found for one rank is found anew for four, which it can't be shared out over.
     for world_size, rows in ((2, 6), (4, 0)):
@@ -138,13 +138,13 @@ def test_every_preset_can_be_tried_on_a_gpu(
 ) -> None:
     """Before the length of the run and its warm-up are known; the trial itself stands in here."""
     job = SimpleNamespace(model=0, optimizers=[], own_parameters=None)
-    monkeypatch.setattr(train, "build", lambda *_: job)
+    monkeypatch.setattr(autotune, "build", lambda *_: job)
     monkeypatch.setattr(autotune, "by_trying", lambda model, optimizers, sizes, *_: sizes[-1])
     config = settings.parse([preset, "--micro-batch", "auto"], "")
     record = RunRecord(config, "", {})
     ranks, run = Ranks(0, 0, 1, torch.device("cuda", 0)), RunLog(tmp_path)
     dataset = Mixture.load([str(write_dataset(tmp_path / "data").folder)])
-    found = train.with_micro_batch(record, dataset, ranks, run).config
+    found = autotune.resolve_micro_batch(record, dataset, ranks, run).config
     assert found == replace(config, micro_batch=config.total_batch_size // config.model.block_size)
 
 

@@ -207,8 +207,8 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     state = checkpoint.read_state(folder)
     (folder / "state.json").write_text(json.dumps(state | {"version": 3}))
-    with pytest.raises(ValueError, match="expected format mygpt-checkpoint version 1 to 2, found"):
+    with pytest.raises(ValueError, match="expected format mygpt-checkpoint version 2 in"):
         checkpoint.read_state(folder)
     (folder / "state.json").write_text("{")
-    with pytest.raises(ValueError, match=r"state\.json is damaged"):
+    with pytest.raises(ValueError, match=r"expected a JSON object in .*state\.json"):
         checkpoint.read_state(folder)

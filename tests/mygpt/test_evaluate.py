@@ -63,7 +63,7 @@ def test_the_loss_is_exact_in_any_batch(model: GPT, batch_size: int | None) -> N
 def test_ranks_share_the_windows_and_lose_none(
     model: GPT, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Ranks, "sums", lambda self, values: list(values))
+    monkeypatch.setattr(Ranks, "all_reduce_sum", lambda self, values: list(values))
     shares = [
         evaluate(model, WINDOWS, Ranks(rank, rank, world_size, ALONE.device), batch_size=2)
         for rank in range(world_size)

@@ -90,10 +90,10 @@ def test_the_record_of_a_run_round_trips_and_knows_its_version(tmp_path: Path) -
     path.write_text(json.dumps(record.to_json()))
     assert run_config.read_run(tmp_path) == record
     path.write_text(json.dumps(record.to_json() | {"version": 99}))
-    with pytest.raises(ValueError, match="format mygpt-run version 2 in .*99"):
+    with pytest.raises(ValueError, match=r"format mygpt-run version 2 in .*99"):
         run_config.read_run(tmp_path)
     path.write_text(json.dumps(record.to_json() | {"config": {"colour": "red"}}))
-    with pytest.raises(ValueError, match="found .*colour"):
+    with pytest.raises(ValueError, match=r"found .*colour"):
         run_config.read_run(tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"expected a JSON object in .*config\.json"):

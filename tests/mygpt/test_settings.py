@@ -80,7 +80,7 @@ def test_each_way_to_say_how_long_stands_for_steps() -> None:
     assert steps(parse("small", "--epochs", "1"), 64 * 4 + 1) == 5
     assert steps(parse("small", "--epochs", "0.1"), 64 * 30) == 3
     assert steps(parse("tiny"), 100) == 0
-    with pytest.raises(ValueError, match=r"several sources: give --max-tokens"):
+    with pytest.raises(ValueError, match=r"several datasets: give --max-tokens"):
         steps(parse("small", "--epochs", "1"), None)
 
 
@@ -92,9 +92,11 @@ def test_the_length_of_a_run_is_given_once() -> None:
     assert (budget.max_steps, budget.time_budget, budget.warmup_steps) == (0, 60, 0)
     epochs = parse("tiny", "--epochs", "2")
     assert (epochs.max_steps, epochs.time_budget, epochs.epochs) == (0, 0, 2)
-    with pytest.raises(ValueError, match="--max-steps or --time-budget each say how long: give"):
+    with pytest.raises(
+        ValueError, match="--max-steps or --time-budget each give the length of the run: use"
+    ):
         parse("gpt2", "--time-budget", "60", "--max-steps", "5")
-    with pytest.raises(ValueError, match="--max-tokens or --epochs each say how long"):
+    with pytest.raises(ValueError, match="--max-tokens or --epochs each give the length"):
         parse("gpt2", "--epochs", "1", "--max-tokens", "5")
 
 
@@ -102,7 +104,7 @@ def test_a_flag_counts_though_it_says_what_the_preset_says() -> None:
     config = parse("gpt2", "--max-steps", "5000", "--warmup-steps", "715")
     assert (config.max_steps, config.warmup_steps) == (5000, 715)
     for flags in (["--max-steps", "2000"], ["--max_steps=2000"]):
-        with pytest.raises(ValueError, match="each say how long"):
+        with pytest.raises(ValueError, match="each give the length"):
             parse("small", *flags, "--time-budget", "1h")
 
 
