@@ -111,8 +111,9 @@ def _open_kept(sha256: str) -> IO[bytes] | None:
 def _fetch(uri: str, name: str, sha256: str) -> IO[bytes]:
     """Download one file, check its hash and rename it into place; called with its lock held."""
     partial = folder() / f"{sha256}{PARTIAL}"
+    system, root = remote.filesystem(uri)
     try:
-        with remote.open_once(uri, name) as source:
+        with system.open_input_file(f"{root}/{name}") as source:
             _make_room(source.seek(0, os.SEEK_END), partial)
             for _ in range(2):  # a transfer may corrupt it once
                 source.seek(0)

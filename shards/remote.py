@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from pyarrow import fs
@@ -72,17 +72,7 @@ def sizes(folder: str) -> dict[str, int]:
     return retried(list_files, f"list {folder}")
 
 
-def open_once(folder: str, name: str) -> IO[bytes]:
-    """Open a file of a remote folder, without retries. Raises OSError."""
-    system, root = filesystem(folder)
-    return system.open_input_file(f"{root}/{name}")
-
-
-def retried(
-    attempt: Callable[[], Result],
-    action: str,
-    remedy: str = "check the network and run the command again",
-) -> Result:
+def retried(attempt: Callable[[], Result], action: str) -> Result:
     """Return `attempt()`, retried with exponential back-off while it raises OSError.
 
     `action` completes "expected to ..." in messages. Raises FileNotFoundError without a retry, and
@@ -101,4 +91,7 @@ def retried(
         if number < ATTEMPTS - 1:
             # Jitter: many ranks fail at the same moment and should not retry at the same moment.
             time.sleep(FIRST_PAUSE_SECONDS * 2**number * random.uniform(0.5, 1))
-    raise OSError(f"expected to {action}, found in {ATTEMPTS} attempts: {reason}: {remedy}")
+    raise OSError(
+        f"expected to {action}, found in {ATTEMPTS} attempts: {reason}: "
+        "check the network and run the command again"
+    )

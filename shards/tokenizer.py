@@ -332,7 +332,8 @@ def differing_code_points(reference: tiktoken.Encoding, fast: Any) -> list[tuple
     Computed once (some seconds) and cached on disk by the versions of both.
     """
     versions = [f"{name}-{importlib.metadata.version(name)}" for name in ("tiktoken", "gigatoken")]
-    path = _cache_folder() / f"differing-{'-'.join(versions)}.json"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = caches / "mygpt" / f"differing-{'-'.join(versions)}.json"
     try:
         return [(first, last) for first, last in json.loads(path.read_bytes())]
     except (OSError, ValueError):
@@ -343,11 +344,6 @@ def differing_code_points(reference: tiktoken.Encoding, fast: Any) -> list[tuple
     except OSError:
         pass  # with a read-only home they are computed again next time
     return ranges
-
-
-def _cache_folder() -> Path:
-    """Return this user's cache folder: $XDG_CACHE_HOME/mygpt, by default ~/.cache/mygpt."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mygpt"
 
 
 def _compare_all_code_points(reference: tiktoken.Encoding, fast: Any) -> list[tuple[int, int]]:
