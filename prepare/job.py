@@ -153,7 +153,7 @@ def _run_units(plan: Plan, workspace: Workspace, options: Options) -> None:
     if waiting and plan.dedup:
         _hash_documents(plan, workspace, HASHES, units, runner)
         find_duplicates(workspace, units)
-    elif waiting and plan.rule.rule == GIVEN and not workspace.has_array(f"{HELD_OUT}/hashes"):
+    elif waiting and plan.rule.rule == GIVEN and workspace.load_array(f"{HELD_OUT}/hashes") is None:
         held_out = list(validation_units(plan))
         _hash_documents(plan, workspace, HELD_OUT, held_out, runner)
         collect_held_out(plan, workspace, held_out)

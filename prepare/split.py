@@ -14,7 +14,7 @@ HASH, POSITION, GIVEN = "hash", "position", "given"
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How documents are split, as the manifest records it and appends follow it (promise 3).
+    """Rule of the split, recorded in the manifest and followed by appends (promise 3).
 
     `hash`: by the document's content, `val_fraction` of them to validation. `position`: the one
     text file is cut at a line end, its last `val_fraction` to validation. `given`: validation

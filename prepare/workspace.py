@@ -216,10 +216,6 @@ class Workspace:
         content = self.folder.read(f"{WORK}/{name}.npy")
         return None if content is None else np.load(io.BytesIO(content), allow_pickle=False)
 
-    def has_array(self, name: str) -> bool:
-        """True if there is an array of that name in the work area."""
-        return self.folder.exists(f"{WORK}/{name}.npy")
-
     def abandon(self, results: Iterable[UnitResult]) -> None:
         """Remove the plan and everything made by it, so that another may be started here."""
         self.close()

@@ -1,4 +1,4 @@
-"""A dataset that version 0.2 began is finished by this one, to the same tokens."""
+"""A dataset that version 0.2 started is finished by this one, to the same tokens."""
 
 import json
 import os
@@ -17,7 +17,7 @@ PLAN = ".prepare/plan.json"
 
 
 @pytest.fixture
-def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The unfinished dataset, and beside it its corpus with the recorded times."""
     shrink(monkeypatch, **SIZES)
     for name in ("corpus", "dataset"):
@@ -29,28 +29,30 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "dataset"
 
 
-def test_it_is_finished(begun: Path, tmp_path: Path) -> None:
-    kept = contents(begun)
-    outcome = run(tmp_path / "corpus", "--out", begun)
+def test_it_is_finished(unfinished: Path, tmp_path: Path) -> None:
+    kept = contents(unfinished)
+    outcome = run(tmp_path / "corpus", "--out", unfinished)
     assert outcome.code == 0, outcome.err
     assert "Resuming: 3 of" in outcome.out
-    held(begun)
+    held(unfinished)
     whole = make(tmp_path / "whole", tmp_path / "corpus")
     finished = json.loads((RELEASED / "finished.json").read_bytes())  # by 0.2 itself
-    for manifest in (Manifest.load(begun), Manifest.load(whole)):
+    for manifest in (Manifest.load(unfinished), Manifest.load(whole)):
         assert manifest.fingerprint == finished["fingerprint"]
         assert manifest.counts == finished["counts"]
     tokens = {name for name in contents(whole) if name.endswith(".npy")}
-    assert {name: contents(begun)[name] for name in tokens} == {
+    assert {name: contents(unfinished)[name] for name in tokens} == {
         name: contents(whole)[name] for name in tokens
     }
     # What was there stayed, to the byte (an index tells which version of Arrow wrote it).
-    assert {name: contents(begun)[name] for name in kept} == kept
+    assert {name: contents(unfinished)[name] for name in kept} == kept
 
 
-def test_its_sources_are_compared(begun: Path, tmp_path: Path) -> None:
+def test_its_sources_are_compared(unfinished: Path, tmp_path: Path) -> None:
     os.utime(tmp_path / "corpus" / "b.txt", ns=(0, 0))
-    assert "the source corpus/b.txt as it was" in run(tmp_path / "corpus", "--out", begun).error
+    assert (
+        "the source corpus/b.txt as it was" in run(tmp_path / "corpus", "--out", unfinished).error
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,25 +67,25 @@ def test_its_sources_are_compared(begun: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_plan_is_refused_in_one_line(
-    change: object, message: str, begun: Path, tmp_path: Path
+    change: object, message: str, unfinished: Path, tmp_path: Path
 ) -> None:
-    plan = json.loads((begun / PLAN).read_bytes())
+    plan = json.loads((unfinished / PLAN).read_bytes())
     assert callable(change)
     change(plan)
-    (begun / PLAN).write_text(json.dumps(plan))
-    assert message in run(tmp_path / "corpus", "--out", begun).error
+    (unfinished / PLAN).write_text(json.dumps(plan))
+    assert message in run(tmp_path / "corpus", "--out", unfinished).error
 
 
 def test_a_field_that_an_older_version_did_not_know_has_its_default(
-    begun: Path, tmp_path: Path
+    unfinished: Path, tmp_path: Path
 ) -> None:
-    plan = json.loads((begun / PLAN).read_bytes())
+    plan = json.loads((unfinished / PLAN).read_bytes())
     for name in ("dedup", "generation", "first_source"):
         del plan[name]
     for file in plan["files"]:
         del file["compression"], file["column"]
-    (begun / PLAN).write_text(json.dumps(plan))
-    result = json.loads((begun / ".prepare/units/00000.json").read_bytes())
+    (unfinished / PLAN).write_text(json.dumps(plan))
+    result = json.loads((unfinished / ".prepare/units/00000.json").read_bytes())
     del result["warnings"]
-    (begun / ".prepare/units/00000.json").write_text(json.dumps(result))
-    assert "Resuming: 3 of" in run(tmp_path / "corpus", "--out", begun).out
+    (unfinished / ".prepare/units/00000.json").write_text(json.dumps(result))
+    assert "Resuming: 3 of" in run(tmp_path / "corpus", "--out", unfinished).out
