@@ -1,13 +1,12 @@
-"""Checkpoints: folders that hold all of a run at a step boundary, and appear whole or not at all.
+"""Checkpoints: the complete state of a run after some step, in a folder that appears whole.
 
     RUN/checkpoints/step_00001000/    after 1,000 finished steps:
         model.safetensors             every parameter once, under its plain name
         optimizer.safetensors         the optimizer's tensors, flat
         state.json                    step, position in the data, settings, fingerprint, ...
 
-Written to a temporary folder, fsynced, renamed: a folder named `step_N` is complete (promise 6).
-Nothing in it is code: safetensors and JSON (promise 8). Version 1, whose state.json had the
-`generation` of one dataset, is read as well.
+A temporary folder is filled, fsynced and renamed: a folder named `step_N` is complete (promise 6).
+Only safetensors and JSON are read, which can't run code (promise 8).
 """
 
 import json
@@ -26,19 +25,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shards import stored_json
+from shards.files import atomic_file, atomic_folder, sync_folder
 
 FORMAT, VERSION = "mygpt-checkpoint", 2
-# What wrappers put before the names of parameters: torch.compile, DDP, activation checkpointing.
+# Prefixes that torch.compile, DDP and activation checkpointing put into parameter names.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_checkpoint_wrapped_module)\.")
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Where the checkpoint after `step` finished steps lies."""
+    """Return the folder of the checkpoint after `step` finished steps."""
     return run / "checkpoints" / f"step_{step:08d}"
 
 
 def steps(run: Path) -> list[int]:
-    """The steps of a run's complete checkpoints, in order."""
+    """Return the steps of a run's checkpoints, ascending."""
     folders = (run / "checkpoints").glob("step_" + "[0-9]" * 8)
     return sorted(int(folder.name.removeprefix("step_")) for folder in folders)
 
@@ -66,7 +66,7 @@ def find(target: Path, best: bool = False) -> Path:
 
 
 def best_of(run: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss, the newer of equals; None without any."""
+    """Return the checkpoint with the lowest validation loss, the newer of equals, if any."""
     losses = {}
     for step in reversed(steps(run)):
         loss = read_state(folder_of(run, step))["val_loss"]
@@ -76,7 +76,7 @@ def best_of(run: Path) -> Path | None:
 
 
 def newest_run(root: Path) -> Path:
-    """The run at or below `root` with the latest checkpoint; FileNotFoundError without any."""
+    """Return the run at or below `root` with the latest checkpoint, or raise FileNotFoundError."""
     found = [path.parent for path in root.glob("**/checkpoints/step_*/state.json")]
     if not found:
         raise FileNotFoundError(
@@ -92,42 +92,31 @@ def save(
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> Path:
-    """Write the checkpoint of `step` finished steps and return its folder.
+    """Write the checkpoint after `step` finished steps and return its folder.
 
-    `model` may be what `parameters` returns of it, with whole tensors where they were cut.
-    `state` is JSON and holds the `val_loss` measured at this step, or None; step, format and
-    version are added to it. Raises OSError where the disk is full or not writable; what was there
-    before is then unharmed, and nothing of this one is left.
+    `model` may be what `parameters` returns of one, with full tensors. `state` is JSON and holds
+    "val_loss", the validation loss at this step or None; format, version and step are added.
+    Raises OSError if the disk is full or not writable, and then leaves nothing behind.
     """
     final = folder_of(run, step)
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    weights = parameters(model) if isinstance(model, nn.Module) else model
+    record = {"format": FORMAT, "version": VERSION, "step": step, **state}
     try:
-        weights = parameters(model) if isinstance(model, nn.Module) else model
-        _save_tensors(temporary / "model.safetensors", weights)
-        _save_tensors(temporary / "optimizer.safetensors", optimizer)
-        record = {"format": FORMAT, "version": VERSION, "step": step, **state}
-        (temporary / "state.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
-        os.rename(temporary, final)
+        with atomic_folder(final) as temporary:
+            _save_tensors(temporary / "model.safetensors", weights)
+            _save_tensors(temporary / "optimizer.safetensors", optimizer)
+            (temporary / "state.json").write_bytes(_to_json(record))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
             f"cannot write the checkpoint {final} ({error}): the one before it is unharmed; make "
-            "room, and the same command goes on from there"
+            "room and run the same command again to resume from it"
         ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _sync(final.parent)
-    _sync(run)
+    sync_folder(run)
     return final
 
 
 def prune(run: Path, keep: int, keep_every: int = 0) -> None:
-    """Remove what killed writes left, and all checkpoints that are not to be kept.
+    """Remove what killed writers left, and all checkpoints that are not to be kept.
 
     Kept are the `keep` newest, the best, and those of steps that `keep_every`, if not 0, divides.
     """
@@ -137,43 +126,46 @@ def prune(run: Path, keep: int, keep_every: int = 0) -> None:
     for step in steps(run)[:-keep]:
         folder = folder_of(run, step)
         if folder != best and not (keep_every and step % keep_every == 0):
-            # Renamed first: a folder half deleted must not look complete.
-            doomed = folder.with_name(f".{folder.name}.tmp")
-            os.rename(folder, doomed)
-            shutil.rmtree(doomed)
+            # Rename before deleting: a half-deleted folder must not look complete.
+            hidden = folder.with_name(f".{folder.name}.tmp")
+            os.rename(folder, hidden)
+            shutil.rmtree(hidden)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The `state.json` of a checkpoint, as version 2 has it.
+    """Return the `state.json` of a checkpoint.
 
     Raises FileNotFoundError if there is none, ValueError if it is damaged or of another version.
     """
     path = folder / "state.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint: it has no state.json")
-    return {"spikes": None} | stored_json.read(path, FORMAT, {VERSION}, "use another checkpoint")
+    return stored_json.read(path, FORMAT, {VERSION}, "use another checkpoint")
 
 
 def note_val_loss(folder: Path, val_loss: float) -> None:
-    """Add to a checkpoint the loss of a validation that was cut off before it was written."""
-    path, temporary = folder / "state.json", folder / ".state.json.tmp"
-    state = json.loads(path.read_text("utf-8")) | {"val_loss": val_loss}
-    temporary.write_text(json.dumps(state, indent=1) + "\n", "utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(folder)
+    """Add the validation loss to a checkpoint that was saved before its validation ran."""
+    state = read_state(folder) | {"val_loss": val_loss}
+    with atomic_file(folder / "state.json") as file:
+        file.write(_to_json(state))
+    sync_folder(folder)
+
+
+def _to_json(record: Mapping[str, Any]) -> bytes:
+    # json, not orjson, which writes the NaN loss of a diverged run as null: "not validated".
+    return (json.dumps(record, indent=1) + "\n").encode()
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold the run's folder, made if need be; ValueError if another process trains there now."""
+    """Hold the lock of the run's folder; ValueError if another process trains there."""
     run.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"another process is training in {run}: wait for it, or take another --log-dir"
+            f"another process is training in {run}: wait for it, or give another --log-dir"
         ) from None
     try:
         yield
@@ -182,23 +174,18 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Plain name → parameter, tied ones once, however DDP or torch.compile wrapped the model."""
-    return {plain(name): parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def plain(name: str) -> str:
-    """A parameter's name without what wrappers have put into it."""
-    return _WRAPPERS.sub("", name)
+    """Return plain name -> parameter, tied ones once, however the model is wrapped."""
+    return {_WRAPPERS.sub("", name): p.detach() for name, p in model.named_parameters()}
 
 
 def load_model(
     folder: Path,
     model: nn.Module,
-    share: Callable[[Tensor, Tensor], Tensor] = lambda whole, own: whole,
+    shard: Callable[[Tensor, Tensor], Tensor] = lambda full, parameter: full,
 ) -> None:
-    """Fill the model's parameters from a checkpoint; ValueError if names or shapes do not match.
+    """Load the model's parameters from a checkpoint; ValueError if names or shapes do not match.
 
-    `share` takes from a whole tensor what a parameter holds of it, where parameters are cut.
+    `shard` takes from a full tensor the shard that a parameter holds.
     """
     path, own = folder / "model.safetensors", parameters(model)
     stored = load_weights(folder)
@@ -210,17 +197,16 @@ def load_model(
                 f"{path} does not fit the model: {name} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(own[name].shape)}"
             )
-        own[name].copy_(share(tensor, own[name]))
+        own[name].copy_(shard(tensor, own[name]))
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """The parameters of a checkpoint, on the CPU; ValueError if its file is damaged."""
-    stored = _load_tensors(folder / "model.safetensors")
-    return {plain(name): tensor for name, tensor in stored.items()}
+    """Return the parameters of a checkpoint, on the CPU; ValueError if the file is damaged."""
+    return _load_tensors(folder / "model.safetensors")
 
 
 def load_optimizer(folder: Path) -> dict[str, Tensor]:
-    """The optimizer's tensors of a checkpoint, on the CPU; ValueError if the file is damaged."""
+    """Return the optimizer's tensors, on the CPU; ValueError if the file is damaged."""
     return _load_tensors(folder / "optimizer.safetensors")
 
 
@@ -233,15 +219,3 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove its folder, or restore it") from None
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to disk; where folders can't be opened, renames need no help."""
-    if os.name == "nt" and path.is_dir():
-        return
-    # Windows can flush only what is open for writing.
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

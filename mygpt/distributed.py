@@ -1,6 +1,6 @@
-"""Which rank this is, of how many, and on which device: one small record, made once, handed down.
+"""Process group: the ranks that train one model, their devices and collectives.
 
-python -m mygpt.distributed 4 [--device cuda]    can 4 ranks start here? exit code 2 if not
+python -m mygpt.distributed 4 [--device cuda]    check that 4 ranks can start here; exit 2 if not
 """
 
 import argparse
@@ -15,17 +15,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from shards.cli import one_line_errors
+
 Value = TypeVar("Value")
 
-# How long a rank waits for the others before it takes them for lost. What the main rank does alone,
-# such as writing a checkpoint, must take less.
-PATIENCE = timedelta(minutes=10)
-# Of a process that lost them: less than any fault's that they may have ended with, so that a
-# scheduler, which looks at the highest code, sees the fault.
+# Process-group timeout. What the main rank does alone, such as writing a checkpoint, takes less.
+TIMEOUT = timedelta(minutes=10)
+# Exit code of a rank that lost the others. It is lower than that of any fault: a scheduler looks
+# at the highest code, and so sees the fault.
 EXIT_LOST = 1
 
-# Dense bf16 peak of a GPU in FLOP/s, from its datasheet, by a part of torch's name for it; the
-# first that fits counts, so the more special name comes first.
+# Dense bf16 peak in FLOP/s from the datasheet, by a part of torch's device name. The first match
+# counts, so more specific names come first.
 _PEAK_FLOPS = {
     "B200": 2.25e15,
     "H200": 989e12,
@@ -47,21 +48,24 @@ _PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process among `world_size` that train the same model, as torchrun numbers them."""
+    """This process's rank, as numbered by torchrun, and its collectives.
+
+    With a world size of 1 every collective returns its argument.
+    """
 
     rank: int
     local_rank: int  # among the ranks of this machine
     world_size: int
     device: torch.device
-    control: dist.ProcessGroup | None = None  # for numbers that must not wait for a GPU
+    control: dist.ProcessGroup | None = None  # gloo, for values that must not wait for a GPU
 
     @property
     def is_main(self) -> bool:
-        """True for the one rank that writes and talks."""
+        """True for the one rank that writes files and prints."""
         return self.rank == 0
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over the ranks, in float64; all ranks get the same numbers."""
+        """Sum each value over the ranks, in float64."""
         if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -69,9 +73,9 @@ class Ranks:
         return total.tolist()
 
     def all_reduce_mean(self, values: torch.Tensor) -> list[float]:
-        """Each of `values`, (n,) on the device, averaged over the ranks; the same on all of them.
+        """Average each of `values`, (n,) on the device, over the ranks, in float64.
 
-        The one place where a step waits for its device.
+        The only point of a step that synchronises with the device.
         """
         if self.world_size == 1:
             return values.tolist()
@@ -80,9 +84,9 @@ class Ranks:
         return (total / self.world_size).tolist()
 
     def all_reduce_max_async(self, value: int) -> Callable[[], int]:
-        """Begin to agree on the largest value of any rank; calling what is returned waits for it.
+        """Start a maximum over the ranks, and return a function that waits for the result.
 
-        It goes from CPU to CPU, whatever the device, so nothing that a GPU has to do is waited for.
+        On the CPU, so it never waits for queued work of a GPU.
         """
         largest = torch.tensor(value)
         work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control, async_op=True)
@@ -94,7 +98,7 @@ class Ranks:
         return result
 
     def all_gather_object(self, value: Value) -> list[Value]:
-        """Every rank's value, in the order of the ranks; from CPU to CPU."""
+        """Return every rank's value, in rank order; on the CPU."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -102,37 +106,37 @@ class Ranks:
         return values
 
     def broadcast_object(self, value: Value) -> Value:
-        """Return the main rank's value on every rank; from CPU to CPU."""
+        """Return the main rank's value, on every rank; on the CPU."""
         values: list[Any] = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values, group=self.control)
         return values[0]
 
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Wait until every rank has called this."""
         self.all_reduce_sum([0])
 
 
 def find_device(name: str) -> str:
-    """The kind of device `name` stands for: itself, or for "auto" CUDA, else MPS, else CPU.
+    """Resolve "auto" to CUDA, else MPS, else CPU; return any other name as it is.
 
-    Raises ValueError where a device is asked for by name and is not there.
+    Raises ValueError if "mps" is requested and not available; see `check_room` for "cuda".
     """
-    there = {
+    available = {
         "cuda": torch.cuda.is_available(),
-        # Apple's GPU is one, and neither gloo nor NCCL speaks to it.
+        # Apple's GPU: there is only one, and neither gloo nor NCCL supports it.
         "mps": torch.backends.mps.is_available() and os.environ.get("WORLD_SIZE", "1") == "1",
         "cpu": True,
     }
     if name == "auto":
-        return next(kind for kind, found in there.items() if found)
-    if not there[name] and name != "cuda":
+        return next(kind for kind, found in available.items() if found)
+    if not available[name] and name != "cuda":
         raise ValueError(f"device {name} is not there: use --device auto or --device cpu")
     return name
 
 
 def check_room(ranks_here: int, device: str) -> None:
-    """Raise ValueError if no ranks are asked for on this machine, or more than it has GPUs."""
+    """Raise ValueError for less than one rank on this machine, or more than it has GPUs."""
     if ranks_here < 1:
         raise ValueError(f"expected at least 1 rank, found {ranks_here}: give NPROC=n")
     gpus = torch.cuda.device_count()
@@ -145,19 +149,18 @@ def check_room(ranks_here: int, device: str) -> None:
 
 
 class RanksLost(ConnectionError):
-    """Another rank has ended, hangs or can't be reached; the message says what to do."""
+    """Another rank has exited, hangs or can't be reached."""
 
 
 @contextmanager
 def start(
-    device: str = "auto", deterministic: bool = False, patience: timedelta = PATIENCE
+    device: str = "auto", deterministic: bool = False, timeout: timedelta = TIMEOUT
 ) -> Iterator[Ranks]:
-    """Join the other ranks if torchrun started this process; leave them at the end of the block.
+    """Join torchrun's process group for the duration of the block, if it started this process.
 
-    Device: "auto", "cuda", "mps" or "cpu". CUDA ranks speak NCCL, CPU ranks gloo. `deterministic`
-    asks torch for bitwise repeatable kernels. Raises ValueError before anything is started if the
-    device or a GPU for each rank is not there, and RanksLost, out of the block too, where others
-    have ended, or do not answer for as long as `patience`.
+    Device: "auto", "cuda" (NCCL), "mps" or "cpu" (gloo). `deterministic` requests bitwise
+    repeatable kernels. Raises ValueError, before anything starts, if the device or a GPU for each
+    rank is missing. Errors of the network become RanksLost, also those raised in the block.
     """
     check_room(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device)
     kind = find_device(device)
@@ -166,7 +169,7 @@ def start(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if os.environ.get("RANK") is None:
-        # With its number: some of torch's functions ask for it.
+        # cuda:0, not cuda: some functions of torch need the index.
         yield Ranks(0, 0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind))
         return
     rank, local_rank, world_size = (
@@ -178,47 +181,47 @@ def start(
             torch.cuda.set_device(here)
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
-            store=_store(patience),
+            store=_store(timeout),
             rank=rank,
             world_size=world_size,
-            timeout=patience,
+            timeout=timeout,
             device_id=here if kind == "cuda" else None,
         )
-        control = dist.new_group(backend="gloo", timeout=patience)
+        control = dist.new_group(backend="gloo", timeout=timeout)
         yield Ranks(rank, local_rank, world_size, here, control)
     except RuntimeError as error:
-        if not _is_of_the_network(error):
+        if not _is_network_error(error):
             raise
         raise RanksLost(
             f"rank {rank} of {world_size} lost the others ({_first_sentence(error)}): one has "
-            "ended, hangs or can't be reached, see its own last lines; the same command goes on "
-            "from the last checkpoint"
+            "ended, hangs or can't be reached, see its own last lines; run the same command again "
+            "to resume from the last checkpoint"
         ) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _store(patience: timedelta) -> dist.Store:
-    """Where the ranks leave their addresses for one another."""
-    store, _, _ = next(dist.rendezvous("env://", timeout=patience))
-    # torchrun --max-restarts keeps one for all restarts, with the addresses of ranks long gone.
+def _store(timeout: timedelta) -> dist.Store:
+    """Return the key-value store through which ranks exchange their addresses."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun --max-restarts keeps one store, with the addresses of ranks that have ended.
     return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _is_of_the_network(error: RuntimeError) -> bool:
-    # gloo has no exception of its own: its errors begin with the place in its source, or say this.
+def _is_network_error(error: RuntimeError) -> bool:
+    # gloo raises plain RuntimeError: recognise its source path or its words.
     return isinstance(error, dist.DistError) or bool(re.search("gloo|pair closure", str(error)))
 
 
 def _first_sentence(error: RuntimeError) -> str:
-    """Without gloo's source file, and without what it advises."""
+    """Return the error's first sentence, without gloo's source path and advice."""
     text = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", str(error).strip())
     return re.split(r"\.\s|\n", text)[0]
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What matrices are multiplied in: bf16 on GPUs that have it, fp16 on older ones, else fp32."""
+    """Return the dtype of matrix products: bf16 on GPUs, fp16 on those without it, else fp32."""
     if device.type != "cuda":
         return torch.float32
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -226,34 +229,31 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device) -> torch.autocast | nullcontext[None]:
-    """Context of mixed precision on this device; does nothing where matrices stay in fp32."""
+    """Return the context of mixed precision on this device, a null context for fp32."""
     dtype = compute_dtype(device)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The dense bf16 peak of a GPU in FLOP/s; None for a CPU or a GPU not in the table."""
+    """Return the dense bf16 peak of a GPU in FLOP/s; None for CPUs and GPUs not in the table."""
     if device.type != "cuda":
         return None
     own = torch.cuda.get_device_name(device)
     return next((peak for name, peak in _PEAK_FLOPS.items() if name in own), None)
 
 
-def main() -> int:
-    """The check of `check_room`, for the Makefile: torchrun would bury the line in a traceback.
+@one_line_errors()
+def main() -> None:
+    """Check the number of ranks for the Makefile: torchrun would bury the line in a traceback.
 
-    "auto" means GPUs here: who asks for several ranks and finds none is not served by a CPU.
+    "auto" means GPUs here: several ranks on a CPU are hardly what was meant.
     """
-    parser = argparse.ArgumentParser(description="Can that many ranks start on this machine?")
+    parser = argparse.ArgumentParser(description="Check that so many ranks can start here.")
     parser.add_argument("ranks", type=int)
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    asked = parser.parse_args()
-    try:
-        check_room(asked.ranks, "cuda" if asked.device == "auto" else asked.device)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-    return 0
+    args = parser.parse_args()
+    check_room(args.ranks, "cuda" if args.device == "auto" else args.device)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

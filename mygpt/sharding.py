@@ -1,13 +1,12 @@
-"""Models that ask for more memory than one card has: each rank keeps only its share.
+"""Sharding of optimizer state (ZeRO-1) or of everything (FSDP2), for models too large for a GPU.
 
     torchrun --standalone --nproc_per_node=4 train.py gpt2-large --shard optimizer
     torchrun --standalone --nproc_per_node=4 train.py gpt2-xl --shard full
 
-Bytes a parameter and card, of n, in fp32 with AdamW: plain 16, "optimizer" 8 + 8 / n, "full" 16 / n
-and one block's weights, and on a GPU about 2 more, whatever n: autocast keeps the 16-bit copies of
-the weights it multiplied with until the backward pass has used them. Checkpoints hold whole tensors
-under plain names whatever wrote them, so a run may go on with another --shard, or with another
-number of ranks.
+Bytes per parameter and GPU, of n GPUs, in fp32 with AdamW: "none" 16, "optimizer" 8 + 8 / n,
+"full" 16 / n and one block's weights; and 2 more on any GPU, since autocast keeps the 16-bit copies
+of the weights until the backward pass. Checkpoints hold full tensors under plain names, so a run
+can resume with another --shard or another number of ranks.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,27 +24,26 @@ from mygpt.model import GPT
 
 
 def shard_optimizers(optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
-    """Each rank moves its share of the parameters, and remembers what that takes, for all.
+    """Let each rank update its part of the parameters and hold only that part's state (ZeRO-1).
 
-    ZeRO's first stage (arXiv 1910.02054). What `torch.distributed.optim.ZeroRedundancyOptimizer`
-    does, as two hooks: the optimizer stays the one it is, and its state can be saved as tensors,
-    where the wrapper's goes through pickles. Gradients must be equal on all ranks, as DDP
-    leaves them. All ranks must take their steps together.
+    ZeRO's first stage (arXiv 1910.02054), as two hooks of the step. Unlike with torch's
+    ZeroRedundancyOptimizer the state can be saved as tensors, without pickle. Gradients must be
+    equal on all ranks, as DDP leaves them, and all ranks must step together.
     """
     for optimizer in optimizers:
         owners = _owners(optimizer, ranks.world_size)
-        optimizer.register_step_pre_hook(partial(_keep_own, owners, ranks.rank))
-        optimizer.register_step_post_hook(partial(_send_own, owners))
+        optimizer.register_step_pre_hook(partial(_drop_other_gradients, owners, ranks.rank))
+        optimizer.register_step_post_hook(partial(_broadcast_parameters, owners))
 
 
 def own_parameters(optimizers: Iterable[Optimizer], ranks: Ranks) -> set[Tensor]:
-    """Those that this rank moves, and alone remembers, once `shard_optimizers` was called."""
+    """Return the parameters that this rank updates under `shard_optimizers`."""
     owners = [_owners(optimizer, ranks.world_size) for optimizer in optimizers]
     return {p for each in owners for p, owner in each.items() if owner == ranks.rank}
 
 
 def _owners(optimizer: Optimizer, world_size: int) -> dict[Tensor, int]:
-    """Parameter → the rank that moves it: the largest first, each to whom has least so far."""
+    """Assign each parameter, largest first, to the rank with the fewest elements so far."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loads, owners = [0] * world_size, {}
     for p in sorted(parameters, key=Tensor.numel, reverse=True):
@@ -54,27 +52,25 @@ def _owners(optimizer: Optimizer, world_size: int) -> dict[Tensor, int]:
     return owners
 
 
-def _keep_own(owners: Mapping[Tensor, int], rank: int, *_: Any) -> None:
-    """Optimizers pass over a parameter without a gradient, and remember nothing of it."""
+def _drop_other_gradients(owners: Mapping[Tensor, int], rank: int, *_: Any) -> None:
+    # Optimizers skip a parameter without a gradient, and keep no state of it.
     for p, owner in owners.items():
         if owner != rank:
             p.grad = None
 
 
-def _send_own(owners: Mapping[Tensor, int], *_: Any) -> None:
-    sent = [dist.broadcast(p.detach(), owner, async_op=True) for p, owner in owners.items()]
-    for work in sent:
+def _broadcast_parameters(owners: Mapping[Tensor, int], *_: Any) -> None:
+    pending = [dist.broadcast(p.detach(), owner, async_op=True) for p, owner in owners.items()]
+    for work in pending:
         work.wait()
 
 
 def shard_model(model: GPT, ranks: Ranks) -> None:
-    """Cut every parameter over the ranks, in place; a block is whole only while it is at work.
+    """Shard every parameter over the ranks in place with FSDP2, one group per block.
 
-    PyTorch's FSDP2. Gradients are averaged and cut block by block in every backward pass. What is
-    kept whole on a GPU are the 16-bit copies of the weights that autocast makes in the forward
-    pass, for the backward pass. A model on the CPU moves to the ranks' device one block at a time.
-    Raises ValueError where fp16 would be computed in: its loss scaler looks at each rank's share by
-    itself.
+    Gradients are reduce-scattered block by block in every backward pass. A model on the CPU moves
+    to the ranks' device one block at a time. Raises ValueError if the device computes in fp16,
+    whose loss scaler would look at each rank's gradients alone.
     """
     if compute_dtype(ranks.device) == torch.float16:
         raise ValueError("--shard full needs bfloat16, this GPU has none: give --shard optimizer")
@@ -91,9 +87,9 @@ def shard_model(model: GPT, ranks: Ranks) -> None:
 
 @contextmanager
 def unsharded(model: GPT) -> Iterator[None]:
-    """Inside the block every rank has all weights, and so need not go in step with the others.
+    """Keep all weights on every rank inside the block, so that ranks run forward independently.
 
-    For validation and samples, which keep no gradients. Does nothing to a model that is not cut.
+    For validation and samples, without gradients. Does nothing to a model that is not sharded.
     """
     parts: list[Any] = [module for module in (*model.h, model) if hasattr(module, "unshard")]
     for part in parts:
@@ -108,9 +104,10 @@ def unsharded(model: GPT) -> Iterator[None]:
 
 
 def full_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """All that any rank holds, whole and on the CPU, for the main rank; nothing for the others.
+    """Gather all ranks' tensors on the main rank, in full and on the CPU; others get nothing.
 
-    All ranks must call it. A name that several ranks hold, unless cut, is the same for all of them.
+    Collective: all ranks must call it. A name on several ranks is a sharded tensor, or the same
+    tensor on all of them.
     """
     if ranks.world_size == 1:
         return dict(tensors)
@@ -123,9 +120,9 @@ def full_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tenso
             tensor = tensors.get(name)
             if tensor is None:
                 tensor = torch.empty(shape, dtype=dtype, device=ranks.device)
-            elif _is_cut(tensor):
+            elif _is_sharded(tensor):
                 tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-            if owner:  # the main rank has it not
+            if owner:  # the main rank does not have it
                 dist.broadcast(tensor := tensor.to(ranks.device), owner)
             if ranks.is_main:
                 result[name] = tensor.detach().cpu()
@@ -133,8 +130,8 @@ def full_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tenso
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's share of a tensor that all have, cut as `like` is; `full` where it is not."""
-    if not _is_cut(like):
+    """Return this rank's shard of a full tensor, sharded as `like`; `full` if that is not."""
+    if not _is_sharded(like):
         return full
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -144,7 +141,7 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def shard_tensors(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
-    """What an optimizer remembers ("PARAMETER.KEY" → whole tensor) cut as the parameters are."""
+    """Shard optimizer state ("PARAMETER.KEY" -> full tensor) as the parameters are."""
     parameters = dict(model.named_parameters())
     return {
         name: shard_like(tensor, parameters[name.rpartition(".")[0]]) if tensor.dim() else tensor
@@ -153,10 +150,10 @@ def shard_tensors(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A cut tensor put together, on all ranks; any other as it is."""
-    return tensor.full_tensor() if _is_cut(tensor) else tensor  # type: ignore[attr-defined]
+    """Gather a sharded tensor, on all ranks; return any other as it is."""
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def _is_cut(tensor: Tensor) -> bool:
-    # As with `unshard`, asked without an import that takes longer than others should wait.
+def _is_sharded(tensor: Tensor) -> bool:
+    # Not isinstance: importing DTensor takes a second that unsharded runs need not wait for.
     return hasattr(tensor, "full_tensor")

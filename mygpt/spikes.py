@@ -1,7 +1,7 @@
-"""Which steps must not move the weights: those without finite numbers, and spikes if one asks.
+"""Skipping of steps: those with non-finite numbers, and with --skip-spikes gradient spikes.
 
-The rule looks at the loss and the norm of the gradient alone, both the same on all ranks, and what
-it remembers is part of a checkpoint: so all ranks skip the same steps, and a resumed run too.
+The rule looks only at the loss and the gradient norm, which are equal on all ranks, and its state
+is part of a checkpoint: so all ranks, and a resumed run, skip the same steps.
 """
 
 import math
@@ -10,18 +10,17 @@ from typing import Any
 
 import torch
 
-WINDOW = 128  # norms that a spike is held against
-ENOUGH = 32  # of them, before anything is called a spike
-IN_A_ROW = 10  # skipped steps after which a run is beyond help
-# Of the mean: steadier norms than this are not told apart from constant ones.
-LEAST_DEVIATION = 0.05
+WINDOW = 128  # latest norms that a norm is compared with
+ENOUGH = 32  # norms before any is called a spike
+IN_A_ROW = 10  # consecutive skipped steps after which the run ends
+LEAST_DEVIATION = 0.05  # lower bound of the standard deviation, as a fraction of the mean
 
 
 class Spikes:
-    """The judge of the steps of one run.
+    """Spike detector over the gradient norms of one run.
 
-    A norm is a spike if it lies more than `deviations` standard deviations above the mean of the
-    last 128 norms; 0 calls nothing a spike (the rule is that of OLMo's SkipStepOptimizer).
+    A norm is a spike if it is more than `deviations` standard deviations above the mean of the
+    last 128 norms, the rule of OLMo's SkipStepOptimizer. With 0 no norm is a spike.
     """
 
     def __init__(self, deviations: float) -> None:
@@ -30,7 +29,7 @@ class Spikes:
         self.in_a_row = 0
 
     def judge(self, loss: float, norm: float) -> str:
-        """Why the step must be skipped, "" if it may be taken, and remember it."""
+        """Record a step; return why it must be skipped, "" if it must not."""
         reason = self._reason(loss, norm)
         if reason:
             self.in_a_row += 1
@@ -40,12 +39,12 @@ class Spikes:
         return reason
 
     def check(self) -> None:
-        """Raise ValueError after `IN_A_ROW` steps in a row without one that could be taken."""
+        """Raise ValueError if the last `IN_A_ROW` steps were all skipped."""
         if self.in_a_row >= IN_A_ROW:
             raise ValueError(
-                f"{self.in_a_row} steps in a row were skipped, as log.txt says: the run stands at "
-                "its last checkpoint; look at what they read, go on from there with another "
-                "--skip-spikes, or begin another run with a lower --max-lr"
+                f"{self.in_a_row} steps in a row were skipped, see log.txt: look at the windows "
+                "they read, resume from the last checkpoint with another --skip-spikes, or start "
+                "another run with a lower --max-lr"
             )
 
     def _reason(self, loss: float, norm: float) -> str:
@@ -63,11 +62,11 @@ class Spikes:
         return f"norm is {(norm - mean) / deviation:.1f} deviations above its mean {mean:.4f}"
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it remembers, as JSON."""
+        """Return the state as JSON."""
         return {"norms": list(self.norms), "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Remember what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.norms = deque(state["norms"], maxlen=WINDOW)
         self.in_a_row = state["in_a_row"]
 

@@ -1,7 +1,7 @@
-"""Stopping in time: signals and --max-time, looked at often, and obeyed by all ranks at one place.
+"""Stop requests: signals and --max-time, polled often and honoured by all ranks at the same point.
 
-SIGINT, SIGTERM and SIGUSR1 only raise a flag. `Stop.asked` is called before every micro-step and
-between the batches of a validation, on all ranks as often, and answers the same on all of them.
+SIGINT, SIGTERM and SIGUSR1 only set a flag. `Stop.asked` is called before every micro-step and
+between the batches of a validation, equally often on all ranks, and returns the same on all.
 """
 
 import signal
@@ -12,36 +12,36 @@ from types import FrameType
 
 from mygpt.distributed import Ranks
 
-# --- Signals as a flag that is looked at where it is safe, instead of an exception anywhere.
-
-
+EXIT_STOPPED = 75  # EX_TEMPFAIL: nothing is wrong, run the same command again
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows lacks the last one
+REPEATED_AFTER = 1.0  # seconds after which the same signal again is another request
+# Ranks exchange the number of a signal, 0 for no request, or this: no number in SIGNALS is lower.
+_MAX_TIME = 1
 
 
 class Interrupt:
-    """`seen` is the number of the first signal that came inside `watch`, 0 before that."""
+    """Flag set by signals: `seen` is the number of the first one inside `watch`, 0 before."""
 
     def __init__(self) -> None:
         self.seen = 0
-        self._since: dict[int, float] = {}
+        self._first_times: dict[int, float] = {}
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number not in self._since:
-            self._since[number] = now
-            self.seen = self.seen or number
-        elif now - self._since[number] > 1:
-            # Whoever asks again does not want to wait. Not so at once: torchrun passes on a Ctrl-C
-            # that its ranks have had from the terminal already. Nor is another signal the same
-            # wish again: a scheduler's SIGUSR1 announces its SIGTERM.
+        first = self._first_times.setdefault(number, now)
+        self.seen = self.seen or number
+        if now - first > REPEATED_AFTER:
+            # A repeated signal ends the process at once. Not within a second: torchrun forwards
+            # a Ctrl-C that its ranks have already got from the terminal. Nor is another signal a
+            # repetition: a scheduler announces its SIGTERM by SIGUSR1.
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
     @contextmanager
     def watch(self) -> Iterator["Interrupt"]:
-        """Catch the signals inside the block and give them back afterwards."""
+        """Handle the signals inside the block and restore their handlers afterwards."""
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        before = [signal.signal(number, self._hear) for number in numbers]
+        before = [signal.signal(number, self._handle) for number in numbers]
         try:
             yield self
         finally:
@@ -49,18 +49,12 @@ class Interrupt:
                 signal.signal(number, handler)
 
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: nothing is wrong, the same command goes on
-
-# What the ranks tell one another: nothing, that the time is up, or 1 + the number of a signal.
-_GO_ON, _TIME_IS_UP = 0, 1
-
-
 class Stopped(Exception):
-    """All ranks leave what they were doing; the message says what asked for it."""
+    """Raised on all ranks to abandon a step or a validation; the message names the cause."""
 
 
 class Stop:
-    """Whether the run should end at its next boundary.
+    """Stop request that all ranks agree on.
 
     `max_seconds` counts from `since`, a value of `time.monotonic()`; 0 is no limit.
     """
@@ -69,30 +63,29 @@ class Stop:
         self._ranks = ranks
         self._deadline = since + max_seconds if max_seconds else None
         self._interrupt = Interrupt()
-        self._agreed = _GO_ON
-        self._answer: Callable[[], int] | None = None
+        self._agreed = 0
+        self._pending: Callable[[], int] | None = None
 
     def asked(self) -> bool:
-        """True once any rank was asked to stop. All ranks must call this equally often.
+        """Return True once any rank has a stop request. All ranks must call this equally often.
 
-        Over several ranks the answer is the one to the call before, so that no rank waits for the
-        messages of this call, and a step takes no longer for being asked.
+        With several ranks the result is that of the previous call, whose messages have arrived in
+        the meantime, so that a step takes no longer for being asked.
         """
         if self._agreed:
             return True
         if self._ranks.world_size == 1:
-            self._agreed = self._own()
+            self._agreed = self._local()
         else:
-            answer, self._answer = self._answer, self._ranks.all_reduce_max_async(self._own())
-            self._agreed = answer() if answer else _GO_ON
-        return self._agreed != _GO_ON
+            previous = self._pending
+            self._pending = self._ranks.all_reduce_max_async(self._local())
+            self._agreed = previous() if previous else 0
+        return self._agreed != 0
 
-    def _own(self) -> int:
-        """What this rank has to say."""
-        if self._interrupt.seen:
-            return 1 + self._interrupt.seen
+    def _local(self) -> int:
+        """Return this rank's own request."""
         is_late = self._deadline is not None and time.monotonic() >= self._deadline
-        return _TIME_IS_UP if is_late else _GO_ON
+        return self._interrupt.seen or (_MAX_TIME if is_late else 0)
 
     def check(self) -> None:
         """Raise `Stopped` if `asked`."""
@@ -101,12 +94,11 @@ class Stop:
 
     @property
     def reason(self) -> str:
-        """What asked for it, once `asked` is true."""
-        is_late = self._agreed == _TIME_IS_UP
-        return "--max-time" if is_late else signal.Signals(self._agreed - 1).name
+        """The cause, once `asked` is true: "--max-time" or the name of a signal."""
+        return "--max-time" if self._agreed == _MAX_TIME else signal.Signals(self._agreed).name
 
     @contextmanager
     def watch(self) -> Iterator["Stop"]:
-        """Catch the signals inside the block and give them back afterwards."""
+        """Handle the signals inside the block and restore their handlers afterwards."""
         with self._interrupt.watch():
             yield self

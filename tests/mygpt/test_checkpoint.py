@@ -115,19 +115,22 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from mygpt import checkpoint
+from shards import files
 from tests.mygpt.test_checkpoint import save
 
 run = Path(sys.argv[1])
-for name, calls in [("_save_tensors", 0), ("_save_tensors", 1), ("_sync", 0), ("_sync", 3)]:
+places = [(checkpoint, "_save_tensors", 0), (checkpoint, "_save_tensors", 1)]
+places += [(files, "sync_file", 0), (files, "sync_file", 2), (files, "sync_folder", 0)]
+for module, name, calls in places:
     if (child := os.fork()) == 0:
-        original, left = getattr(checkpoint, name), calls
+        original, left = getattr(module, name), calls
         def killer(*args):
             global left
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1
             return original(*args)
-        setattr(checkpoint, name, killer)
+        setattr(module, name, killer)
         save(run, 20)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert checkpoint.steps(run) == [10], name

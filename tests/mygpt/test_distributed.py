@@ -62,7 +62,7 @@ from datetime import timedelta
 from mygpt.distributed import EXIT_LOST, RanksLost, start
 
 try:
-    with start("cpu", patience=timedelta(seconds=int(sys.argv[2]))) as ranks:
+    with start("cpu", timeout=timedelta(seconds=int(sys.argv[2]))) as ranks:
         ranks.barrier()
         if not ranks.is_main and sys.argv[1] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -77,15 +77,15 @@ except RanksLost as lost:
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a POSIX signal")
 @pytest.mark.parametrize(
-    ("end", "patience", "words"),
+    ("end", "timeout", "words"),
     [
         ("killed", "200", "onnection"),
         pytest.param("silent", "15", "Timed out waiting 15000ms", marks=pytest.mark.slow),
     ],
 )
-def test_lost_ranks_end_the_others_in_one_line(end: str, patience: str, words: str) -> None:
+def test_lost_ranks_end_the_others_in_one_line(end: str, timeout: str, words: str) -> None:
     """Whether a rank was killed, or only says nothing more for as long as one is patient."""
-    processes = start_ranks(2, LOST, end, patience)
+    processes = start_ranks(2, LOST, end, timeout)
     try:
         line, _ = processes[0].communicate(timeout=100)
     finally:
@@ -95,7 +95,7 @@ def test_lost_ranks_end_the_others_in_one_line(end: str, patience: str, words: s
     assert processes[0].returncode == 1
     assert line.startswith("rank 0 of 2 lost the others (")
     assert words in line
-    assert "goes on from the last checkpoint" in line
+    assert "resume from the last checkpoint" in line
     assert line.count("\n") == 1
 
 
