@@ -72,7 +72,11 @@ def sizes(folder: str) -> dict[str, int]:
     return retried(list_files, f"list {folder}")
 
 
-def retried(attempt: Callable[[], Result], action: str) -> Result:
+def retried(
+    attempt: Callable[[], Result],
+    action: str,
+    remedy: str = "check the network and run the command again",
+) -> Result:
     """Return `attempt()`, retried with exponential back-off while it raises OSError.
 
     `action` completes "expected to ..." in messages. Raises FileNotFoundError without a retry, and
@@ -91,7 +95,4 @@ def retried(attempt: Callable[[], Result], action: str) -> Result:
         if number < ATTEMPTS - 1:
             # Jitter: many ranks fail at the same moment and should not retry at the same moment.
             time.sleep(FIRST_PAUSE_SECONDS * 2**number * random.uniform(0.5, 1))
-    raise OSError(
-        f"expected to {action}, found in {ATTEMPTS} attempts: {reason}: "
-        "check the network and run the command again"
-    )
+    raise OSError(f"expected to {action}, found in {ATTEMPTS} attempts: {reason}: {remedy}")
