@@ -85,11 +85,11 @@ from mygpt.eval.target import Target
 from mygpt.evaluate import Losses, evaluate_documents
 from mygpt.model import GPT
 from mygpt.settings import only_dataset
-from shards import tokenizer
 from shards.files import atomic_file, write_json
 from shards.reader import DocumentWindows
 from shards.stream import Mixture
-from shards.tokenizer import Tokenizer
+from shards.tokenizer import Tokenizer, open_tokenizer
+from shards.tokenizer import load as load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def open_inputs(config: EvalConfig) -> Inputs:
         target=own,
         reference=target.find(config.reference) if config.reference else None,
         data=data,
-        tokenizer=open_tokenizer(config, own, data) if has_text else None,
+        tokenizer=find_tokenizer(config, own, data) if has_text else None,
         questions=questions,
         prompts=prompts or [""],
         sampling=Sampling(
@@ -156,12 +156,12 @@ def open_data(config: EvalConfig, own: Target) -> Mixture:
     return Mixture.load(specs, own.state["generations"], expect=own.state["fingerprint"])
 
 
-def open_tokenizer(config: EvalConfig, own: Target, data: Mixture | None) -> Tokenizer:
+def find_tokenizer(config: EvalConfig, own: Target, data: Mixture | None) -> Tokenizer:
     """Open the tokenizer of the dataset, or the default one if there is no dataset."""
     if data is None and own.config is not None:
         with suppress(FileNotFoundError):  # with --no-loss the dataset need not be here
             data = open_data(config, own)
-    return tokenizer.open_tokenizer(data.tokenizer) if data else tokenizer.load()
+    return open_tokenizer(data.tokenizer) if data else load_tokenizer()
 
 
 def evaluate(inputs: Inputs, ranks: Ranks) -> None:
@@ -238,8 +238,8 @@ def draw_samples(report: dict[str, Any], model: GPT, inputs: Inputs) -> list[dic
 
     On a terminal a single sample of a prompt is printed while it is generated.
     """
-    config, encoder = inputs.config, inputs.tokenizer
-    if encoder is None or not config.num_samples:
+    config, tokenizer = inputs.config, inputs.tokenizer
+    if tokenizer is None or not config.num_samples:
         return []
     generator = with_weights(model, config.weights)
     live = sys.stdout.isatty() and config.num_samples == 1 and not config.json
@@ -250,9 +250,9 @@ def draw_samples(report: dict[str, Any], model: GPT, inputs: Inputs) -> list[dic
         if live:
             title = summary.title({"prompt": prompt, **labels}, len(samples) + 1)
             print(f"\n--- {title}\n{prompt}", end="", flush=True)
-        ids = [encoder.eot, *encoder.encode(prompt)]  # as every document begins in training
+        ids = [tokenizer.eot, *tokenizer.encode(prompt)]  # as every document begins in training
         count = config.num_samples
-        for text in continuations(generator, ids, count, inputs.sampling, encoder, live):
+        for text in continuations(generator, ids, count, inputs.sampling, tokenizer, live):
             samples.append({"prompt": prompt, "text": prompt + text, **labels})
             if not live and not config.json:
                 print(f"\n--- {summary.title(samples[-1], len(samples))}\n{prompt}{text}")

@@ -62,23 +62,24 @@ class BFloat16Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        return _add_bias(F.linear(x.bfloat16(), self.weight).float(), self.bias)
+        return self.add_bias(F.linear(x.bfloat16(), self.weight).float())
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """Add the bias, if there is one, in place."""
+        return y if self.bias is None else y.add_(self.bias)
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(BFloat16Linear):
     """Linear layer with int8 weights and one scale per output, fp32 in and out."""
 
-    weight: Tensor
     scale: Tensor
-    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+        super().__init__(linear)
         weight = linear.weight.detach()
         scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # (out,)
         self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale.bfloat16())
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
@@ -88,8 +89,4 @@ class Int8Linear(nn.Module):
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale).float()  # (R, out)
         else:
             y = F.linear(rows, self.weight.bfloat16()).float() * self.scale
-        return _add_bias(y.unflatten(0, x.shape[:-1]), self.bias)
-
-
-def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y.add_(bias)
+        return self.add_bias(y.unflatten(0, x.shape[:-1]))

@@ -27,10 +27,10 @@ training text.
 """
 
 
-def of_run(name: str, about: RunSummary, parameters: int, comparison: str) -> str:
+def of_run(name: str, about: RunSummary, comparison: str) -> str:
     """The card of a run's checkpoint."""
     parts = [
-        f"{_HEADER}\n# {name}\n\n{_shape(about.config.model, parameters)} Trained with myGPT.\n",
+        f"{_HEADER}\n# {name}\n\n{_shape(about.config.model)} Trained with myGPT.\n",
         _USE.format(name=name),
         "## Data\n\n" + "\n".join(_data(about)) + "\n",
         "## Training\n\n" + "\n".join(_training(about)) + "\n",
@@ -42,12 +42,11 @@ def of_run(name: str, about: RunSummary, parameters: int, comparison: str) -> st
 
 def of_nanogpt(name: str, imported: Imported, comparison: str) -> str:
     """The card of a model imported from nanoGPT."""
-    model = imported.model
     step = "unknown" if imported.step is None else f"{imported.step:,}"
     loss = imported.val_loss
     told = "unknown" if loss is None else f"{loss:.4f} nats per token"
     parts = [
-        f"{_HEADER}\n# {name}\n\n{_shape(model.config, model.num_params())}\n",
+        f"{_HEADER}\n# {name}\n\n{_shape(imported.model.config)}\n",
         f"## Training\n\nTrained with nanoGPT. Step: {step}. Best validation loss recorded in its "
         f"checkpoint: {told}. The checkpoint does not say what it was trained on.\n",
         _compared(comparison),
@@ -59,11 +58,11 @@ def _compared(comparison: str) -> str:
     return f"## Equivalence\n\nLogits of transformers and myGPT compared at export: {comparison}.\n"
 
 
-def _shape(model: GPTConfig, parameters: int) -> str:
+def _shape(model: GPTConfig) -> str:
     biases = "" if model.bias else " It has no biases: those in the file are zeros."
     return (
         f"A GPT-2 of {model.n_layers} layers, {model.n_heads} heads, width {model.n_embed} and "
-        f"{model.block_size} tokens of context: {parameters:,} parameters.{biases}"
+        f"{model.block_size} tokens of context: {model.num_params:,} parameters.{biases}"
     )
 
 

@@ -12,7 +12,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +28,15 @@ from mygpt.hub import card, nanogpt
 from mygpt.model import GPT
 from mygpt.pretrained import PREFIX, TRANSPOSED
 from mygpt.report import run_summary
-from shards import tokenizer
 from shards.files import atomic_folder
-from shards.tokenizer import Tokenizer
+from shards.tokenizer import END_OF_TEXT, Tokenizer, open_tokenizer
+from shards.tokenizer import load as load_tokenizer
 
 # Text that both libraries read: words, code, numbers, other scripts, unusual white space.
 COMPARED_TEXT = """The quick brown fox jumps over the lazy dog. It's 1984, isn't it?
     def answer(x: int) -> int:\n        return x * 42  # naïve, but "true"
 Größe, señor, 東京, Привет, مرحبا — ½ € 🙂\t\tand   spaces.\r\n\r\n"""
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Logits of transformers and of myGPT on the same text."""
-
-    difference: float  # the largest
-    largest: float  # logit
-    tokens: int
-
-    def __str__(self) -> str:
-        return (
-            f"largest difference {self.difference:.1e} among logits of up to {self.largest:.1f}, "
-            f"over {self.tokens} tokens"
-        )
-
-
-Describe = Callable[[Path, Comparison], str]  # (the folder being written, ...) to the model card
 
 
 def export(target: Path, out: Path, best: bool = False, data: Sequence[str] = ()) -> list[str]:
@@ -67,23 +49,23 @@ def export(target: Path, out: Path, best: bool = False, data: Sequence[str] = ()
     if data and about.dataset is None:
         raise ValueError(f"{about.missing}: give the --data that the model was trained on")
     known = about.dataset.tokenizer if about.dataset else None
-    its_tokenizer = tokenizer.open_tokenizer(known) if known else tokenizer.load()
-    if about.config.model.vocab_size < its_tokenizer.n_vocab:
+    tokenizer = open_tokenizer(known) if known else load_tokenizer()
+    if about.config.model.vocab_size < tokenizer.n_vocab:
         raise ValueError(
-            f"expected at least the {its_tokenizer.n_vocab} ids of the tokenizer "
-            f"{its_tokenizer.name}, found {about.config.model.vocab_size} in {folder}: give the "
-            "dataset that the model was trained on with --data"
+            f"expected at least the {tokenizer.n_vocab} ids of the tokenizer {tokenizer.name}, "
+            f"found {about.config.model.vocab_size} in {folder}: give the dataset that the model "
+            "was trained on with --data"
         )
     model = GPT(about.config.model).eval()
     checkpoint.load_model(folder, model)
 
-    def describe(temporary: Path, comparison: Comparison) -> str:
+    def write_card(temporary: Path, comparison: str) -> str:
         picture = about.run / "loss.png"
         if picture.is_file():
             shutil.copyfile(picture, temporary / picture.name)
-        return card.of_run(out.name, about, model.num_params(), str(comparison))
+        return card.of_run(out.name, about, comparison)
 
-    return _write(out, model, its_tokenizer, describe)
+    return _write(out, model, tokenizer, write_card)
 
 
 def convert(source: Path, out: Path) -> list[str]:
@@ -92,28 +74,29 @@ def convert(source: Path, out: Path) -> list[str]:
     nanoGPT doesn't store the tokenizer: a model of fewer ids than GPT-2's is written without one.
     """
     imported = nanogpt.load(source / "ckpt.pt" if source.is_dir() else source)
-    gpt2 = tokenizer.load("gpt2")
-    is_gpt2 = imported.model.config.vocab_size >= gpt2.n_vocab
-
-    def describe(temporary: Path, comparison: Comparison) -> str:
-        return card.of_nanogpt(out.name, imported, str(comparison))
-
-    return _write(out, imported.model, gpt2 if is_gpt2 else None, describe)
+    gpt2, name = load_tokenizer("gpt2"), out.name
+    known = gpt2 if imported.model.config.vocab_size >= gpt2.n_vocab else None
+    return _write(out, imported.model, known, lambda _, text: card.of_nanogpt(name, imported, text))
 
 
-def _write(out: Path, model: GPT, own: Tokenizer | None, describe: Describe) -> list[str]:
-    """Write the folder `out`, all or nothing; `own` is the model's tokenizer, if it is known."""
-    vocab_size = own.n_vocab if own else model.config.vocab_size
+def _write(
+    out: Path, model: GPT, tokenizer: Tokenizer | None, write_card: Callable[[Path, str], str]
+) -> list[str]:
+    """Write the folder `out`, all or nothing; `tokenizer` is the model's, if known.
+
+    `write_card` takes the folder being written and the comparison, and returns the model card.
+    """
+    vocab_size = tokenizer.n_vocab if tokenizer else model.config.vocab_size
     with atomic_folder(out) as temporary:
-        save_model(temporary, model, vocab_size, own.eot if own else None)
-        if own:
-            save_tokenizer(temporary, own, model.config.block_size)
-        comparison = compare(temporary, model, own)
-        (temporary / "README.md").write_text(describe(temporary, comparison), "utf-8")
+        save_model(temporary, model, vocab_size, tokenizer.eot if tokenizer else None)
+        if tokenizer:
+            save_tokenizer(temporary, tokenizer, model.config.block_size)
+        comparison = compare(temporary, model, tokenizer)
+        (temporary / "README.md").write_text(write_card(temporary, comparison), "utf-8")
     lines = [f"exported    {out}", f"compared    {comparison}, in transformers and here"]
     if padding := model.config.vocab_size - vocab_size:
         lines.append(f"cut         {padding} ids that the tokenizer does not have")
-    if not own:
+    if not tokenizer:
         lines.append(f"tokenizer   none: {vocab_size} ids are not GPT-2's, and the file has none")
     return [*lines, f"next        python eval.py {out}"]
 
@@ -168,24 +151,19 @@ def _configs(config: GPTConfig, eot: int | None) -> tuple[dict[str, Any], dict[s
     return shape | dropout | ids, ids | {"pad_token_id": eot, "max_length": config.block_size}
 
 
-def save_tokenizer(folder: Path, own: Tokenizer, block_size: int) -> None:
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
     """Write a byte-level BPE tokenizer in the format of Hugging Face's GPT-2.
 
     There, as in every GPT-2, `<|endoftext|>` in a text is that token; ours takes it as text.
     """
     letters = _byte_letters()
-    names = ["".join(letters[byte] for byte in token) for token in own.vocabulary()]
-    vocabulary = {name: i for i, name in enumerate(names)} | {tokenizer.END_OF_TEXT: own.eot}
+    names = ["".join(letters[byte] for byte in token) for token in tokenizer.vocabulary()]
+    vocabulary = {name: i for i, name in enumerate(names)} | {END_OF_TEXT: tokenizer.eot}
     pairs = [
         ("".join(letters[b] for b in left), "".join(letters[b] for b in right))
-        for left, right in merges(own.vocabulary())
+        for left, right in merges(tokenizer.vocabulary())
     ]
     theirs = GPT2TokenizerFast(vocab=vocabulary, merges=pairs, model_max_length=block_size)
-    if len(theirs) != own.n_vocab:  # older versions ignore these keywords and make one token
-        raise ValueError(
-            f"expected a tokenizer of {own.n_vocab} ids of transformers, found {len(theirs)}: "
-            "install the version that constraints.txt names"
-        )
     theirs.save_pretrained(folder)
 
 
@@ -213,33 +191,38 @@ def _byte_letters() -> list[str]:
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]
 
 
-def compare(folder: Path, model: GPT, own: Tokenizer | None) -> Comparison:
-    """Open the folder with transformers and compare its logits with the model's.
+def compare(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> str:
+    """Open the folder with transformers, compare its logits with the model's, and say the result.
 
     Raises ValueError if tokens or logits differ.
     """
-    if own and AutoTokenizer.from_pretrained(folder)(COMPARED_TEXT)["input_ids"] != own.encode(
-        COMPARED_TEXT
-    ):
-        raise ValueError("transformers' tokens differ from those of the tokenizer: nothing written")
+    if tokenizer:
+        theirs_tokenizer = AutoTokenizer.from_pretrained(folder)
+        # verbose=False: no warning that the text is longer than the context.
+        ids = theirs_tokenizer(COMPARED_TEXT, verbose=False)["input_ids"]
+        if ids != tokenizer.encode(COMPARED_TEXT):
+            raise ValueError("transformers' tokens differ from the tokenizer's: nothing written")
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder)
     if shows_progress:
         logging.enable_progress_bar()
-    idx = _compared_tokens(model.config, own)  # (1, T)
+    idx = _compared_tokens(model.config, tokenizer)  # (1, T)
     with torch.no_grad():
         logits, _ = model.eval()(idx)
         expected = logits[..., : theirs.config.vocab_size]  # (1, T, V)
         found = theirs(idx).logits  # (1, T, V)
-    difference = (found - expected).abs().max().item()
-    comparison = Comparison(difference, expected.abs().max().item(), idx.size(1))
-    if not difference <= TOLERANCE * max(1.0, comparison.largest):
-        raise ValueError(f"transformers' logits differ from ours ({comparison}): nothing written")
-    return comparison
+    difference, largest = (found - expected).abs().max().item(), expected.abs().max().item()
+    text = (
+        f"largest difference {difference:.1e} among logits of up to {largest:.1f}, "
+        f"over {idx.size(1)} tokens"
+    )
+    if not difference <= TOLERANCE * max(1.0, largest):
+        raise ValueError(f"transformers' logits differ from ours ({text}): nothing written")
+    return text
 
 
-def _compared_tokens(config: GPTConfig, own: Tokenizer | None) -> Tensor:
+def _compared_tokens(config: GPTConfig, tokenizer: Tokenizer | None) -> Tensor:
     """Ids (1, T) that fill the context: the text over and over, or all ids in turn."""
-    ids = own.encode(COMPARED_TEXT) if own else list(range(config.vocab_size))
+    ids = tokenizer.encode(COMPARED_TEXT) if tokenizer else list(range(config.vocab_size))
     return torch.tensor([(ids * (config.block_size // len(ids) + 1))[: config.block_size]])

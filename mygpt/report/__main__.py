@@ -66,7 +66,7 @@ def write(run: Path, data: Sequence[str] = ()) -> Path:
 def _parts(about: RunSummary) -> Iterator[str]:
     yield f"<header>\n<h1>{page.escape(about.run.name)}</h1>\n{_lead(about)}\n</header>\n<main>"
     yield page.tiles(_tiles(about))
-    yield page.section("Loss", _losses(about))
+    yield page.section("Learning curve", _losses(about))
     yield page.section("Training", _curves(about), _skipped(about))
     yield page.section("Samples", *_samples(about))
     yield page.section("Evaluation", *_evaluation(about))
@@ -236,7 +236,7 @@ def _setting(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value) or "none"
 
 
 if __name__ == "__main__":
