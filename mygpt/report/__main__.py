@@ -7,10 +7,10 @@ results of eval.py, all read from the run's folder and the dataset's manifest.
 """
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from shards.cli import one_line_errors
@@ -31,10 +31,11 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":  # answer --help before the imports below, which take seconds
     parse(sys.argv[1:])
 
+from mygpt import run_config
 from mygpt.eval import summary
 from mygpt.log import METRICS
 from mygpt.report import page, run_summary
-from mygpt.report.chart import Line, chart
+from mygpt.report.chart import Line, chart, short
 from mygpt.report.run_summary import RunSummary
 from shards.files import atomic_file
 from shards.stream import Mixture
@@ -100,19 +101,11 @@ def _tiles(about: RunSummary) -> Iterator[tuple[str, str, str]]:
         yield "Validation loss", f"{loss:.4f}", f"fixed subset, step {step:,}"
         yield "Perplexity", f"{math.exp(min(loss, 700)):,.2f}", "of that subset"
         yield "Best validation loss", f"{min(history.val.values()):.4f}", "fixed subset"
-    tokens = _compact(about.step * about.config.total_batch_size)
+    tokens = short(about.step * about.config.total_batch_size)
     yield "Steps", f"{about.step:,}", f"of {about.config.max_steps:,}; {tokens} tokens"
-    yield "Parameters", _compact(about.config.model.num_params), "embeddings included"
+    yield "Parameters", short(about.config.model.num_params), "embeddings included"
     if speeds := sorted(history.timings["tokens_per_second"].values()):
-        yield "Tokens per second", _compact(speeds[len(speeds) // 2]), "median over steps"
-
-
-def _compact(number: float) -> str:
-    """Format a count with three digits: 7.24M."""
-    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.3g}{letter}"
-    return f"{number:.3g}"
+        yield "Tokens per second", short(speeds[len(speeds) // 2]), "median over steps"
 
 
 def _losses(about: RunSummary) -> str:
@@ -225,18 +218,10 @@ def _identity(about: RunSummary, dataset: Mixture) -> Iterator[list[str]]:
 
 
 def _configuration(about: RunSummary) -> Iterator[str]:
-    values = asdict(about.config)
+    values = run_config.to_json(about.config)
     for title, settings in {"model": values.pop("model"), "training": values}.items():
-        rows = [[name, _setting(value)] for name, value in settings.items()]
+        rows = [[name, json.dumps(value)] for name, value in settings.items()]
         yield page.details(f"{title}, {len(rows)} settings", page.table(rows))
-
-
-def _setting(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
-    return f"{value:,}" if isinstance(value, int) else str(value) or "none"
 
 
 if __name__ == "__main__":

@@ -119,8 +119,8 @@ def _round_step(rough: float) -> float:
 
 
 def short(value: float) -> str:
-    """A number as an axis label: 20k, 1.5M, 0.003, 6e-05."""
-    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    """A number in at most four digits: 20k, 1.5M, 0.003, 6e-05."""
+    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return f"{value / factor:.4g}{letter}"
     return f"{value:.3g}"

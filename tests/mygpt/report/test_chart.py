@@ -76,7 +76,7 @@ def test_it_is_told_in_words_and_escaped() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.002, "0.002"), (6e-5, "6e-05"), (950, "950"), (1500, "1.5k"), (2e10, "20G")],
+    [(0, "0"), (0.002, "0.002"), (6e-5, "6e-05"), (950, "950"), (1500, "1.5k"), (2e10, "20B")],
 )
 def test_short_numbers(value: float, text: str) -> None:
     assert short(value) == text
