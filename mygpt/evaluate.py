@@ -1,70 +1,57 @@
-"""Losses over windows of tokens: exact, in any batch size, shared out over the ranks.
+"""Exact losses over windows of tokens, independent of batch size and number of ranks.
 
-A window is an array of 2 to block_size + 1 token ids: all but the last are read, all but the first
-are targets. B: windows at once, T: block size, D: documents.
+A window is an array of 2 to block_size + 1 token ids: all but the last are inputs, all but the
+first are targets.
+
+Shapes: B windows of a batch, T block size, D documents.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mygpt.distributed import Ranks, autocast
 from mygpt.loss import IGNORED
 from mygpt.model import GPT
+from shards.reader import DocumentWindows
 
-Batch = TypeVar("Batch")
+Item = TypeVar("Item")
+Windows = Sequence[np.ndarray] | DocumentWindows
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Nats summed over `tokens` targets."""
+    """Sum of the losses, in nats, of `tokens` targets."""
 
     nats: float
     tokens: int
 
     @property
     def mean(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(mean): as uncertain as a choice among that many tokens."""
+        """exp(mean)."""
         return math.exp(self.mean) if self.mean < 700 else math.inf
 
     def bits_per_byte(self, text_bytes: int) -> float:
-        """Bits for each byte of the text, the targets that only say <|endoftext|> included."""
+        """Return bits per byte of the text; the targets <|endoftext|> count, but have no bytes."""
         return self.nats / math.log(2) / text_bytes
-
-
-class Windows(Protocol):
-    """Windows by number, as a list has them."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> np.ndarray: ...
-
-
-class DocumentWindows(Windows, Protocol):
-    """Windows that know their documents, as `shards.reader.DocumentWindows` does."""
-
-    n_documents: int
-    block_size: int
-    text_bytes: np.ndarray  # of the documents, (D,)
-
-    def documents(self, index: int) -> np.ndarray:
-        """The document of each target of a window, (T,), ascending."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Nats and targets of every document, (D,), and of every position in the context, (T,).
+    """Nats and targets per document, (D,), and per position in the context, (T,).
 
-    Position t holds the targets with t + 1 tokens before them. Nats are float64, targets int64.
+    Targets at position t have t + 1 tokens before them. Nats are float64, counts int64.
     """
 
     nats: np.ndarray
@@ -74,11 +61,11 @@ class Losses:
 
     @property
     def total(self) -> Loss:
-        """All documents together."""
+        """Loss over all documents."""
         return Loss(float(self.nats.sum()), int(self.tokens.sum()))
 
     def part(self, documents: np.ndarray) -> "Losses":
-        """Some of the documents; where in the context their targets stood is not known."""
+        """Return the losses of some documents, without positions."""
         nothing = np.empty(0)
         return Losses(self.nats[documents], self.tokens[documents], nothing, nothing)
 
@@ -90,11 +77,10 @@ def evaluate(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Loss:
-    """The loss of every target of every window, once, token-weighted; the same on all ranks.
+    """Return the loss over every target of every window once; the same on all ranks.
 
-    Ranks take turns at the batches and add up what they found, in float64. `batch_size` is in
-    windows and changes nothing but speed. The model is left in the mode it came in. Raises
-    ValueError without windows.
+    Ranks take batches in turn and sum in float64. `batch_size`, in windows, only affects speed.
+    The model's train or eval mode is restored. Raises ValueError if there are no windows.
     """
     nats, tokens = 0.0, 0
     for _, losses, counted in token_losses(model, windows, ranks, batch_size, progress):
@@ -111,15 +97,15 @@ def evaluate_documents(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Losses:
-    """As `evaluate`, with the loss of each document and of each position in the context."""
+    """Like `evaluate`, per document and per position in the context."""
     nats, tokens = np.zeros((2, windows.n_documents))
     position_nats, position_tokens = np.zeros((2, windows.block_size))
     for batch, losses, counted in token_losses(model, windows, ranks, batch_size, progress):
         owners = np.concatenate([windows.documents(i) for i in batch])
-        first = owners[0]  # neighbouring windows hold neighbouring documents
-        found = np.bincount(owners - first, weights=losses[counted])
-        nats[first : first + len(found)] += found
-        tokens[first : first + len(found)] += np.bincount(owners - first)
+        first = owners[0]  # consecutive windows hold consecutive documents
+        document_nats = np.bincount(owners - first, weights=losses[counted])
+        nats[first : first + len(document_nats)] += document_nats
+        tokens[first : first + len(document_nats)] += np.bincount(owners - first)
         position_nats[: losses.shape[1]] += losses.sum(0)
         position_tokens[: losses.shape[1]] += counted.sum(0)
     parts = (nats, tokens, position_nats, position_tokens)
@@ -137,32 +123,31 @@ def token_losses(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[range, np.ndarray, np.ndarray]]:
-    """This rank's share, batch by batch: window numbers, nats (B, T), and which count (B, T).
+    """Yield this rank's batches: window indices, nats (B, T) and the mask of real targets (B, T).
 
-    Nats are float64, 0 where nothing counts. A batch for which a GPU has no room is taken in
-    halves, and so are those that follow. Raises ValueError without windows.
+    Nats are float64, 0 where the mask is False. A batch that does not fit into a GPU's memory is
+    halved, and so are those that follow. Raises ValueError if there are no windows.
     """
     if not len(windows):
         raise ValueError("no windows to evaluate: the split is empty, prepare more text")
     size = batch_size or default_batch_size(model.config.block_size, ranks.device)
     firsts = range(ranks.rank * size, len(windows), ranks.world_size * size)
-    batches = (range(first, min(first + size, len(windows))) for first in firsts)
-    launched = _launched(
-        model, windows, shown(batches, len(firsts), progress and ranks.is_main), ranks
-    )
-    # One batch ahead: a GPU works on the next while this one's losses are taken in.
-    before = next(launched, None)
-    while before is not None:
-        after = next(launched, None)
-        batch, losses, counted = before
+    shown = progress_bar(firsts, progress and ranks.is_main)
+    batches = (range(first, min(first + size, len(windows))) for first in shown)
+    launched = _launch(model, windows, batches, ranks)
+    # One batch ahead, so that a GPU computes the next while this one's losses are summed.
+    current = next(launched, None)
+    while current is not None:
+        following = next(launched, None)
+        batch, losses, counted = current
         yield batch, losses.cpu().double().numpy(), counted
-        before = after
+        current = following
 
 
-def _launched(
+def _launch(
     model: GPT, windows: Windows, batches: Iterable[range], ranks: Ranks
 ) -> Iterator[tuple[range, Tensor, np.ndarray]]:
-    """The same with the losses where they are computed, or still are being computed."""
+    """Yield the same with losses on the device, possibly not yet computed."""
     room, was_training = None, model.training
     model.eval()
     try:
@@ -186,17 +171,13 @@ def _launched(
 
 
 def default_batch_size(block_size: int, device: torch.device) -> int:
-    """Windows at once: enough tokens to keep the device busy, few enough for any memory."""
+    """Return windows per batch: enough to keep the device busy, few enough for any memory."""
     return max(1, (4096 if device.type == "cpu" else 65536) // block_size)
 
 
-def shown(batches: Iterable[Batch], count: int, progress: bool) -> Iterable[Batch]:
-    """The same `count` of them, with a bar on the terminal if `progress`."""
-    if not progress:
-        return batches
-    from tqdm import tqdm
-
-    return tqdm(batches, desc="evaluating", total=count, leave=False, delay=2)
+def progress_bar(items: Sequence[Item], enabled: bool) -> Iterable[Item]:
+    """Return the items, with a progress bar on the terminal if `enabled`."""
+    return tqdm(items, desc="evaluating", leave=False, delay=2) if enabled else items
 
 
 def _padded(windows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -210,10 +191,9 @@ def _padded(windows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unigram_loss(train_counts: np.ndarray, windows: Iterable[np.ndarray]) -> Loss:
-    """The loss of a model that knows only how often each token occurs in the training split.
+    """Return the loss of a unigram model, add-one smoothed, on the targets of `windows`.
 
-    `train_counts` holds a count per token id; one is added to each, so that none is impossible.
-    Scored on the targets of `windows`, as `evaluate` does.
+    `train_counts` holds a count per token id.
     """
     targets = np.zeros(len(train_counts), dtype=np.int64)
     for chunk in _chunks(windows):
@@ -224,7 +204,7 @@ def unigram_loss(train_counts: np.ndarray, windows: Iterable[np.ndarray]) -> Los
 
 
 def _chunks(windows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The targets of many windows at a time: a count per window would cost a vocabulary each."""
+    """Yield the targets of 1,024 windows at a time: each bincount costs a whole vocabulary."""
     held: list[np.ndarray] = []
     for window in windows:
         held.append(window[1:].copy())  # a view would keep its shard mapped

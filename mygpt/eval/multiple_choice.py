@@ -21,7 +21,7 @@ import torch
 import xxhash
 
 from mygpt.distributed import Ranks, compute_dtype
-from mygpt.evaluate import default_batch_size, shown, token_losses
+from mygpt.evaluate import default_batch_size, progress_bar, token_losses
 from mygpt.model import GPT
 from shards.tokenizer import Tokenizer
 
@@ -135,7 +135,7 @@ def answer(
     todo.sort(key=lambda i: len(questions[i].context))  # similar lengths together: less padding
     size = ranks.world_size * QUESTIONS_PER_ROUND[ranks.device.type]
     rounds = [todo[first : first + size] for first in range(0, len(todo), size)]
-    for round_ in shown(rounds, len(rounds), progress and ranks.is_main):
+    for round_ in progress_bar(rounds, progress and ranks.is_main):
         own = round_[ranks.rank :: ranks.world_size]
         new = np.zeros_like(scores)
         windows = [w for i in own for w in _windows(questions[i], tokenizer, block_size)]
