@@ -78,11 +78,12 @@ if __name__ == "__main__":  # answer --help and wrong flags before the imports, 
 
 from mygpt.distributed import Ranks, compute_dtype, start
 from mygpt.eval import metrics, multiple_choice, summary, target
-from mygpt.eval.completion import Completer, Sampling, continuations, converse
+from mygpt.eval.completion import Completer, continuations, converse
 from mygpt.eval.multiple_choice import Question
 from mygpt.eval.quantize import with_weights
 from mygpt.eval.target import Target
 from mygpt.evaluate import Losses, evaluate_documents
+from mygpt.generate import Sampling
 from mygpt.model import GPT
 from mygpt.settings import only_dataset
 from shards.files import atomic_file, write_json
@@ -142,7 +143,7 @@ def open_inputs(config: EvalConfig) -> Inputs:
         questions=questions,
         prompts=prompts or [""],
         sampling=Sampling(
-            config.temperature, config.top_k, config.top_p, config.seed, config.max_new_tokens
+            config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.seed
         ),
         document=config.out or (own.run and own.run / "eval.md"),
     )

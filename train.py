@@ -37,7 +37,7 @@ import torch
 from mygpt import autotune, checkpoint, plot, run_config, sharding
 from mygpt.distributed import EXIT_LOST, Ranks, RanksLost, autocast, start
 from mygpt.evaluate import Loss, default_batch_size, evaluate
-from mygpt.generate import generate
+from mygpt.generate import Sampling, generate
 from mygpt.log import Meter, RunLog, StepResult, skip_line, step_line, val_line
 from mygpt.optim import learning_rate
 from mygpt.run_config import RunRecord
@@ -276,9 +276,7 @@ def write_samples(state: TrainState, tokenizer: Tokenizer) -> None:
         continuations = generate(
             state.model,
             [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts],
-            SAMPLE_TOKENS,
-            temperature=0.8,
-            seed=state.config.seed,
+            Sampling(SAMPLE_TOKENS, temperature=0.8, seed=state.config.seed),
             stop=tokenizer.eot,
         )
     # A model may have more ids than its tokenizer: the others decode to nothing.

@@ -19,7 +19,7 @@ from bench import table, worker
 from bench.steps import hugging_face_model
 from mygpt.distributed import check_room
 from mygpt.eval.quantize import with_weights
-from mygpt.generate import generate
+from mygpt.generate import Sampling, generate
 from mygpt.model import GPT
 from mygpt.settings import PRESETS
 
@@ -89,7 +89,7 @@ def turns_of(contender: Contender, options: Options) -> worker.Turn:
     shape = replace(PRESETS[options.preset][1].model, dropout=0.0)
     if contender.what == OURS:
         model = with_weights(GPT(shape).to(options.device), contender.weights)  # type: ignore[arg-type]
-        write: Callable[..., Any] = partial(generate, model, temperature=0.0)
+        write: Callable[..., Any] = partial(_generate, model)
     else:
         peer = hugging_face_model(shape).to(options.device).eval()
         write = partial(
@@ -100,6 +100,10 @@ def turns_of(contender: Contender, options: Options) -> worker.Turn:
         str(batch): rates(partial(write, [prompt] * batch), batch, options)
         for batch in batches(options)
     }
+
+
+def _generate(model: GPT, prompts: list[list[int]], max_new_tokens: int) -> None:
+    generate(model, prompts, Sampling(max_new_tokens, temperature=0.0))
 
 
 def _hugging_face(model: Any, prompts: list[list[int]], max_new_tokens: int) -> None:

@@ -1,9 +1,10 @@
-"""Text from a model: tokens drawn one after another, for several prompts at once.
+"""Text generation: tokens sampled one after another, for several prompts at once.
 
-B: prompts, T: tokens of the longest one, V: vocabulary.
+Shapes: B prompts, T tokens of the longest one, V vocab_size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,29 +13,31 @@ from torch import Tensor
 from mygpt.model import GPT, KeyValueCache
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How many tokens to sample, and from which distribution. Raises ValueError if impossible."""
+
+    max_new_tokens: int = 160
+    temperature: float = 1.0  # divides the logits; 0 takes the most likely token
+    top_k: int = 0  # sample from the k most likely tokens; 0: from all
+    top_p: float = 1.0  # and of these from the fewest that have this probability together
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+
 def generate(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: int | None = None,
+    model: GPT, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: int | None = None
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, drawn as `stream` says."""
+    """Return the tokens that `stream` yields for each prompt."""
     texts: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(
-        model,
-        prompts,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=stop,
-    ):
+    for tokens in stream(model, prompts, sampling, stop):
         for text, token in zip(texts, tokens, strict=True):
             if token is not None:
                 text.append(token)
@@ -43,31 +46,20 @@ def generate(
 
 @torch.no_grad()
 def stream(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: int | None = None,
+    model: GPT, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: int | None = None
 ) -> Iterator[list[int | None]]:
-    """Yield the next token of every prompt, over and over, as they are drawn.
+    """Yield the next token of every prompt, `max_new_tokens` times or until all texts have ended.
 
-    A prompt's text ends before the token `stop`: from there on its entry is None, and nothing
-    more is yielded once all have ended. The logits are divided by `temperature`, 0 takes the
-    likeliest token; only the `top_k` likeliest tokens are drawn, and of those only the fewest
-    that have probability `top_p` together. What prompt i draws depends on `seed` and i, not on
-    the other prompts, and no global generator is touched.
+    A text ends before the token `stop`; from there on its entry is None. What prompt i draws
+    depends on the seed and i, not on the other prompts, and no global generator is used.
 
-    A text may outgrow the block. When it does, its last half block becomes the context: learned
-    positions are absolute, so the tokens that move are computed anew.
+    A text may outgrow the block. Its last half block then becomes the context: positions are
+    absolute, so the tokens that move are computed anew.
 
-    Raises ValueError for prompts without tokens or with unknown ones, and impossible settings.
+    Raises ValueError for prompts without tokens or with unknown ones.
     """
-    _check(model, prompts, temperature, top_k, top_p)
-    chance = [np.random.default_rng([seed, row]) for row in range(len(prompts))]
+    _check_prompts(prompts, model.config.vocab_size)
+    generators = [np.random.default_rng([sampling.seed, row]) for row in range(len(prompts))]
     contexts = [list(prompt) for prompt in prompts]
     ended = [False] * len(prompts)
     cache, device = None, model.wte.weight.device
@@ -75,17 +67,17 @@ def stream(
     was_training = model.training
     model.eval()
     try:
-        for left in range(max_new_tokens, 0, -1):
+        for left in range(sampling.max_new_tokens, 0, -1):
             if all(ended):
                 break
             if cache is None or max(map(len, contexts)) > cache.capacity:
-                logits, cache = _begin(model, contexts, left)
+                logits, cache = _prefill(model, contexts, left)
                 step = None
             else:
-                step = step or (Recorded if cache.static else Step)(model, cache)
+                step = step or (RecordedStep if cache.static else Step)(model, cache)
                 logits = step(torch.tensor([[context[-1]] for context in contexts]))  # (B, V)
-            uniform = torch.tensor([1 - rng.random() for rng in chance], device=device)  # (0, 1]
-            tokens = sample(logits, uniform, temperature, top_k, top_p).tolist()
+            uniform = torch.tensor([1 - g.random() for g in generators], device=device)  # (0, 1]
+            tokens = sample(logits, uniform, sampling).tolist()
             for context, token in zip(contexts, tokens, strict=True):
                 context.append(token)
             ended = [e or token == stop for e, token in zip(ended, tokens, strict=True)]
@@ -94,14 +86,7 @@ def stream(
         model.train(was_training)
 
 
-def _check(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-) -> None:
-    vocab = model.config.vocab_size
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> None:
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} has no tokens: begin it with <|endoftext|>")
@@ -110,18 +95,12 @@ def _check(
                 f"prompt {row}: expected tokens from 0 to {vocab - 1}, found {min(prompt)} to "
                 f"{max(prompt)}: encode it with the model's tokenizer"
             )
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
 
 
-def _begin(model: GPT, contexts: list[list[int]], left: int) -> tuple[Tensor, KeyValueCache]:
-    """Logits (B, V) after each context, cut if it is longer than the block, and the cache.
+def _prefill(model: GPT, contexts: list[list[int]], left: int) -> tuple[Tensor, KeyValueCache]:
+    """Return the logits (B, V) after each context, cut if it exceeds the block, and the cache.
 
-    The cache has room for `left` more tokens, as far as the block goes.
+    The cache has room for `left` more tokens, up to the block size.
     """
     block, device = model.config.block_size, model.wte.weight.device
     for context in contexts:
@@ -129,93 +108,80 @@ def _begin(model: GPT, contexts: list[list[int]], left: int) -> tuple[Tensor, Ke
             del context[: len(context) - max(1, block // 2)]
     rows = [torch.tensor(context) for context in contexts]
     idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T)
-    ends = [len(context) for context in contexts]
-    lengths = None if min(ends) == max(ends) else torch.tensor(ends, device=device)
+    lengths = torch.tensor([len(context) for context in contexts], device=device)
     capacity = min(block, idx.size(1) + left)
     cache = KeyValueCache(model, len(contexts), capacity, static=device.type == "cuda")
     return model.next_logits(idx, lengths, cache), cache
 
 
 class Step:
-    """One token more for every row of a cache: tokens (B, 1) to the logits (B, V) after them."""
+    """One more token for every row of a cache: tokens (B, 1), on any device, to logits (B, V)."""
 
     def __init__(self, model: GPT, cache: KeyValueCache) -> None:
         self.model, self.cache = model, cache
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """`tokens` may lie on any device."""
-        device = self.cache.lengths.device
-        return self.model.next_logits(tokens.to(device), None, self.cache)
+        """Append the tokens and return the logits after them."""
+        return self.model.next_logits(tokens.to(self.cache.lengths.device), None, self.cache)
 
 
-class Recorded(Step):
-    """The same as a CUDA graph: recorded once, then started as a whole for every token.
+class RecordedStep(Step):
+    """A `Step` recorded once as a CUDA graph and replayed for every token; the cache is static.
 
-    A token takes some 200 kernels, each shorter than it takes Python to start it. The cache must
-    be static. The logits lie in the same memory every time.
+    A token takes some 200 kernels, each shorter than Python needs to launch it. The logits are
+    always returned in the same memory.
     """
 
     def __init__(self, model: GPT, cache: KeyValueCache) -> None:
         super().__init__(model, cache)
         self.tokens = torch.zeros_like(cache.lengths)[:, None]  # (B, 1)
         self.graph = torch.cuda.CUDAGraph()
-        # As torch's documentation on CUDA graphs has it: first run on another stream, so that
-        # libraries set themselves up, then record. What the runs wrote is written over by the
-        # first true token, once the lengths are what they were.
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
+        lengths = cache.lengths.clone()
+        # As torch's documentation of CUDA graphs requires: warm up on another stream, so that
+        # libraries initialise themselves, then record.
+        current, other = torch.cuda.current_stream(), torch.cuda.Stream()
+        other.wait_stream(current)
+        with torch.cuda.stream(other):
             for _ in range(2):
-                self._dry_run()
-        current.wait_stream(side)
+                super().__call__(self.tokens)
+                cache.lengths.copy_(lengths)  # the first real token overwrites what was stored
+        current.wait_stream(other)
         with torch.cuda.graph(self.graph):
-            self.logits = self._dry_run()
-
-    def _dry_run(self) -> Tensor:
-        """The step, after which the cache is as long as it was."""
-        logits = super().__call__(self.tokens)
-        self.cache.lengths -= 1
-        return logits
+            self.logits = super().__call__(self.tokens)
+        cache.lengths.copy_(lengths)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """As `Step`."""
+        """As in `Step`."""
         self.tokens.copy_(tokens)
         self.graph.replay()
-        self.cache.lengths += 1
         return self.logits
 
 
-def sample(
-    logits: Tensor,
-    uniform: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-) -> Tensor:
-    """One token for each row of logits (B, V): (B,), a function of `uniform` (B,) in (0, 1].
+def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """Sample one token (B,) per row of logits (B, V), as a function of `uniform` (B,) in (0, 1].
 
-    Row b is drawn by inverting its distribution function at `uniform[b]`.
+    Inverse transform sampling: row b takes the quantile `uniform[b]` of its distribution.
     """
-    if temperature == 0:
+    if sampling.temperature == 0:
         return logits.argmax(1)
-    logits = logits.float() / temperature
+    logits = logits.float() / sampling.temperature
     tokens = None
-    if top_k is not None and top_k < logits.size(1):
-        logits, tokens = logits.topk(top_k)  # (B, K), likeliest first
-    elif top_p < 1:
+    if 0 < sampling.top_k < logits.size(1):
+        logits, tokens = logits.topk(sampling.top_k)  # (B, K), most likely first
+    elif sampling.top_p < 1:
         logits, tokens = logits.sort(descending=True)  # (B, V)
     probs = logits.softmax(1)
-    if top_p < 1:
-        before = _cumulative(probs) - probs  # what the likelier tokens have together
-        probs = probs.masked_fill(before >= top_p, 0.0)
+    if sampling.top_p < 1:
+        before = _cumulative(probs) - probs  # probability of all more likely tokens
+        probs = probs.masked_fill(before >= sampling.top_p, 0.0)
     cumulative = _cumulative(probs)
-    threshold = uniform.to(probs)[:, None] * cumulative[:, -1:]  # above 0: falls on no gap
+    threshold = uniform.to(probs)[:, None] * cumulative[:, -1:]  # > 0: never a token of prob. 0
     drawn = torch.searchsorted(cumulative, threshold)  # (B, 1)
     return (drawn if tokens is None else tokens.gather(1, drawn)).squeeze(1)
 
 
 def _cumulative(probs: Tensor) -> Tensor:
-    """Sums from the left, (B, V). CUDA has no deterministic kernel for them, and says so."""
+    """Return cumulative sums (B, V), on the CPU where torch has no deterministic CUDA kernel."""
     if probs.is_cuda and torch.are_deterministic_algorithms_enabled():
         return probs.cpu().cumsum(1).to(probs.device)
     return probs.cumsum(1)

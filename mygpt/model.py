@@ -96,7 +96,8 @@ class GPT(nn.Module):
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block.forward(x, cache, layer)  # not __call__: the compiled block is for training
-        last = x[:, -1] if lengths is None else x[torch.arange(len(x)), lengths - 1]  # (B, C)
+        rows = torch.arange(len(x), device=x.device)
+        last = x[:, -1] if lengths is None else x[rows, lengths - 1]  # (B, C)
         return self.lm_head(self.ln_f(last))
 
     def compile(self, *args: Any, **options: Any) -> None:

@@ -5,13 +5,12 @@ T: tokens, V: vocabulary.
 
 import codecs
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mygpt.generate import sample, stream
+from mygpt.generate import Sampling, sample, stream
 from mygpt.model import GPT, KeyValueCache
 from mygpt.stopping import Interrupt
 from shards.tokenizer import Tokenizer
@@ -38,17 +37,6 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Settings of `mygpt.generate.stream`; with `top_k` 0 it draws from all tokens."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    max_new_tokens: int = 160
-
-
 def continuations(
     model: GPT,
     prompt: Sequence[int],
@@ -61,11 +49,10 @@ def continuations(
 
     With `show` the first of them is printed as it is generated.
     """
-    settings = asdict(sampling) | {"top_k": sampling.top_k or None}
     vocabulary = tokenizer.vocabulary()
     texts = [""] * count
     decoders = [TextStream(vocabulary) for _ in texts]
-    for tokens in stream(model, [prompt] * count, stop=tokenizer.eot, **settings):
+    for tokens in stream(model, [prompt] * count, sampling, stop=tokenizer.eot):
         pieces = [
             "" if token is None else decoder.push(token)
             for token, decoder in zip(tokens, decoders, strict=True)
@@ -111,10 +98,7 @@ class Completer:
         for _ in range(sampling.max_new_tokens):
             logits = self._next_logits()  # (1, V)
             uniform = torch.tensor([1 - self._random.random()], device=logits.device)  # (0, 1]
-            drawn = sample(
-                logits, uniform, sampling.temperature, sampling.top_k or None, sampling.top_p
-            )
-            token = int(drawn)
+            token = int(sample(logits, uniform, sampling))
             self._new.append(token)
             if token == stop:
                 return

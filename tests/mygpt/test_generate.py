@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mygpt.config import GPTConfig
-from mygpt.generate import generate, sample, stream
+from mygpt.generate import Sampling, generate, sample, stream
 from mygpt.model import GPT, KeyValueCache
 
 VOCAB, BLOCK = 61, 12
@@ -46,7 +46,7 @@ PROMPTS = [[5], [7, 8, 9, 10, 11], [1, 2], list(range(12)), list(range(20, 50))]
 @pytest.mark.parametrize("n", [1, 5, 40])
 def test_greedy_equals_the_uncached_model(model, prompt, n):
     """Within the block, up to its end, and sliding several times beyond it."""
-    assert generate(model, [prompt], n, temperature=0) == [uncached(model, prompt, n)]
+    assert generate(model, [prompt], Sampling(n, temperature=0)) == [uncached(model, prompt, n)]
 
 
 class Graph(TorchDispatchMode):
@@ -80,7 +80,7 @@ def tensors(result) -> list[torch.Tensor]:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_what_a_gpu_records_and_repeats_is_the_same_text(model, monkeypatch, temperature):
     """All that needs a GPU is replaced by what does the same on a CPU."""
-    expected = generate(model, PROMPTS, 40, temperature=temperature)
+    expected = generate(model, PROMPTS, Sampling(40, temperature=temperature))
     stream = mock.Mock(wait_stream=lambda other: None)
     monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
     monkeypatch.setattr("torch.cuda.graph", lambda graph: graph)
@@ -89,33 +89,35 @@ def test_what_a_gpu_records_and_repeats_is_the_same_text(model, monkeypatch, tem
     monkeypatch.setattr("torch.cuda.stream", lambda stream: contextlib.nullcontext())
     static = functools.partial(KeyValueCache, static=True)
     monkeypatch.setattr("mygpt.generate.KeyValueCache", lambda *args, **_: static(*args))
-    assert generate(model, PROMPTS, 40, temperature=temperature) == expected
+    assert generate(model, PROMPTS, Sampling(40, temperature=temperature)) == expected
 
 
 def test_prompts_of_different_lengths_do_not_disturb_each_other(model):
-    together = generate(model, PROMPTS, 40, temperature=0)
+    together = generate(model, PROMPTS, Sampling(40, temperature=0))
     assert together == [uncached(model, prompt, 40) for prompt in PROMPTS]
 
 
 def test_draws_of_a_prompt_do_not_depend_on_the_others(model):
     options = {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "seed": 3}
-    together = generate(model, [[5], [5], [9, 9, 9]], 30, **options)
+    together = generate(model, [[5], [5], [9, 9, 9]], Sampling(30, **options))
     assert together[0] != together[1]
-    assert generate(model, [[5]], 30, **options) == together[:1]
-    assert generate(model, [[5], [8, 7, 6, 5], [9, 9, 9]], 30, **options)[2] == together[2]
+    assert generate(model, [[5]], Sampling(30, **options)) == together[:1]
+    assert (
+        generate(model, [[5], [8, 7, 6, 5], [9, 9, 9]], Sampling(30, **options))[2] == together[2]
+    )
 
 
 def test_a_seed_repeats_itself_and_another_does_not(model):
-    first, second, other = (generate(model, [[5]], 30, seed=seed) for seed in (4, 4, 5))
+    first, second, other = (generate(model, [[5]], Sampling(30, seed=seed)) for seed in (4, 4, 5))
     assert first == second != other
 
 
 def test_touches_neither_the_generators_nor_the_mode(model):
     model.train()
     state = torch.get_rng_state()
-    generate(model, [[5]], 3)
+    generate(model, [[5]], Sampling(3))
     assert model.training and torch.equal(state, torch.get_rng_state())
-    abandoned = stream(model, [[5]], 3)
+    abandoned = stream(model, [[5]], Sampling(3))
     next(abandoned)
     abandoned.close()
     assert model.training
@@ -123,28 +125,28 @@ def test_touches_neither_the_generators_nor_the_mode(model):
 
 def test_prompts_are_left_as_they_were(model):
     prompt = list(range(30))
-    generate(model, [prompt], 5)
+    generate(model, [prompt], Sampling(5))
     assert prompt == list(range(30))
 
 
 def test_stops_before_the_stop_token(model):
-    free = generate(model, [[5], [6]], 40, seed=2)
+    free = generate(model, [[5], [6]], Sampling(40, seed=2))
     stop = free[0][9]
-    cut = generate(model, [[5], [6]], 40, seed=2, stop=stop)
+    cut = generate(model, [[5], [6]], Sampling(40, seed=2), stop=stop)
     for text, whole in zip(cut, free, strict=True):
         assert text == whole[: whole.index(stop) if stop in whole else None]
 
 
 def test_a_stream_ends_when_all_texts_have(model):
-    [text] = generate(model, [[5]], 40, seed=2)
-    tokens = list(stream(model, [[5]], 40, seed=2, stop=text[3]))
+    [text] = generate(model, [[5]], Sampling(40, seed=2))
+    tokens = list(stream(model, [[5]], Sampling(40, seed=2), stop=text[3]))
     end = text.index(text[3])
     assert tokens == [[token] for token in text[:end]] + [[None]]
 
 
 def test_nothing_asked_for_is_nothing(model):
-    assert generate(model, [[5], [6]], 0) == [[], []]
-    assert generate(model, [], 4) == []
+    assert generate(model, [[5], [6]], Sampling(0)) == [[], []]
+    assert generate(model, [], Sampling(4)) == []
 
 
 @pytest.mark.parametrize(
@@ -154,14 +156,14 @@ def test_nothing_asked_for_is_nothing(model):
         ([[1, 61]], {}, "expected tokens from 0 to 60, found 1 to 61"),
         ([[-1]], {}, "expected tokens from 0 to 60, found -1 to -1"),
         ([[1]], {"temperature": -0.1}, "temperature must be 0 or more, got -0.1"),
-        ([[1]], {"top_k": 0}, "top_k must be at least 1, got 0"),
+        ([[1]], {"top_k": -1}, "top_k must be 0 or more, got -1"),
         ([[1]], {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ([[1]], {"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
     ],
 )
 def test_impossible_requests_are_refused(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
-        generate(model, prompts, 3, **options)
+        generate(model, prompts, Sampling(3, **options))
 
 
 # --- one draw
@@ -170,7 +172,7 @@ def test_impossible_requests_are_refused(model, prompts, options, message):
 def frequencies(logits: torch.Tensor, **options) -> torch.Tensor:
     """How often each token is drawn when `uniform` takes all values evenly."""
     n = 10_000
-    drawn = sample(logits.expand(n, -1), (torch.arange(n) + 0.5) / n, **options)
+    drawn = sample(logits.expand(n, -1), (torch.arange(n) + 0.5) / n, Sampling(**options))
     return torch.bincount(drawn, minlength=len(logits)) / n
 
 
@@ -211,8 +213,8 @@ def test_top_p_is_taken_among_the_top_k():
 @pytest.mark.parametrize("uniform", [1e-12, 1.0])
 def test_the_ends_of_the_range_draw_possible_tokens(options, uniform):
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
-    assert int(sample(logits, torch.tensor([uniform]), **options)) in (1, 2)
+    assert int(sample(logits, torch.tensor([uniform]), Sampling(**options))) in (1, 2)
 
 
 def test_the_likeliest_token_at_temperature_zero():
-    assert sample(LOGITS[None], torch.tensor([0.5]), temperature=0.0).tolist() == [2]
+    assert sample(LOGITS[None], torch.tensor([0.5]), Sampling(temperature=0.0)).tolist() == [2]

@@ -52,7 +52,7 @@ import train
 from mygpt import distributed, optim, sharding
 from mygpt.config import GPTConfig
 from mygpt.distributed import start
-from mygpt.generate import generate
+from mygpt.generate import Sampling, generate
 from mygpt.model import GPT
 from mygpt import autotune
 
@@ -126,7 +126,7 @@ with start("cpu") as ranks:
             norms = list(take_steps(range(3, 5), *again))
             found[f"{way} > {shard}"] = norms, *state(again[0], again[2])
         with sharding.unsharded(job[0]):
-            found[f"{way} text"] = generate(job[0], [[1], [2, 3]], 9, temperature=0)
+            found[f"{way} text"] = generate(job[0], [[1], [2, 3]], Sampling(9, temperature=0))
         norms = list(take_steps(range(3, 5), *job))
         found[f"{way} straight"] = norms, *state(job[0], job[2])
     model, _, optimizers = build("optimizer", "adamw")

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mygpt.config import GPTConfig
-from mygpt.eval.completion import HELP, Completer, Sampling, TextStream, continuations, converse
-from mygpt.generate import generate
+from mygpt.eval.completion import HELP, Completer, TextStream, continuations, converse
+from mygpt.generate import Sampling, generate
 from mygpt.model import GPT
 from shards.tokenizer import Tokenizer
 from tests.mygpt.support import decided
@@ -61,9 +61,7 @@ def test_continuations_are_what_generate_draws(
     model: GPT, show: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     how = Sampling(temperature=1.0, top_k=40, top_p=0.9, seed=3, max_new_tokens=30)
-    drawn = generate(
-        model, [[EOT, 70]] * 3, 30, temperature=1.0, top_k=40, top_p=0.9, seed=3, stop=EOT
-    )
+    drawn = generate(model, [[EOT, 70]] * 3, how, stop=EOT)
     expected = [bytes(t for t in row if t < 256).decode("utf-8", "replace") for row in drawn]
     assert continuations(model, [EOT, 70], 3, how, bytes_tokenizer(EOT), show) == expected
     assert capsys.readouterr().out == (expected[0] + "\n" if show else "")
@@ -80,7 +78,7 @@ def test_a_text_in_turns_is_the_text_at_once(model: GPT, monkeypatch: pytest.Mon
     monkeypatch.setattr(GPT, "next_logits", counted)
     for typed in ([EOT, 65, 66], [67, 68, 69, 70], []):
         text = text + typed if len(text) > 1 else typed
-        expected = generate(model, [text], 9, temperature=0)[0][: 24 - len(text) + 1]
+        expected = generate(model, [text], Sampling(9, temperature=0))[0][: 24 - len(text) + 1]
         read.clear()
         found = list(completer.complete(typed, stop=999))
         assert len(found) == 9
@@ -114,7 +112,7 @@ def conversation(completer: Completer, *typed: str) -> None:
 
 def test_a_conversation(model: GPT, capsys: pytest.CaptureFixture[str]) -> None:
     conversation(Completer(model, GREEDY), "ab", "", "/new", "ab")
-    tokens = generate(model, [[STOP, *b"ab"]], 18, temperature=0)[0]
+    tokens = generate(model, [[STOP, *b"ab"]], Sampling(18, temperature=0))[0]
     first, second = (
         bytes(token for token in part if token < 256).decode("utf-8", "replace")
         for part in (tokens[:9], tokens[9:])
@@ -146,4 +144,4 @@ def test_ctrl_c_stops_the_text_and_keeps_what_there_is(
     monkeypatch.setattr(Completer, "complete", interrupted)
     conversation(Completer(model, GREEDY), "ab", "")
     assert [len(turn) for turn in turns] == [4, 9]
-    assert turns[0] + turns[1] == generate(model, [[STOP, *b"ab"]], 13, temperature=0)[0]
+    assert turns[0] + turns[1] == generate(model, [[STOP, *b"ab"]], Sampling(13, temperature=0))[0]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mygpt.config import GPTConfig
 from mygpt.eval.quantize import MAX_KERNEL_ROWS, Int8Linear, with_weights
-from mygpt.generate import generate
+from mygpt.generate import Sampling, generate
 from mygpt.model import GPT
 
 VOCAB = 131
@@ -50,13 +50,13 @@ def test_the_model_is_left_as_it_was(model):
 
 def test_fp32_writes_what_the_model_writes(model):
     prompts = [[5], [7, 8, 9, 10, 11], list(range(40))]
-    expected = generate(model, prompts, 50, temperature=0)
-    assert generate(with_weights(model, "fp32"), prompts, 50, temperature=0) == expected
+    expected = generate(model, prompts, Sampling(50, temperature=0))
+    assert generate(with_weights(model, "fp32"), prompts, Sampling(50, temperature=0)) == expected
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 def test_smaller_weights_write_as_well(model, kind):
-    texts = generate(with_weights(model, kind), [[5], [7, 8]], 70, seed=3)
+    texts = generate(with_weights(model, kind), [[5], [7, 8]], Sampling(70, seed=3))
     assert [len(text) for text in texts] == [70, 70]
     assert all(0 <= token < VOCAB for text in texts for token in text)
 
