@@ -54,12 +54,16 @@ class Slice:
 
 @dataclass(frozen=True)
 class BadDocuments:
-    """A document, or `documents` of them from `position` on, that could not be read as text."""
+    """A document, or `documents` of them from `position` on, that could not be read as text.
+
+    bytes: the text lost with them, estimated if the file is compressed.
+    """
 
     source: int
     position: int
     reason: str
     documents: int = 1
+    bytes: int = 0
 
 
 @dataclass

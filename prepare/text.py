@@ -22,6 +22,7 @@ SAFE_CUT = re.compile(
     rb"(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?=[ \t\n\r\f\v])"
 )
 LOOKBEHIND = 3  # bytes before a cut that the pattern looks at
+BROKEN = "unreadable from here on"  # begins the reason of a file that is broken in the middle
 
 
 def byte_stream(path: str, compression: str | None = None, offset: int = 0) -> NativeFile:
@@ -101,7 +102,7 @@ def damage(path: str, error: Exception) -> str:
             pass
     except OSError as failure:
         raise failure from error
-    return f"unreadable from here on: {one_line(error)}"
+    return f"{BROKEN}: {one_line(error)}"
 
 
 def one_line(error: Exception) -> str:
