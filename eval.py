@@ -30,7 +30,7 @@ from shards.cli import end_with, one_line_errors
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What to evaluate, and the samples to draw; a comment beside a field is its help."""
+    """Flags of eval.py; the comment beside a field is its help."""
 
     target: tyro.conf.Positional[str | None] = None  # run, checkpoint, or Hugging Face folder/name
     data: UseAppendAction[tuple[str, ...]] = ()  # dataset's folder, if it has moved; as in train.py
@@ -61,9 +61,8 @@ def parse(args: list[str] | None) -> EvalConfig:
     config = tyro.cli(EvalConfig, args=args, prog="eval.py", description=__doc__)
     counts = ("num_samples", "max_new_tokens", "temperature", "top_k", "seed", "batch_size")
     for name in (*counts, "block_size"):
-        if not getattr(config, name) >= 0:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} must be 0 or more, got {getattr(config, name)}")
+        if not (value := getattr(config, name)) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
     if not 0 < config.top_p <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1, got {config.top_p}")
     if config.out is not None and (config.out.suffix != ".md" or not config.out.parent.is_dir()):
