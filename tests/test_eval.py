@@ -487,6 +487,15 @@ def test_without_a_dataset(
     assert len(items.read_text().splitlines()) == 6
 
 
+def test_samples_of_a_run_need_no_dataset_but_its_tokenizer(
+    run: Path, gpt2_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--no-loss", "--max-new-tokens", "3")
+    here = report(capsys, gpt2_run, *flags, samples=True)
+    assert report(capsys, gpt2_run, *flags, "--data", tmp_path / "gone", samples=True) == here
+    assert "expected the tokenizer gpt2, found 'random'" in refused(capsys, run, *flags)
+
+
 # --- samples
 
 
