@@ -110,10 +110,9 @@ class Inputs:
 @one_line_errors()
 def main(args: list[str] | None = None) -> int:
     """Read the flags, evaluate, sample, print. Returns the exit code."""
-    config = parse(args)
-    inputs = open_inputs(config)
-    with start(config.device) as ranks:
-        if config.interactive:
+    inputs = open_inputs(parse(args))
+    with start(inputs.config.device) as ranks:
+        if inputs.config.interactive:
             talk(inputs, ranks)
         else:
             evaluate(inputs, ranks)
