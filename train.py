@@ -170,7 +170,7 @@ def train_step(state: TrainState, stop: Stop) -> StepResult:
     before = state.loader.state_dict()
     loss = torch.zeros((), device=device)
     for micro_step in range(state.grad_accum_steps):
-        if stop.asked() and micro_step < ALMOST_DONE * state.grad_accum_steps:
+        if stop.requested() and micro_step < ALMOST_DONE * state.grad_accum_steps:
             state.loader.load_state_dict(before)
             state.zero_grad()
             raise Stopped(stop.reason)

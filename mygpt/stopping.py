@@ -66,11 +66,11 @@ class Stop:
         self._agreed = 0
         self._pending: Callable[[], int] | None = None
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Return True once any rank has a stop request. All ranks must call this equally often.
 
         With several ranks the result is that of the previous call, whose messages have arrived in
-        the meantime, so that a step takes no longer for being asked.
+        the meantime, so that a step takes no longer for it.
         """
         if self._agreed:
             return True
@@ -88,13 +88,13 @@ class Stop:
         return self._interrupt.seen or (_MAX_TIME if is_late else 0)
 
     def check(self) -> None:
-        """Raise `Stopped` if `asked`."""
-        if self.asked():
+        """Raise `Stopped` if `requested`."""
+        if self.requested():
             raise Stopped(self.reason)
 
     @property
     def reason(self) -> str:
-        """The cause, once `asked` is true: "--max-time" or the name of a signal."""
+        """The cause, once `requested` is true: "--max-time" or the name of a signal."""
         return "--max-time" if self._agreed == _MAX_TIME else signal.Signals(self._agreed).name
 
     @contextmanager

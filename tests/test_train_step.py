@@ -135,7 +135,7 @@ class StopAt(Stop):
         super().__init__(ALONE)
         self.left = call
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         self.left -= 1
         return self.left < 0
 
