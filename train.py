@@ -97,7 +97,12 @@ def train(record: RunRecord, dataset: Mixture, ranks: Ranks, stop: Stop) -> int:
         )
         max_steps = record.config.max_steps
         last = min(max_steps, record.config.stop_at or max_steps)
-        newest = ranks.broadcast_object(max(checkpoint.steps(run), default=-1))
+        newest, faults = ranks.broadcast_object(
+            checkpoint.newest_intact(run) if ranks.is_main else (-1, [])
+        )
+        if faults and newest < 0:
+            raise ValueError(f"every checkpoint of {run} is damaged, the newest: {faults[0]}")
+        log.write(*(f"passed over a damaged checkpoint: {fault}" for fault in faults))
         if newest >= last and not lacks_validation(record.config, newest):
             reached = "is finished" if newest >= max_steps else "has reached --stop-at"
             log.write(f"nothing left to do: {run} {reached}, step {newest} of {max_steps}")
@@ -306,6 +311,7 @@ def start_or_restore(
     """Load the checkpoint of step `newest` if that is not -1, and describe the run."""
     config, is_main = state.config, state.ranks.is_main
     if is_main:
+        checkpoint.set_aside(config.log_dir, after=newest)  # damaged ones: their steps come again
         write_json(config.log_dir / "config.json", state.record.to_json())
         checkpoint.prune(config.log_dir, config.keep, config.keep_every)
     state.ranks.barrier()

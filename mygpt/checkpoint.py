@@ -3,10 +3,12 @@
     RUN/checkpoints/step_00001000/    after 1,000 finished steps:
         model.safetensors             every parameter once, under its plain name
         optimizer.safetensors         the optimizer's tensors, flat
-        state.json                    step, position in the data, settings, fingerprint, ...
+        state.json                    step, position in the data, settings, fingerprint, ...,
+                                      hashes of the tensors, and a checksum of itself
 
 A temporary folder is filled, fsynced and renamed: a folder named `step_N` is complete (promise 6).
-Only safetensors and JSON are read, which can't run code (promise 8).
+Only safetensors and JSON are read, which can't run code (promise 8). Hashes are verified whenever
+tensors are loaded, so a flipped bit is a ValueError (promise 10).
 """
 
 import json
@@ -15,10 +17,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,8 +33,24 @@ from shards import stored_json
 from shards.files import atomic_file, atomic_folder, sync_folder
 
 FORMAT, VERSION = "mygpt-checkpoint", 2
+OTHER = "restore it, or use another checkpoint"
 # Prefixes that torch.compile, DDP and activation checkpointing put into parameter names.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_checkpoint_wrapped_module)\.")
+
+
+@dataclass(frozen=True)
+class _State:
+    """Types of what state.json must hold."""
+
+    step: int
+    loader: dict[str, Any]
+    scaler: dict[str, Any]
+    fingerprint: str
+    generations: dict[str, int]
+    config: dict[str, Any]
+    val_loss: Any
+    spikes: dict[str, Any] | None = None
+    hashes: dict[str, str] = field(default_factory=dict)
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -66,13 +87,42 @@ def find(target: Path, best: bool = False) -> Path:
 
 
 def best_of(run: Path) -> Path | None:
-    """Return the checkpoint with the lowest validation loss, the newer of equals, if any."""
+    """Return the checkpoint with the lowest validation loss, the newer of equals, if any.
+
+    Those with a damaged state.json don't count.
+    """
     losses = {}
     for step in reversed(steps(run)):
-        loss = read_state(folder_of(run, step))["val_loss"]
-        if loss is not None and math.isfinite(loss):
-            losses[step] = loss
+        with suppress(ValueError, OSError):
+            loss = read_state(folder_of(run, step))["val_loss"]
+            if loss is not None and math.isfinite(loss):
+                losses[step] = loss
     return folder_of(run, min(losses, key=losses.__getitem__)) if losses else None
+
+
+def newest_intact(run: Path) -> tuple[int, list[str]]:
+    """Return the step of the newest checkpoint that is not damaged, and the faults of newer ones.
+
+    The step is -1 if there is none. Reads all tensors of the checkpoints that it looks at.
+    """
+    faults: list[str] = []
+    for step in reversed(steps(run)):
+        try:
+            load_weights(folder_of(run, step))
+            load_optimizer(folder_of(run, step))
+            return step, faults
+        except (ValueError, OSError) as error:
+            faults.append(str(error))
+    return -1, faults
+
+
+def set_aside(run: Path, after: int) -> None:
+    """Rename the checkpoints of steps later than `after`, so that these steps can be saved anew."""
+    for step in steps(run):
+        if step > after:
+            folder = folder_of(run, step)
+            shutil.rmtree(damaged := folder.with_name(f"{folder.name}.damaged"), ignore_errors=True)
+            os.rename(folder, damaged)
 
 
 def newest_run(root: Path) -> Path:
@@ -103,8 +153,12 @@ def save(
     record = {"format": FORMAT, "version": VERSION, "step": step, **state}
     try:
         with atomic_folder(final) as temporary:
-            _save_tensors(temporary / "model.safetensors", weights)
-            _save_tensors(temporary / "optimizer.safetensors", optimizer)
+            record["hashes"] = {
+                "model.safetensors": _save_tensors(temporary / "model.safetensors", weights),
+                "optimizer.safetensors": _save_tensors(
+                    temporary / "optimizer.safetensors", optimizer
+                ),
+            }
             (temporary / "state.json").write_bytes(_to_json(record))
     except (OSError, SafetensorError) as error:
         raise OSError(
@@ -135,12 +189,23 @@ def prune(run: Path, keep: int, keep_every: int = 0) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the `state.json` of a checkpoint.
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged or of another version.
+    Raises FileNotFoundError if there is none, ValueError if it is damaged, of another version, or
+    of another step than its folder's name says.
     """
     path = folder / "state.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint: it has no state.json")
-    return stored_json.read(path, FORMAT, {VERSION}, "use another checkpoint")
+    record = stored_json.read(path, FORMAT, {VERSION}, OTHER)
+    if record.pop("checksum", _checksum(record)) != _checksum(record):
+        raise ValueError(f"{path} was altered: its checksum is another; {OTHER}")
+    stored_json.build(_State, record, path, ignore_unknown=True, remedy=OTHER)
+    named = re.fullmatch(r"step_(\d{8})", folder.name)
+    if named and int(named[1]) != record["step"]:
+        raise ValueError(
+            f"expected step {int(named[1])} in {path}, found {record['step']}: the folder was "
+            "renamed; name it as it was"
+        )
+    return record
 
 
 def note_val_loss(folder: Path, val_loss: float) -> None:
@@ -153,7 +218,12 @@ def note_val_loss(folder: Path, val_loss: float) -> None:
 
 def _to_json(record: Mapping[str, Any]) -> bytes:
     # json, not orjson, which writes the NaN loss of a diverged run as null: "not validated".
-    return (json.dumps(record, indent=1) + "\n").encode()
+    return (json.dumps({**record, "checksum": _checksum(record)}, indent=1) + "\n").encode()
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in record.items() if name != "checksum"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 @contextmanager
@@ -210,12 +280,31 @@ def load_optimizer(folder: Path) -> dict[str, Tensor]:
     return _load_tensors(folder / "optimizer.safetensors")
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path)
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a file of tensors and return their hash."""
+    on_cpu = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    save_file(on_cpu, path)
+    return _hash(on_cpu)
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
+    hashes = read_state(path.parent).get("hashes", {})  # none in checkpoints of version 0.2
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove its folder, or restore it") from None
+        raise ValueError(f"{path} is damaged ({error}): {OTHER}") from None
+    if path.name in hashes and hashes[path.name] != (actual := _hash(tensors)):
+        raise ValueError(
+            f"{path} is damaged: expected the hash {hashes[path.name][:12]}, found {actual[:12]}; "
+            f"{OTHER}"
+        )
+    return tensors
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of names, types, shapes and bytes; xxh3 reads as fast as memory is."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -211,6 +211,12 @@ def _check_identity(state: TrainState, folder: Path, stored: dict[str, Any]) -> 
             f"config.json says {record.fingerprint[:12]}: one of them is of another run; put the "
             "right one back"
         )
+    expected = stored["step"] * state.config.total_batch_size // state.config.model.block_size
+    if stored["loader"].get("position") != expected:
+        raise ValueError(
+            f"expected the stream position {expected} after {stored['step']} steps in {folder}, "
+            f"found {stored['loader'].get('position')}: it was altered; use another checkpoint"
+        )
     try:
         run_config.resume(run_config.from_json(stored["config"], folder), state.config)
     except ValueError as error:

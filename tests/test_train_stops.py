@@ -18,7 +18,7 @@ from mygpt.evaluate import Loss
 from mygpt.stopping import EXIT_STOPPED, Stop
 from mygpt.train_state import TrainState
 from tests.dataset import write_dataset
-from tests.training import ROOT, arguments, environment, final_bytes, on_ranks, start
+from tests.training import ROOT, arguments, environment, final_bytes, on_ranks, refused, start
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -369,17 +369,38 @@ def test_a_checkpoint_of_another_run_is_noticed(
 
 
 @pytest.mark.parametrize("name", ["model", "optimizer"])
-def test_a_checkpoint_cut_short_is_refused(
-    data: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+def test_a_damaged_checkpoint_is_passed_over(
+    data: Path, straight: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The run resumes from the one before, and saves the damaged one's step anew."""
     start(data, tmp_path, "--stop-at", "10", "--checkpoint-interval", "5")
     path = checkpoint.folder_of(tmp_path, 10) / f"{name}.safetensors"
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(SystemExit):
-        start(data, tmp_path)
-    assert f"{name}.safetensors is damaged" in capsys.readouterr().err
-    checkpoint.folder_of(tmp_path, 10).rename(tmp_path / "damaged")
-    assert start(data, tmp_path, "--stop-at", "6") == 0  # from the one before
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert start(data, tmp_path) == 0
+    told = capsys.readouterr().out
+    assert f"passed over a damaged checkpoint: {path} is damaged" in told
+    assert "resume 5/20" in told
+    assert final_bytes(tmp_path) == final_bytes(straight)
+    assert log.read(tmp_path).train == log.read(straight).train
+    for step in checkpoint.steps(tmp_path):
+        (checkpoint.folder_of(tmp_path, step) / f"{name}.safetensors").write_bytes(b"")
+    refused(data, tmp_path)
+    assert "every checkpoint of" in capsys.readouterr().err
+
+
+def test_a_position_that_is_not_that_of_the_step_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(data, tmp_path, "--stop-at", "5")
+    folder = checkpoint.folder_of(tmp_path, 5)
+    state = checkpoint.read_state(folder)
+    state["loader"]["position"] += 8
+    (folder / "state.json").write_bytes(checkpoint._to_json(state))
+    refused(data, tmp_path)
+    assert "expected the stream position 40 after 5 steps" in capsys.readouterr().err
 
 
 def test_a_shard_lost_or_altered_is_refused(

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,14 +30,24 @@ class Tied(nn.Module):
         self.norm = nn.LayerNorm(3)
 
 
+STATE: dict[str, Any] = {
+    "val_loss": None,
+    "loader": {"position": 5},
+    "scaler": {},
+    "fingerprint": "f00d",
+    "generations": {"x": 0},
+    "config": {},
+}
+
+
 def save(run: Path, step: int, val_loss: float | None = None, seed: int = 0) -> Path:
-    state = {"val_loss": val_loss, "loader": {"position": 5}}
+    state = {**STATE, "val_loss": val_loss}
     return checkpoint.save(run, step, Tied(seed), {"m": torch.full((2, 2), step)}, state)
 
 
 def test_everything_comes_back_bitwise(tmp_path: Path) -> None:
     model = Tied(seed=1)
-    folder = checkpoint.save(tmp_path, 10, model, {"m": torch.randn(3)}, {"val_loss": None})
+    folder = checkpoint.save(tmp_path, 10, model, {"m": torch.randn(3)}, STATE)
     assert folder == tmp_path / "checkpoints" / "step_00000010" == checkpoint.find(tmp_path)
     other = Tied(seed=2)
     checkpoint.load_model(folder, other)
@@ -50,7 +62,7 @@ def test_everything_comes_back_bitwise(tmp_path: Path) -> None:
 def test_names_are_plain_and_tied_weights_stored_once(tmp_path: Path) -> None:
     model = Tied()
     model.compile(backend="eager")  # in place: a wrapper would prefix every name
-    folder = checkpoint.save(tmp_path, 1, model, {}, {"val_loss": None})
+    folder = checkpoint.save(tmp_path, 1, model, {}, STATE)
     header = (folder / "model.safetensors").read_bytes()
     names = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
     assert set(names) - {"__metadata__"} == {"wte.weight", "norm.weight", "norm.bias"}
@@ -65,7 +77,7 @@ def test_wrapped_models_are_saved_and_loaded_under_plain_names(tmp_path: Path) -
         wrapped.append(torch.compile(wrapped[1], backend="eager"))
         for step, model in enumerate(wrapped):
             assert set(dict(model.named_parameters())) != set(dict(inner.named_parameters()))
-            folder = checkpoint.save(tmp_path, step, model, {}, {"val_loss": None})
+            folder = checkpoint.save(tmp_path, step, model, {}, STATE)
             for other in (Tied(seed=2), torch.compile(Tied(seed=2), backend="eager")):
                 checkpoint.load_model(folder, other)
                 found = checkpoint.parameters(other)
@@ -80,7 +92,7 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     whole = (folder / "model.safetensors").read_bytes()
     for damaged in (whole[:-1], whole[:4], b""):
         (folder / "model.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"model\.safetensors is damaged .*: remove"):
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged .*: restore"):
             checkpoint.load_model(folder, Tied())
     (folder / "optimizer.safetensors").unlink()
     with pytest.raises(ValueError, match=r"optimizer\.safetensors is damaged"):
@@ -114,6 +126,7 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from mygpt import checkpoint
 from shards import files
 from tests.mygpt.test_checkpoint import save
@@ -215,3 +228,50 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     (folder / "state.json").write_text("{")
     with pytest.raises(ValueError, match=r"expected a JSON object in .*state\.json"):
         checkpoint.read_state(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_a_flipped_bit_is_found(tmp_path: Path, name: str) -> None:
+    """Any bit of the tensors, by a seeded sample; the file is a valid one all the same."""
+    folder = save(tmp_path, 10)
+    path, random = folder / name, np.random.default_rng(7)
+    whole = path.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")  # where safetensors' header ends
+    for _ in range(100):
+        bit = int(random.integers(8 * begin, 8 * len(whole)))
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=f"{name} is damaged: expected the hash"):
+            checkpoint.load_weights(folder)
+            checkpoint.load_optimizer(folder)
+
+
+def test_an_edited_or_renamed_state_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 4)
+    text = (folder / "state.json").read_text()
+    (folder / "state.json").write_text(text.replace('"position": 5', '"position": 6'))
+    with pytest.raises(ValueError, match=r"state\.json was altered"):
+        checkpoint.read_state(folder)
+    (folder / "state.json").write_text(text)
+    folder.rename(renamed := checkpoint.folder_of(tmp_path, 6))
+    with pytest.raises(ValueError, match=r"expected step 6 in .*, found 4"):
+        checkpoint.read_state(renamed)
+
+
+def test_the_newest_intact_one_is_taken(tmp_path: Path) -> None:
+    assert checkpoint.newest_intact(tmp_path) == (-1, [])
+    save(tmp_path, 2)
+    (save(tmp_path, 1, val_loss=1.0) / "state.json").unlink()  # an older one is never looked at
+    assert checkpoint.newest_intact(tmp_path) == (2, [])
+    assert checkpoint.best_of(tmp_path) is None
+    (save(tmp_path, 3) / "model.safetensors").write_bytes(b"")
+    checkpoint.folder_of(tmp_path, 5).mkdir()
+    step, faults = checkpoint.newest_intact(tmp_path)
+    assert (step, [("no state.json" in f, "damaged" in f) for f in faults]) == (
+        2,
+        [(True, False), (False, True)],
+    )
+    checkpoint.set_aside(tmp_path, 2)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+    save(tmp_path, 3)
