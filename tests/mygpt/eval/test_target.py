@@ -22,6 +22,7 @@ def save_steps(run: Path, losses: dict[int, float | None]) -> GPT:
     config = run_config.to_json(TrainConfig(SHAPE, data=("data/some",)))
     for step, loss in losses.items():
         state = {"val_loss": loss, "config": config, "fingerprint": "f", "generations": {}}
+        state |= {"loader": {}, "scaler": {}}
         checkpoint.save(run, step, model, {}, state)
     return model
 
