@@ -13,9 +13,9 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from shards.loader import TokenLoader
-from shards.manifest import Manifest, Shard, Source, Split, TokenizerIdentity
+from shards.manifest import INDEX_SCHEMA, Manifest, Shard, Source, Split, TokenizerIdentity
 from shards.reader import ShardReader
-from shards.writer import INDEX_SCHEMA, open_shard
+from shards.writer import open_shard
 
 BATCH, BLOCK = 16, 1024
 Batch = tuple[torch.Tensor, torch.Tensor]

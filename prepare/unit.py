@@ -11,9 +11,9 @@ from prepare.documents import Batch, read
 from prepare.encode import AuditError, Encoded, encode
 from prepare.plan import Plan, Unit, UnitResult
 from prepare.split import GIVEN
-from shards.manifest import SPLITS, Shard
+from shards.manifest import DTYPE, INDEX_SCHEMA, SPLITS, Shard
 from shards.tokenizer import Tokenizer, string_buffers
-from shards.writer import DTYPE, INDEX_SCHEMA, ShardWriter, open_shard
+from shards.writer import ShardWriter, open_shard
 
 # A stream of unknown length (a compressed file) continues in a further shard after so many tokens.
 MAX_SHARD_TOKENS = 1 << 27

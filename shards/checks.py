@@ -1,25 +1,17 @@
-"""Checks of a dataset against its manifest: of every byte, or of sizes in the background."""
+"""Checks of every byte of a dataset against its manifest."""
 
 import hashlib
 import io
 import os
-import threading
-import time
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import cast
 
 import numpy as np
 
-from shards import remote
 from shards.manifest import Manifest, Shard, Split
-from shards.reader import REMEDY, open_file, open_tokens, read_index
-from shards.writer import DTYPE, npy_header
-
-# Between two shards of a background check: the batches come first.
-PAUSE_SECONDS = 0.001
+from shards.reader import open_file, open_tokens, read_index
 
 
 def verify(manifest: Manifest) -> Iterator[tuple[Shard, list[str]]]:
@@ -84,58 +76,3 @@ def _check_hash(manifest: Manifest, name: str, expected: str) -> Iterator[str]:
     if found != expected:
         path = manifest.location_of(name)
         yield f"expected sha256 {expected[:12]} of {path}, found {found[:12]}"
-
-
-class BackgroundCheck:
-    """Check of the size and header of shards on a thread that ends with this object.
-
-    Of a remote dataset the sizes in the store's listing are compared. `check` raises the first
-    FileNotFoundError or ValueError found.
-    """
-
-    def __init__(self, parts: Sequence[tuple[Manifest, Sequence[Shard]]]) -> None:
-        self.fault: Exception | None = None
-        self._thread = threading.Thread(
-            target=_run, args=(weakref.ref(self), parts), name="background-check", daemon=True
-        )
-        self._thread.start()
-
-    def check(self) -> None:
-        """Raise the fault, if one was found so far."""
-        if self.fault is not None:
-            raise self.fault
-
-    def join(self) -> None:
-        """Wait until all shards are checked."""
-        self._thread.join()
-
-
-def _run(
-    owner: "weakref.ref[BackgroundCheck]", parts: Sequence[tuple[Manifest, Sequence[Shard]]]
-) -> None:
-    """Set the owner's `fault` to the first one found; end when the owner is no more."""
-    try:
-        for manifest, shards in parts:
-            if manifest.uri:
-                _compare_sizes(manifest, shards)
-                continue
-            for shard in shards:
-                open_tokens(manifest, shard)
-                time.sleep(PAUSE_SECONDS)
-                if owner() is None:
-                    return
-    except (ValueError, OSError) as error:
-        if found := owner():
-            found.fault = error
-
-
-def _compare_sizes(manifest: Manifest, shards: Sequence[Shard]) -> None:
-    """Raise FileNotFoundError or ValueError for a shard that is missing or of another size."""
-    sizes = remote.sizes(manifest.uri)
-    for shard in shards:
-        path = manifest.location_of(shard.file)
-        expected = len(npy_header(shard.tokens)) + shard.tokens * DTYPE.itemsize
-        if (found := sizes.get(shard.file)) is None:
-            raise FileNotFoundError(f"expected the shard {path}, found no such file: {REMEDY}")
-        if found != expected:
-            raise ValueError(f"expected {expected} bytes in {path}, found {found}: {REMEDY}")

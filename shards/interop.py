@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from shards import tokenizer
 from shards.files import atomic_folder
-from shards.manifest import SPLITS, Manifest, Shard, Source, Split
+from shards.manifest import DTYPE, INDEX_SCHEMA, SPLITS, Manifest, Shard, Source, Split
 from shards.reader import open_tokens
-from shards.writer import DTYPE, INDEX_SCHEMA, open_shard
+from shards.writer import open_shard
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4

@@ -8,15 +8,18 @@ the dataset is complete (promise 6). Its fingerprint is the identity that checkp
 
 import gc
 import hashlib
+import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
+import pyarrow as pa
 
 from shards import remote, stored_json
 from shards.files import to_json, write_json
@@ -26,10 +29,30 @@ FORMAT, VERSION = "mygpt-shards", 2
 IDENTITY_VERSION = 1
 FILE_NAME = "manifest.json"
 SPLITS = ("train", "val")
+DTYPE = np.dtype("<u2")  # of token ids in a shard
+INDEX_SCHEMA = pa.schema(
+    [
+        ("offset", pa.int64()),  # of the document's first token, its <|endoftext|>, in the shard
+        ("source", pa.int32()),  # index into the manifest's sources
+        ("row", pa.int64()),  # the document's position in its source: row, line or byte, from 0
+        ("text_bytes", pa.int64()),  # its UTF-8 size
+        # True: continues the row before, maybe of the shard before; no <|endoftext|> stands here.
+        ("continued", pa.bool_()),
+    ]
+)
 PLAIN_NAME = re.compile(r"\w[^/\\:]*")
 # Stored beside the fields of the dataclasses, from which `to_json` computes them.
 DERIVED = {"dtype", "fingerprint", "checksum", "tokens", "documents", "text_bytes"}
 REMEDY = "restore it or prepare again"
+
+
+@lru_cache
+def npy_header(tokens: int) -> bytes:
+    """Return the .npy header of `(tokens,)` uint16, which NumPy pads to one size for any length."""
+    buffer = io.BytesIO()
+    description = {"descr": DTYPE.str, "fortran_order": False, "shape": (tokens,)}
+    np.lib.format.write_array_header_1_0(buffer, description)
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,11 @@ class Shard:
     sha256: str
     index_sha256: str
     generation: int = 0
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the token file."""
+        return len(npy_header(self.tokens)) + self.tokens * DTYPE.itemsize
 
     def windows(self, block_size: int) -> int:
         """Return the number of windows of `block_size` + 1 tokens in an epoch (promise 4)."""

@@ -7,7 +7,6 @@ import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from itertools import chain
 from typing import IO
 
@@ -16,8 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards import cache
-from shards.manifest import Manifest, Shard
-from shards.writer import DTYPE, INDEX_SCHEMA, npy_header
+from shards.manifest import DTYPE, INDEX_SCHEMA, Manifest, Shard, npy_header
 
 # At most so many maps are open at once; each holds a file descriptor.
 MAX_OPEN = 4096
@@ -121,8 +119,7 @@ def open_tokens(manifest: Manifest, shard: Shard) -> np.ndarray:
     Raises as `open_file`, and ValueError if the file is not as the manifest says.
     """
     # Compared, not parsed: NumPy parses headers as Python, which fails in threads of Python 3.11.
-    header = _header(shard.tokens)
-    size = len(header) + shard.tokens * DTYPE.itemsize
+    header, size = npy_header(shard.tokens), shard.file_bytes
     with open_file(manifest, shard.file, shard.sha256) as file:
         found = (os.fstat(file.fileno()).st_size, file.read(len(header)) == header)
         if found != (size, True):
@@ -135,9 +132,6 @@ def open_tokens(manifest: Manifest, shard: Shard) -> np.ndarray:
     return np.frombuffer(content, DTYPE, shard.tokens, len(header))
 
 
-_header = lru_cache(npy_header)
-
-
 def _map_of(view: np.ndarray) -> mmap.mmap:
     """Return the map that a shard's tokens are a view of."""
     content = view.base.obj if isinstance(view.base, memoryview) else view.base
@@ -146,7 +140,7 @@ def _map_of(view: np.ndarray) -> mmap.mmap:
 
 
 def read_index(manifest: Manifest, shard: Shard) -> pa.Table:
-    """Return the document index of one shard, with the columns of `shards.writer.INDEX_SCHEMA`.
+    """Return the document index of one shard, with the columns of `shards.manifest.INDEX_SCHEMA`.
 
     Raises as `open_file`, and ValueError if the file is not such an index.
     """

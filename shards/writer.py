@@ -13,20 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.files import atomic_file
-from shards.manifest import Shard
+from shards.manifest import DTYPE, INDEX_SCHEMA, Shard, npy_header
 
-DTYPE = np.dtype("<u2")
 INDEX_SUFFIX = ".docs.parquet"
-INDEX_SCHEMA = pa.schema(
-    [
-        ("offset", pa.int64()),  # of the document's first token, its <|endoftext|>, in the shard
-        ("source", pa.int32()),  # index into the manifest's sources
-        ("row", pa.int64()),  # the document's position in its source: row, line or byte, from 0
-        ("text_bytes", pa.int64()),  # its UTF-8 size
-        # True: continues the row before, maybe of the shard before; no <|endoftext|> stands here.
-        ("continued", pa.bool_()),
-    ]
-)
 
 
 def to_uint16(ids: np.ndarray) -> np.ndarray:
@@ -94,14 +83,6 @@ def open_shard(path: Path, result: list[Shard], durable: bool = True) -> Iterato
                 index_sha256=index_hash,
             )
         )
-
-
-def npy_header(tokens: int) -> bytes:
-    """Return the .npy header of `(tokens,)` uint16, which NumPy pads to one size for any length."""
-    buffer = io.BytesIO()
-    description = {"descr": DTYPE.str, "fortran_order": False, "shape": (tokens,)}
-    np.lib.format.write_array_header_1_0(buffer, description)
-    return buffer.getvalue()
 
 
 def _sha256(file: IO[bytes]) -> str:

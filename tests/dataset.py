@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from shards.manifest import Manifest, Shard, Split, TokenizerIdentity
-from shards.writer import INDEX_SCHEMA, open_shard
+from shards.manifest import INDEX_SCHEMA, Manifest, Shard, Split, TokenizerIdentity
+from shards.writer import open_shard
 
 VOCABULARY = 64
 LENGTHS = {"train": (1500, 1003), "val": (200, 37, 131)}

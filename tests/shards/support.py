@@ -9,8 +9,8 @@ import pyarrow as pa
 from numpy.typing import ArrayLike
 
 from shards import tokenizer
-from shards.manifest import Manifest, Shard, Source, Split, TokenizerIdentity
-from shards.writer import INDEX_SCHEMA, open_shard
+from shards.manifest import INDEX_SCHEMA, Manifest, Shard, Source, Split, TokenizerIdentity
+from shards.writer import open_shard
 
 # A document of the index: (offset, source, row, text_bytes, continued).
 Row = tuple[int, int, int, int, bool]

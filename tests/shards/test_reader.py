@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import reader
-from shards.manifest import Manifest
+from shards.manifest import INDEX_SCHEMA, Manifest
 from shards.reader import EvalWindows, ShardReader, open_tokens, read_index, token_counts
-from shards.writer import INDEX_SCHEMA
 from tests.shards.support import PLACES, arange_dataset, write_dataset
 
 

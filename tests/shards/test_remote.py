@@ -16,8 +16,8 @@ from filelock import FileLock
 from pyarrow import fs
 
 from shards import cache, inspect, remote
-from shards.checks import BackgroundCheck, verify
-from shards.loader import BatchReader, TokenLoader
+from shards.checks import verify
+from shards.loader import BackgroundCheck, BatchReader, TokenLoader
 from shards.manifest import FILE_NAME, Manifest
 from shards.reader import EvalWindows, token_counts
 from shards.stream import Mixture

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.files import remove_temporaries
-from shards.manifest import Shard
-from shards.writer import DTYPE, INDEX_SCHEMA, open_shard, to_uint16
+from shards.manifest import DTYPE, INDEX_SCHEMA, Shard
+from shards.writer import open_shard, to_uint16
 
 
 def documents(*rows: tuple[int, int, int, int, bool]) -> pa.RecordBatch:
