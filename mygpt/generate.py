@@ -51,7 +51,8 @@ def stream(
     """Yield the next token of every prompt, `max_new_tokens` times or until all texts have ended.
 
     A text ends before the token `stop`; from there on its entry is None. What prompt i draws
-    depends on the seed and i, not on the other prompts, and no global generator is used.
+    depends on the seed and i, not on the other prompts or on their number: as `sample` says, even
+    the rounding of another batch size hardly ever changes it. No global generator is used.
 
     A text may outgrow the block. Its last half block then becomes the context: positions are
     absolute, so the tokens that move are computed anew.
@@ -59,7 +60,6 @@ def stream(
     Raises ValueError for prompts without tokens or with unknown ones.
     """
     _check_prompts(prompts, model.config.vocab_size)
-    generators = [np.random.default_rng([sampling.seed, row]) for row in range(len(prompts))]
     contexts = [list(prompt) for prompt in prompts]
     ended = [False] * len(prompts)
     cache, device = None, model.wte.weight.device
@@ -76,8 +76,9 @@ def stream(
             else:
                 step = step or (RecordedStep if cache.static else Step)(model, cache)
                 logits = step(torch.tensor([[context[-1]] for context in contexts]))  # (B, V)
-            uniform = torch.tensor([1 - g.random() for g in generators], device=device)  # (0, 1]
-            tokens = sample(logits, uniform, sampling).tolist()
+            position = sampling.max_new_tokens - left
+            rows = [noise(sampling.seed, i, position, len(row)) for i, row in enumerate(logits)]
+            tokens = sample(logits, torch.stack(rows).to(device), sampling).tolist()
             for context, token in zip(contexts, tokens, strict=True):
                 context.append(token)
             ended = [e or token == stop for e, token in zip(ended, tokens, strict=True)]
@@ -157,10 +158,21 @@ class RecordedStep(Step):
         return self.logits
 
 
-def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Sample one token (B,) per row of logits (B, V), as a function of `uniform` (B,) in (0, 1].
+def noise(seed: int, text: int, position: int, vocab: int) -> Tensor:
+    """Return Gumbel noise (V,) for the token at `position` of text number `text`.
 
-    Inverse transform sampling: row b takes the quantile `uniform[b]` of its distribution.
+    A counter-based generator: the noise of a position is the same whatever was drawn before.
+    """
+    bits = np.random.Philox(key=[seed, text], counter=[0, position, 0, 0])
+    exponential = np.random.Generator(bits).standard_exponential(vocab, dtype=np.float32)
+    return -torch.from_numpy(exponential).clamp(min=1e-30).log()
+
+
+def sample(logits: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
+    """Sample one token (B,) per row of logits (B, V), as a function of Gumbel noise (B, V).
+
+    Gumbel-max: the largest sum of a logit and its noise is a sample of the softmax. An error of
+    1e-6 in the logits, as between batch sizes, changes a token with about that probability only.
     """
     if sampling.temperature == 0:
         return logits.argmax(1)
@@ -170,14 +182,14 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
         logits, tokens = logits.topk(sampling.top_k)  # (B, K), most likely first
     elif sampling.top_p < 1:
         logits, tokens = logits.sort(descending=True)  # (B, V)
-    probs = logits.softmax(1)
     if sampling.top_p < 1:
+        probs = logits.softmax(1)
         before = _cumulative(probs) - probs  # probability of all more likely tokens
-        probs = probs.masked_fill(before >= sampling.top_p, 0.0)
-    cumulative = _cumulative(probs)
-    threshold = uniform.to(probs)[:, None] * cumulative[:, -1:]  # > 0: never a token of prob. 0
-    drawn = torch.searchsorted(cumulative, threshold)  # (B, 1)
-    return (drawn if tokens is None else tokens.gather(1, drawn)).squeeze(1)
+        logits = logits.masked_fill(before >= sampling.top_p, -torch.inf)
+    if tokens is None:
+        return (logits + noise).argmax(1)
+    largest = (logits + noise.gather(1, tokens)).argmax(1, keepdim=True)  # (B, 1)
+    return tokens.gather(1, largest).squeeze(1)
 
 
 def _cumulative(probs: Tensor) -> Tensor:

@@ -185,8 +185,7 @@ def test_which_checkpoint(
     assert report(capsys, step_4)["checkpoint"] == str(step_4)
     other = tmp_path / "log" / "deep" / "run"
     shutil.copytree(run, other)
-    state = other / "checkpoints" / "step_00000004" / "state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"val_loss": 0.5}))
+    checkpoint.note_val_loss(checkpoint.folder_of(other, 4), 0.5)
     assert report(capsys, other, "--best")["step"] == 4
     monkeypatch.chdir(tmp_path)
     os.utime(other / "checkpoints" / "step_00000006")

@@ -177,7 +177,7 @@ def test_samples_are_written_and_change_nothing(
         (step, prompt) for step in (2, 4) for prompt in ("def", "é")
     ]
     assert all(one["text"].startswith(one["prompt"]) for one in samples)
-    assert len({one["text"] for one in samples}) == 4
+    assert len({one["text"] for one in samples if one["step"] == 4}) == 2
     assert run_config.read_samples(tmp_path / "plain") == []
 
 

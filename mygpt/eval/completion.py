@@ -6,11 +6,10 @@ T: tokens, V: vocabulary.
 import codecs
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mygpt.generate import Sampling, sample, stream
+from mygpt.generate import Sampling, noise, sample, stream
 from mygpt.model import GPT, KeyValueCache
 from mygpt.stopping import Interrupt
 from shards.tokenizer import Tokenizer
@@ -76,7 +75,7 @@ class Completer:
     def __init__(self, model: GPT, sampling: Sampling) -> None:
         self._model = model.eval()
         self.sampling = sampling
-        self._random = np.random.default_rng(sampling.seed)
+        self._sampled = 0  # tokens of all texts so far
         self.clear()
 
     def clear(self) -> None:
@@ -97,8 +96,9 @@ class Completer:
         sampling = self.sampling
         for _ in range(sampling.max_new_tokens):
             logits = self._next_logits()  # (1, V)
-            uniform = torch.tensor([1 - self._random.random()], device=logits.device)  # (0, 1]
-            token = int(sample(logits, uniform, sampling))
+            gumbel = noise(sampling.seed, 0, self._sampled, logits.size(1)).to(logits.device)
+            token = int(sample(logits, gumbel[None], sampling))
+            self._sampled += 1
             self._new.append(token)
             if token == stop:
                 return
