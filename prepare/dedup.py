@@ -72,7 +72,8 @@ def collect_held_out(plan: Plan, workspace: Workspace, units: Sequence[Unit]) ->
     if plan.generation:
         manifest = workspace.manifest()
         assert manifest is not None
-        hashes.append(digest_array(b"".join(_stored_validation_text(manifest))))
+        earlier = manifest.prefix(plan.generation - 1)
+        hashes.append(digest_array(b"".join(_stored_validation_text(earlier))))
     hashes.append(np.empty((0, 2), np.uint64))
     workspace.save_array(f"{HELD_OUT}/hashes", np.unique(np.concatenate(hashes), axis=0))
 

@@ -1,16 +1,25 @@
 """Results of all units turned into the manifest, the quarantine list and the closing summary."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from prepare.plan import Plan, UnitResult
+from prepare.documents import BadDocuments
+from prepare.plan import Plan, UnitResult, list_bad
+from prepare.text import BROKEN
 from prepare.workspace import QUARANTINE
 from shards.manifest import SPLITS, Manifest, Source, Split, TokenizerIdentity
 from shards.tokenizer import Tokenizer
 
-# Bad documents allowed without --max-bad: so many, or this share of all documents if that is more.
+# Allowed without --max-bad: so many bad documents, and so many bytes of text lost with them, or
+# this share of all documents, and of all text, if that is more.
 BAD_DOCUMENTS = 10
+BAD_BYTES = 64 << 10
 BAD_SHARE = 0.001
+# A plan knows the size of the text by an estimate, which may be too low by some such factor.
+ESTIMATE_MARGIN = 10
+# Losses named on the terminal; the list has all of them.
+NAMED = 10
 
 
 def build_manifest(
@@ -52,28 +61,89 @@ def _counts(plan: Plan, results: list[UnitResult], written: int) -> dict[str, in
 
 
 def quarantine(
-    plan: Plan, results: list[UnitResult], earlier: list[dict[str, Any]]
+    plan: Plan, results: Sequence[UnitResult], earlier: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """List the bad documents in plan order, after those of `earlier` generations."""
     entries = [entry for entry in earlier if entry["generation"] < plan.generation]
-    for bad in [*plan.bad, *(bad for result in results for bad in result.bad)]:
-        name = plan.files[bad.source].name
-        entries.append(asdict(bad) | {"source": name, "generation": plan.generation})
+    listed: list[BadDocuments] = []
+    for bad in (plan.bad, *(result.bad for result in results)):
+        list_bad(listed, bad)
+    for one in listed:
+        name = plan.files[one.source].name
+        entries.append(asdict(one) | {"source": name, "generation": plan.generation})
     return entries
 
 
-def check_bad(manifest: Manifest, entries: list[dict[str, Any]], max_bad: int | None) -> None:
-    """Raise ValueError if more documents are bad than allowed; `entries` lists them."""
-    counts = manifest.counts
-    allowed = max(BAD_DOCUMENTS, int(BAD_SHARE * counts["read"])) if max_bad is None else max_bad
-    if counts["quarantined"] > allowed:
-        first = entries[0]
-        raise ValueError(
-            f"expected at most {allowed} bad documents of {counts['read']}, found "
-            f"{counts['quarantined']}, the first in {first['source']} at {first['position']} "
-            f"({first['reason']}): {QUARANTINE} lists them; fix them, or raise --max-bad and run "
-            "again (finished work is kept)"
+def _allowed(max_bad: int | None, documents: int, text: int) -> tuple[int, int]:
+    """Return how many of so many documents, and bytes of their text, may be bad."""
+    if max_bad is not None:
+        return max_bad, text * max_bad // max(documents, 1)
+    return max(BAD_DOCUMENTS, int(BAD_SHARE * documents)), max(BAD_BYTES, int(BAD_SHARE * text))
+
+
+def is_hopeless(bad: int, lost: int, text: int, max_bad: int | None) -> bool:
+    """True if so many bad documents, or bytes lost, are too many whatever is still to come.
+
+    `text` is the estimated size of all text; a document has at least one byte.
+    """
+    if max_bad is not None:
+        return bad > max_bad
+    documents, of_text = _allowed(None, text, ESTIMATE_MARGIN * text)
+    return bad > documents or lost > of_text
+
+
+def check_bad(
+    entries: list[dict[str, Any]], documents: int, text: int, max_bad: int | None
+) -> None:
+    """Raise ValueError if more of the documents read, or of their text, is bad than allowed.
+
+    `entries` lists what is bad; `text` is the bytes of the other documents.
+    """
+    bad, lost = _totals(entries)
+    allowed, allowed_bytes = _allowed(max_bad, documents, text + lost)
+    if bad <= allowed and lost <= allowed_bytes:
+        return
+    if bad > allowed:
+        first, needed = entries[0], bad
+        counts = f"at most {allowed} bad documents of {documents}, found {bad}, the first"
+    else:
+        first = max(entries, key=lambda entry: entry.get("bytes", 0))
+        needed = -(-lost * documents // (text + lost))
+        counts = (
+            f"at most {allowed_bytes:,} of {text + lost:,} bytes of text in bad documents, found "
+            f"{lost:,}, most of them"
         )
+    raise ValueError(
+        f"expected {counts} in {first['source']} at {first['position']} ({first['reason']}): "
+        f"{QUARANTINE} lists them; fix them, or raise --max-bad to {needed} and run again "
+        "(finished work is kept)"
+    )
+
+
+def _totals(entries: list[dict[str, Any]]) -> tuple[int, int]:
+    """Return the documents and the bytes of text of the entries (myGPT 0.2 noted no bytes)."""
+    documents = sum(entry["documents"] for entry in entries)
+    return documents, sum(entry.get("bytes", 0) for entry in entries)
+
+
+def losses(entries: list[dict[str, Any]], text: int) -> list[str]:
+    """Say how much text is bad beside `text` bytes that are not; name files that are broken."""
+    _, lost = _totals(entries)
+    if not entries:
+        return []
+    lines = [
+        f"left out   {lost:,} of {text + lost:,} bytes of text ({lost / (text + lost or 1):.1%})"
+    ]
+    named = [
+        entry
+        for entry in entries
+        if entry["reason"].startswith(BROKEN) or entry.get("bytes", 0) > BAD_BYTES
+    ]
+    for entry in named[:NAMED]:
+        lines.append(f"           {entry['source']} at {entry['position']}: {entry['reason']}")
+    if named[NAMED:]:
+        lines.append(f"           and {len(named) - NAMED} more: see {QUARANTINE}")
+    return lines
 
 
 def check_splits(manifest: Manifest) -> None:
@@ -92,7 +162,9 @@ def check_splits(manifest: Manifest) -> None:
             )
 
 
-def summary(manifest: Manifest, results: list[UnitResult], seconds: float) -> str:
+def summary(
+    manifest: Manifest, results: list[UnitResult], entries: list[dict[str, Any]], seconds: float
+) -> str:
     """Describe the dataset for people; `seconds` is the time that this run took."""
     counts, splits = manifest.counts, manifest.splits
     tokens = sum(split.tokens for split in splits.values())
@@ -102,6 +174,7 @@ def summary(manifest: Manifest, results: list[UnitResult], seconds: float) -> st
     lines = [
         f"documents  {counts['read']:,} read = {counts['written']:,} written + "
         f"{counts['empty']:,} empty + {counts['quarantined']:,} quarantined{duplicates}",
+        *losses(entries, text),
         f"text       {new:,.1f} MB in {seconds:.1f} s, {new / seconds:,.1f} MB/s",
         f"tokens     {tokens:,}, {text / tokens:.2f} bytes each",
     ]

@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -12,14 +13,23 @@ from prepare import finish
 from prepare.dedup import collect_held_out, find_duplicates, validation_units
 from prepare.forecast import check_disk_space, forecast
 from prepare.options import Options
-from prepare.plan import Plan, Unit, UnitResult, make_plan
+from prepare.plan import Plan, Unit, UnitResult, make_plan, unit_number
 from prepare.ray import run_ray
 from prepare.split import GIVEN
-from prepare.tasks import HashDocuments, WriteShards, publish_meanwhile
+from prepare.tasks import HashDocuments, RestoreShards, WriteShards, publish_meanwhile
 from prepare.worker_pool import run_local
-from prepare.workspace import HASHES, HELD_OUT, QUARANTINE, WORK, Folder, Workspace
+from prepare.workspace import (
+    ARRAYS,
+    HASHES,
+    HELD_OUT,
+    QUARANTINE,
+    REFUSED,
+    WORK,
+    Folder,
+    Workspace,
+)
 from shards.files import to_json
-from shards.manifest import FILE_NAME, Manifest
+from shards.manifest import FILE_NAME, Manifest, Shard
 from shards.tokenizer import Tokenizer, open_tokenizer
 from shards.tokenizer import load as load_tokenizer
 
@@ -44,55 +54,161 @@ def run(options: Options) -> None:
         print(forecast(new_plan, tokenizer, options.workers))
         return
     with workspace.locked(options.task):
-        plan = start_or_resume(options, workspace, new_plan)
-        if plan is None:
+        manifest = workspace.manifest()
+        if manifest and (repeated := _repeated(options, workspace, manifest, new_plan)):
+            _restore(*repeated, manifest, workspace, options)
+            if workspace.stored_plan(manifest.generation + 1) is None:  # no append is under way
+                workspace.close()
             print(f"{options.out} is complete: nothing to do.")
             return
+        if manifest and new_plan.generation != manifest.generation + 1:
+            new_plan = make_plan(options, manifest)  # another append ended meanwhile
+        plan = start_or_resume(options, workspace, new_plan)
         if not options.finish:
             _run_units(plan, workspace, options)
         if not options.task:
             _finish(plan, workspace, tokenizer, options.max_bad, started)
 
 
-def start_or_resume(options: Options, workspace: Workspace, plan: Plan) -> Plan | None:
-    """Return the plan to run, stored in the workspace, or None if its dataset is complete.
+def start_or_resume(options: Options, workspace: Workspace, plan: Plan) -> Plan:
+    """Return the plan to run, stored in the workspace.
 
-    Raises ValueError if the folder holds another dataset, or if a source has changed since.
+    A stored one gives way to another if that loses nothing. Otherwise raises ValueError if they
+    differ, because the options do or a source has changed since.
     """
-    manifest, stored = workspace.manifest(), workspace.stored_plan()
-    if options.append:
-        return _start_or_resume_append(options, workspace, plan, stored)
-    if stored is not None and stored.generation == 0:
-        _check_same_plan(workspace, stored, plan)
-    elif manifest is not None:  # it has grown, or was copied here without its plan
-        _check_same_sources(workspace, manifest.prefix(0), plan)
-    else:
+    stored = workspace.stored_plan(plan.generation)
+    if stored not in (None, plan) and _by_real_path(stored) != _by_real_path(plan):
+        if options.task or options.finish or not _may_be_replaced(workspace, stored, plan):
+            _check_same_plan(workspace, stored, plan)
+        print("Starting anew: what other sources or options had begun here is removed.")
+        workspace.abandon(stored)
+        stored = None
+    if stored is None:
+        workspace.close()  # if the last append was killed right after its manifest
         workspace.store_plan(plan)
-    if manifest is None:
         return plan
-    if stored is None or stored.generation <= manifest.generation:  # no append is under way
-        workspace.close()
+    workspace.folder.remove_file(REFUSED)
+    return stored
+
+
+def _may_be_replaced(workspace: Workspace, stored: Plan, plan: Plan) -> bool:
+    """Return True for an unfinished plan that was refused, has no finished unit or can't be ended.
+
+    The last is for appends, of which one that can't be finished must not block every other.
+    """
+    if workspace.folder.exists(REFUSED) or not workspace.results(stored.units):
+        return True
+    paths = {file.real_path for file in plan.files}
+    others = [file for file in stored.files if file.real_path not in paths]
+    return plan.generation > 0 and any(file.status() != (file.size, file.mtime) for file in others)
+
+
+def _repeated(
+    options: Options, workspace: Workspace, manifest: Manifest, plan: Plan
+) -> tuple[Plan, set[int]] | None:
+    """Return the plan of the finished generation that a command repeats, if it repeats one.
+
+    With it come the indices of files whose time has changed, though not their size. Raises
+    ValueError if other things have, or if the sources are neither those of the dataset nor new.
+    """
+    if not options.append:
+        stored = workspace.stored_plan(0)
+        if stored is None:  # copied here without its plan, or made by myGPT 0.2
+            _check_same_sources(workspace, manifest.prefix(0), plan)
+            return plan, set()
+        return _compare(options, workspace, manifest, stored, plan)
+    paths = {file.real_path for file in plan.files}
+    sizes = [(file.name, file.size) for file in plan.files]
+    present: dict[str, int] = {}
+    for generation in range(manifest.generation + 1):
+        stored = workspace.stored_plan(generation)
+        if stored is None:
+            sources = [source for source in manifest.sources if source.generation == generation]
+            if sizes == [(source.name, source.bytes) for source in sources]:
+                return replace(plan, units=(), generation=generation), set()
+            continue
+        stored_paths = {file.real_path: generation for file in stored.files}
+        if paths == stored_paths.keys():
+            return _compare(options, workspace, manifest, stored, plan)
+        present |= stored_paths
+    for file in plan.files:
+        if file.real_path in present:
+            raise ValueError(
+                f"expected sources that are not in {workspace.folder} yet, found {file.name} of "
+                f"generation {present[file.real_path]}: leave it out"
+            )
     return None
 
 
-def _start_or_resume_append(
-    options: Options, workspace: Workspace, plan: Plan, stored: Plan | None
-) -> Plan | None:
-    """Start or resume an append; None if it repeats the last one, which is complete."""
-    manifest = _complete_dataset(workspace)
-    generation = stored.generation if stored else 0
-    is_finished = 0 < generation == manifest.generation
-    if is_finished and make_plan(options, manifest.prefix(generation - 1)) == stored:
-        workspace.close()
-        return None
-    if plan.generation != manifest.generation + 1:  # another append ended since it was made
-        plan = make_plan(options, manifest)
-    if stored is not None and generation > manifest.generation:
-        _check_same_plan(workspace, stored, plan)
-    else:
-        workspace.close()  # if the last append was killed right after its manifest
+def _compare(
+    options: Options, workspace: Workspace, manifest: Manifest, stored: Plan, plan: Plan
+) -> tuple[Plan, set[int]]:
+    """Return the plan as of the generation of `stored`, and the indices of touched files.
+
+    Raises ValueError unless both plans are the same but for the times of files.
+    """
+    generation, pairs = stored.generation, list(zip(stored.files, plan.files, strict=False))
+    touched = {
+        index
+        for index, (old, new) in enumerate(pairs)
+        if old.size == new.size and old.mtime != new.mtime
+    }
+    if generation and touched:
+        plan = make_plan(options, manifest.prefix(generation - 1))
+    elif generation != plan.generation:  # made to be the next one
+        first = stored.first_source
+        plan = replace(plan, units=stored.units, generation=generation, first_source=first)
+    expected = stored
+    if plan.units == stored.units:
+        files = [
+            replace(old, mtime=new.mtime) if old.size == new.size else old for old, new in pairs
+        ]
+        expected = replace(stored, files=(*files, *stored.files[len(files) :]))
+    _check_same_plan(workspace, expected, plan)
+    return plan, touched
+
+
+def _restore(
+    plan: Plan, touched: set[int], manifest: Manifest, workspace: Workspace, options: Options
+) -> None:
+    """Prepare anew what a finished generation lacks, and compare what came from touched files.
+
+    Raises ValueError if a unit's tokens are no longer those of the manifest.
+    """
+    shards: dict[int, list[Shard]] = {}
+    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+        if shard.generation == plan.generation:
+            shards.setdefault(unit_number(shard), []).append(shard)
+    faulty = workspace.faulty(chain.from_iterable(shards.values()))
+    numbers = {number for number, parts in shards.items() if any(s.file in faulty for s in parts)}
+    numbers |= {
+        unit.number for unit in plan.units if any(part.file in touched for part in unit.slices)
+    }
+    units = [unit for unit in plan.units if unit.number in numbers]
+    if len(units) < len(numbers):
+        raise ValueError(_missing(workspace, faulty))
+    if units:
+        print(
+            f"Preparing {len(units)} of {len(plan.units)} units anew: {len(faulty)} shards are "
+            f"missing or damaged, and {len(touched)} sources have another time."
+        )
+        runner = _runner(plan, workspace, options)
+        workspace.remove(ARRAYS)  # those of an append that is under way are other ones
+        _find_excluded(plan, workspace, plan.units, runner)
+        task = RestoreShards(plan, workspace, shards, faulty, touched)
+        for _ in tqdm(runner(task, units), total=len(units), desc="restore", unit="unit"):
+            pass
+        workspace.remove(ARRAYS)
+    if touched:
         workspace.store_plan(plan)
-    return plan
+
+
+def _missing(workspace: Workspace, faulty: Collection[str]) -> str:
+    """Return the message for shards that no command given can prepare anew."""
+    return (
+        f"expected all shards in {workspace.folder}, found {len(faulty)} missing or damaged "
+        f"({min(faulty)}, ...): restore them, or run the command that made them again"
+    )
 
 
 def _complete_dataset(workspace: Workspace) -> Manifest:
@@ -106,21 +222,34 @@ def _complete_dataset(workspace: Workspace) -> Manifest:
     return manifest
 
 
+def _by_real_path(plan: Plan) -> Plan:
+    """Return the plan with one path for each file, however it was named."""
+    return replace(plan, files=tuple(replace(file, path=file.real_path) for file in plan.files))
+
+
 def _check_same_plan(workspace: Workspace, stored: Plan, plan: Plan) -> None:
     """Raise ValueError, naming what differs, unless the two plans are the same."""
     if stored == plan:
         return
-    files = {file.path: file for file in plan.files}
+    stored, plan = _by_real_path(stored), _by_real_path(plan)
+    if stored == plan:
+        return
+    files = {file.path: (file.size, file.mtime) for file in plan.files}
     same_paths = [file.path for file in stored.files] == list(files)
+    another = "restore it, rename it to append it as it is" if plan.generation else "restore it"
     for file in stored.files:
-        if files.get(file.path) != file and (same_paths or file.path not in files):
-            actual = "changed" if file.path in files else "gone, or not among those given"
+        found = files.get(file.path)
+        if found != (file.size, file.mtime) and (same_paths or found is None):
+            actual = "changed" if found else "gone, or not among those given"
             raise ValueError(
                 f"expected the source {file.name} as it was when {workspace.folder} was started, "
-                f"found that file {actual}: restore it, or give another --out"
+                f"found that file {actual}: {another}, or give another --out"
             )
     names = [field.name for field in fields(Plan) if field.name != "units"]
     differing = [name for name in names if getattr(stored, name) != getattr(plan, name)]
+    columns = [" and ".join(sorted({f.column for f in p.files})) for p in (stored, plan)]
+    if columns[0] != columns[1]:
+        differing.append(f"text column ({columns[1]} instead of {columns[0]})")
     raise ValueError(
         f"expected the sources and options with which {workspace.folder} was started, found other "
         f"{' and '.join(differing) or 'units'}: repeat them, or give another --out"
@@ -150,18 +279,81 @@ def _run_units(plan: Plan, workspace: Workspace, options: Options) -> None:
         print(f"Resuming: {len(finished)} of {len(units)} units are finished.")
     check_disk_space(waiting, workspace)
     runner = _runner(plan, workspace, options)
-    if waiting and plan.dedup:
-        _hash_documents(plan, workspace, HASHES, units, runner)
-        find_duplicates(workspace, units)
-    elif waiting and plan.rule.rule == GIVEN and workspace.load_array(f"{HELD_OUT}/hashes") is None:
-        held_out = list(validation_units(plan))
-        _hash_documents(plan, workspace, HELD_OUT, held_out, runner)
-        collect_held_out(plan, workspace, held_out)
+    if waiting:
+        _find_excluded(plan, workspace, units, runner)
     workspace.remove_staged(waiting)
     # On a cluster each node publishes its shards; uploads, too, are spread over the workers.
     by_workers = options.engine != "local" or workspace.folder.remote
     written = runner(WriteShards(plan, workspace, publish=by_workers), waiting)
-    _show_progress(publish_meanwhile(written, workspace), units, waiting)
+    results = publish_meanwhile(written, workspace)
+    judged = _judged(plan, workspace, list(finished.values()), results, options.max_bad)
+    _show_progress(judged, units, waiting)
+
+
+def _find_excluded(
+    plan: Plan, workspace: Workspace, units: Sequence[Unit], runner: Runner[Any]
+) -> None:
+    """Store which documents to leave out, by --dedup or because they are validation text."""
+    if plan.dedup:
+        _hash_documents(plan, workspace, HASHES, units, runner)
+        find_duplicates(workspace, units)
+    elif plan.rule.rule == GIVEN and workspace.load_array(f"{HELD_OUT}/hashes") is None:
+        held_out = list(validation_units(plan))
+        _hash_documents(plan, workspace, HELD_OUT, held_out, runner)
+        collect_held_out(plan, workspace, held_out)
+
+
+def _judged(
+    plan: Plan,
+    workspace: Workspace,
+    finished: Sequence[UnitResult],
+    results: Iterable[UnitResult],
+    max_bad: int | None,
+) -> Iterator[UnitResult]:
+    """Yield the results. Raises ValueError as soon as too much is bad, whatever is still to come.
+
+    `finished` are the results of earlier runs.
+    """
+    weight = sum(unit.weight for unit in plan.units)
+    bad = list(plan.bad)
+    documents, lost = sum(one.documents for one in bad), sum(one.bytes for one in bad)
+    seen: list[UnitResult] = []
+    for result in chain(finished, results):
+        seen.append(result)
+        documents += sum(one.documents for one in result.bad)
+        lost += sum(one.bytes for one in result.bad)
+        if finish.is_hopeless(documents, lost, weight, max_bad):
+            read = sum(result.read for result in seen) + sum(one.documents for one in plan.bad)
+            text = sum(shard.text_bytes for result in seen for shard in result.all_shards())
+            _check_bad(plan, workspace, seen, read, text, max_bad)
+        if len(seen) > len(finished):
+            yield result
+
+
+def _check_bad(
+    plan: Plan,
+    workspace: Workspace,
+    results: Sequence[UnitResult],
+    documents: int,
+    text: int,
+    max_bad: int | None,
+) -> list[dict[str, Any]]:
+    """Write quarantine.jsonl and return its entries. Raises ValueError if too much is bad.
+
+    `documents` were read, and `text` bytes of them written.
+    """
+    earlier = (workspace.folder.read(QUARANTINE) or b"").splitlines()
+    results = sorted(results, key=lambda result: result.unit)
+    entries = finish.quarantine(plan, results, [json.loads(line) for line in earlier])
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    workspace.folder.write(QUARANTINE, "".join(lines).encode())
+    try:
+        finish.check_bad(entries, documents, text, max_bad)
+    except ValueError:
+        print(*finish.losses(entries, text), sep="\n")
+        workspace.folder.write(REFUSED, b"")
+        raise
+    return entries
 
 
 def _runner(plan: Plan, workspace: Workspace, options: Options) -> Runner[Any]:
@@ -214,22 +406,22 @@ def _finish(
     if missing:
         raise ValueError(
             f"expected {len(plan.units)} finished units in {folder}, found {len(missing)} missing "
-            f"(unit {missing[0]}, ...): run the tasks that have not ended"
+            f"or damaged (unit {missing[0]}, ...): run the tasks that have not ended"
         )
     results = [finished[unit.number] for unit in plan.units]
     base = workspace.manifest() if plan.generation else None
     manifest = finish.build_manifest(plan, results, tokenizer, base)
-    earlier = (folder.read(QUARANTINE) or b"").splitlines()
-    entries = finish.quarantine(plan, results, [json.loads(line) for line in earlier])
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
-    folder.write(QUARANTINE, "".join(lines).encode())
-    finish.check_bad(manifest, entries, max_bad)
+    if base and (faulty := workspace.faulty(s for x in base.splits.values() for s in x.shards)):
+        raise ValueError(_missing(workspace, faulty))
+    text_bytes = sum(split.text_bytes for split in manifest.splits.values())
+    read = manifest.counts["read"]
+    entries = _check_bad(plan, workspace, results, read, text_bytes, max_bad)
     try:
         finish.check_splits(manifest)
     except ValueError:
-        workspace.abandon(results)  # every remedy changes the plan
+        workspace.abandon(plan)  # every remedy changes the plan
         raise
-    text = finish.summary(manifest, results, time.perf_counter() - started)
+    text = finish.summary(manifest, results, entries, time.perf_counter() - started)
     workspace.log(*(warning for result in results for warning in result.warnings), text)
     folder.write(FILE_NAME, to_json(manifest.to_json()))
     workspace.close()

@@ -30,7 +30,8 @@ class Options:
     text_column: str | None = None
     """The column or field with the text; by default text, else content."""
     max_bad: int | None = None
-    """Documents that may be unreadable; by default 10, or 0.1 % of them if that is more."""
+    """Documents that may be unreadable, and with them the same share of the text; by default 10
+    and 64 KB, or 0.1 % if that is more."""
     dedup: bool = False
     """Drop exact duplicates of an earlier document."""
     append: bool = False
@@ -48,8 +49,12 @@ class Options:
 
     def check(self) -> None:
         """Raise ValueError for values that are invalid, alone or together."""
-        if not self.sources:
+        if not all((self.sources, *self.sources, *self.val_source)):
             raise ValueError("expected a SOURCE, found none: give a file, a folder, or stdlib")
+        if not self.out:
+            raise ValueError(
+                "expected a folder for --out, found an empty name: give data/NAME, say"
+            )
         if self.workers < 1:
             raise ValueError(f"expected --workers of at least 1, found {self.workers}")
         if self.max_bad is not None and self.max_bad < 0:

@@ -4,12 +4,13 @@ A unit is small enough to keep all cores busy on a small corpus, and makes a sha
 tokens on a large one. Units share no state, so they run anywhere and in any order (promise 2).
 """
 
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import repeat
 from typing import Any
 
@@ -20,18 +21,22 @@ from prepare.documents import BadDocuments, Slice, column_bytes, json_object
 from prepare.options import Options
 from prepare.sources import JSONL, PARQUET, TEXT, InputFile, find_files
 from prepare.split import GIVEN, POSITION, SplitRule, choose_rule, follow_rule
-from prepare.text import PIECE_BYTES, READ_BYTES, byte_stream, next_cut, next_line, survey
+from prepare.text import BROKEN, PIECE_BYTES, READ_BYTES, byte_stream, next_cut, next_line, survey
 from shards import stored_json
 from shards.manifest import Manifest, Shard
+from shards.remote import is_remote
 
 FORMAT, VERSION = "mygpt-plan", 1
-REMEDY = "restore it, or give another --out"
+REMEDY = "restore it, or give another --out (beside a complete dataset it may be removed)"
 MIN_UNIT_BYTES = 4 << 20
 MAX_UNIT_BYTES = 400 << 20
 TARGET_UNITS = 64
 # Files inspected concurrently: most of that time is waiting, for a network above all.
 INSPECTED_AT_ONCE = 16
 TEXT_COLUMNS = ("text", "content")
+# Bad documents listed one by one, per unit and in all; the rest is only counted.
+MAX_LISTED = 10_000
+UNLISTED = "further bad documents, which are not listed"
 # Estimated size of compressed text relative to its file.
 COMPRESSION_RATIO = 4
 
@@ -71,6 +76,23 @@ class UnitResult:
     def all_shards(self) -> list[Shard]:
         """The shards of both splits."""
         return [shard for shards in self.shards.values() for shard in shards]
+
+
+def list_bad(listed: list[BadDocuments], bad: Iterable[BadDocuments]) -> None:
+    """Append bad documents to a list; beyond `MAX_LISTED` only files that are broken.
+
+    The rest is summed up in one entry.
+    """
+    rest: list[BadDocuments] = []
+    for one in bad:
+        room = len(listed) < MAX_LISTED or one.reason.startswith(BROKEN)
+        (listed if room else rest).append(one)
+    if rest:
+        last = listed[MAX_LISTED - 1]
+        documents = last.documents + sum(one.documents for one in rest)
+        size = last.bytes + sum(one.bytes for one in rest)
+        last = replace(last, reason=UNLISTED, documents=documents, bytes=size)
+        listed[MAX_LISTED - 1] = last
 
 
 @dataclass(frozen=True)
@@ -121,7 +143,7 @@ def make_plan(options: Options, base: Manifest | None = None) -> Plan:
     known = {file.identity for file in val_files}
     others = [file for file in find_files(options.sources) if file.identity not in known]
     # Validation text first: of duplicates the first is kept.
-    files = [*val_files, *others]
+    files = _outside(options.out, [*val_files, *others])
     with ThreadPoolExecutor(INSPECTED_AT_ONCE) as pool:
         files = list(pool.map(with_column, files, repeat(options.text_column)))
         rule = follow_rule(base.split_rule, options, files) if base else choose_rule(options, files)
@@ -144,7 +166,29 @@ def make_plan(options: Options, base: Manifest | None = None) -> Plan:
 def _next_unit(base: Manifest | None) -> int:
     """Return the first unit number that no shard of the dataset bears."""
     shards = [shard for split in base.splits.values() for shard in split.shards] if base else []
-    return max((int(re.findall(r"\d+", shard.file)[0]) for shard in shards), default=-1) + 1
+    return max(map(unit_number, shards), default=-1) + 1
+
+
+def unit_number(shard: Shard) -> int:
+    """Return the number of the unit that made a shard."""
+    return int(re.findall(r"\d+", shard.file)[0])
+
+
+def _outside(out: str, files: Sequence[InputFile]) -> list[InputFile]:
+    """Return the files that are not in the folder `out`. Raises ValueError if none is left."""
+    if is_remote(out):
+        outside = [file for file in files if not file.path.startswith(f"{out.rstrip('/')}/")]
+    else:
+        real = lru_cache(os.path.realpath)  # of each folder once
+        inside = os.path.join(real(out), "")
+        outside = [
+            file
+            for file in files
+            if file.remote or not f"{real(os.path.dirname(file.path))}/".startswith(inside)
+        ]
+    if not outside:
+        raise ValueError(f"expected sources outside --out {out}, found none: give others")
+    return outside
 
 
 def _weight(file: InputFile) -> int:
@@ -189,7 +233,7 @@ def _inspect_text(
     """Read a text that goes over several slices once: for its hash, its size and its errors."""
     result = survey(file.path, file.compression)
     if result.error:
-        return [], [BadDocuments(number, 0, result.error)]
+        return [], [BadDocuments(number, 0, result.error, bytes=_weight(file))]
     if rule.rule == POSITION:
         middle = int(result.size * (1 - rule.val_fraction))
         middle = next_line(file.path, file.compression, middle)

@@ -54,6 +54,11 @@ class InputFile:
         stat = os.stat(self.path)
         return stat.st_dev, stat.st_ino
 
+    @property
+    def real_path(self) -> str:
+        """The same for every path to a local file, also after the file is gone."""
+        return self.path if self.remote else os.path.realpath(self.path)
+
     def status(self) -> tuple[int, int] | None:
         """Current size and mtime, or None if the file is gone."""
         system, path = filesystem(self.path)

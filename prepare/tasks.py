@@ -3,6 +3,7 @@
 Each is a small picklable value called with a unit, on whatever process or machine runs it.
 """
 
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from prepare.plan import Plan, Unit, UnitResult
 from prepare.unit import Exclusions, check_unchanged, run_unit
 from prepare.workspace import DUPLICATES, HELD_OUT, Workspace
 from shards import tokenizer
+from shards.manifest import Shard
 from shards.remote import retried
 from shards.tokenizer import string_buffers
 
@@ -50,15 +52,63 @@ class WriteShards:
         return _with_retries(self._write, unit, self.plan, self.workspace)
 
     def _write(self, unit: Unit) -> Written:
-        exclusions = Exclusions(
-            indices=self.workspace.load_array(f"{DUPLICATES}/{unit.name}"),
-            hashes=self.workspace.load_array(f"{HELD_OUT}/hashes"),
-        )
+        exclusions = _exclusions(self.workspace, unit)
         with self.workspace.staging(unit) as staged:
             result = run_unit(self.plan, unit, staged, tokenizer.load(), exclusions)
             if self.publish:
                 self.workspace.finish_unit(result, staged)
         return Written(result, None if self.publish else staged)
+
+
+def _exclusions(workspace: Workspace, unit: Unit) -> Exclusions:
+    return Exclusions(
+        indices=workspace.load_array(f"{DUPLICATES}/{unit.name}"),
+        hashes=workspace.load_array(f"{HELD_OUT}/hashes"),
+    )
+
+
+@dataclass(frozen=True)
+class RestoreShards:
+    """Task that prepares a unit of a complete dataset again and publishes its `faulty` files.
+
+    shards: those of the manifest, by unit, which the new ones must equal; touched: indices of the
+    files to name if they don't.
+    """
+
+    plan: Plan
+    workspace: Workspace
+    shards: dict[int, list[Shard]]
+    faulty: set[str]
+    touched: set[int]
+
+    def __call__(self, unit: Unit) -> None:
+        """Restore one unit. Raises ValueError for a changed source, OSError for failing I/O."""
+        _with_retries(self._restore, unit, self.plan, self.workspace)
+
+    def _restore(self, unit: Unit) -> None:
+        exclusions = _exclusions(self.workspace, unit)
+        with self.workspace.staging(unit) as staged:
+            result = run_unit(self.plan, unit, staged, tokenizer.load(), exclusions)
+            stored = self.shards.get(unit.number, [])
+            if [self._identity(new) for new in result.all_shards()] != [
+                *map(self._identity, stored)
+            ]:
+                numbers = [part.file for part in unit.slices]
+                number = next((n for n in numbers if n in self.touched), numbers[0])
+                raise ValueError(
+                    f"expected the tokens of unit {unit.number} again from "
+                    f"{self.plan.files[number].name}, found others: a source changed, or tiktoken "
+                    "or pyarrow is of another version; restore it, or give another --out"
+                )
+            for shard in stored:
+                if shard.file in self.faulty:
+                    self.workspace.publish(shard, staged)
+            shutil.rmtree(staged)
+
+    def _identity(self, shard: Shard) -> tuple[str, ...]:
+        """Return what must be the same; an index differs from version to version of pyarrow."""
+        index = (shard.index_sha256,) if shard.file in self.faulty else ()
+        return (shard.file, shard.sha256, *index)
 
 
 def publish_meanwhile(written: Iterator[Written], workspace: Workspace) -> Iterator[UnitResult]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from prepare.documents import Batch, read
 from prepare.encode import AuditError, Encoded, encode
-from prepare.plan import Plan, Unit, UnitResult
+from prepare.plan import Plan, Unit, UnitResult, list_bad
 from prepare.split import GIVEN
 from shards.manifest import DTYPE, INDEX_SCHEMA, SPLITS, Shard
 from shards.tokenizer import Tokenizer, string_buffers
@@ -81,7 +81,7 @@ def _write_unit(
     documents, is_first = 0, True
     with train, val:
         for batch in read(plan.files, unit.slices):
-            result.bad += batch.bad
+            list_bad(result.bad, batch.bad)
             result.read += sum(bad.documents for bad in batch.bad)
             if not len(batch.texts):
                 continue

@@ -5,6 +5,8 @@ same command again resumes.
 """
 
 import io
+import posixpath
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,18 +21,24 @@ import filelock
 import numpy as np
 from pyarrow import fs
 
-from prepare.plan import Plan, Unit, UnitResult, read_plan
+from prepare.plan import REMEDY, Plan, Unit, UnitResult, read_plan
 from shards import stored_json
 from shards.files import atomic_file, move_durably, remove_temporaries, sync_folder, to_json
-from shards.manifest import FILE_NAME, Manifest
+from shards.manifest import FILE_NAME, Manifest, Shard, checksum
 from shards.remote import filesystem, is_remote
+from shards.writer import DTYPE, npy_header
 
 WORK = ".prepare"
 PLAN = f"{WORK}/plan.json"
+# Written when a run was refused for its input: a corrected command may start anew.
+REFUSED = f"{WORK}/refused"
+SHARD_FILE = re.compile(r"(train|val)_\d{5,}(_\d+)?(\.npy|\.docs\.parquet)")
+PARQUET_END = b"PAR1"
 # Folders in the work area: results, shards being written, and arrays: content hashes of documents,
 # indices of duplicates, content hashes of validation text that came by --val-source.
 UNITS, STAGING, HASHES, DUPLICATES, HELD_OUT = "units", "staging", "hashes", "drops", "held_out"
-WORK_FOLDERS = {UNITS, STAGING, HASHES, DUPLICATES, HELD_OUT}
+ARRAYS = {HASHES, DUPLICATES, HELD_OUT}
+WORK_FOLDERS = {UNITS, STAGING} | ARRAYS
 LOG, QUARANTINE = "prepare.log", "quarantine.jsonl"
 # An ending run releases the lock within moments; so do orphaned workers that inherited it.
 LOCK_SECONDS = 5.0
@@ -81,7 +89,7 @@ class Folder:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Return the JSON object under `name`, or None. Raises ValueError if it is damaged."""
         content = self.read(name)
-        return None if content is None else stored_json.parse(content, f"{self}/{name}")
+        return None if content is None else stored_json.parse(content, f"{self}/{name}", REMEDY)
 
     def exists(self, name: str) -> bool:
         """True if there is a file of that name."""
@@ -89,8 +97,12 @@ class Folder:
 
     def names(self, inside: str = "") -> list[str]:
         """List the folder, or one inside it, sorted."""
+        return sorted(self.sizes(inside))
+
+    def sizes(self, inside: str = "") -> dict[str, int | None]:
+        """Return the sizes of what is in the folder, or in one inside it, by name."""
         selector = fs.FileSelector(self._at(inside), allow_not_found=True)
-        return sorted(info.base_name for info in self._system.get_file_info(selector))
+        return {info.base_name: info.size for info in self._system.get_file_info(selector)}
 
     def remove(self, inside: str) -> None:
         """Remove a folder inside this one."""
@@ -102,7 +114,7 @@ class Folder:
             self._system.delete_file(self._at(name))
 
     def _at(self, name: str) -> str:
-        return f"{self._root}/{name}".rstrip("/")
+        return posixpath.join(self._root, name).rstrip("/") or "/"
 
 
 @dataclass(frozen=True)
@@ -143,8 +155,8 @@ class Workspace:
     def check_folder(self) -> None:
         """Raise ValueError if the folder holds files but no dataset."""
         names = self.folder.names()
-        others = [name for name in names if name not in (QUARANTINE, LOG)]
-        if others and WORK not in names and FILE_NAME not in names:
+        others = [name for name in names if name not in (QUARANTINE, LOG, WORK)]
+        if others and FILE_NAME not in names and not self.folder.exists(PLAN):
             raise ValueError(
                 f"expected a new or empty folder in {self.folder}, found other files there "
                 f"({others[0]}, ...): give another --out"
@@ -155,25 +167,65 @@ class Workspace:
         content = self.folder.read(FILE_NAME)
         return None if content is None else Manifest.parse(content, self.folder.path)
 
-    def stored_plan(self) -> Plan | None:
-        """Return the plan last stored here, or None. Raises ValueError if it is damaged."""
-        record = self.folder.read_json(PLAN)
-        return None if record is None else read_plan(record, f"{self.folder}/{PLAN}")
+    def stored_plan(self, generation: int) -> Plan | None:
+        """Return the plan that made a generation, or None. Raises ValueError if it is damaged."""
+        for name in (_plan_name(generation), PLAN):  # myGPT 0.2 kept only the last one
+            record = self.folder.read_json(name)
+            if record is not None and record.get("generation", 0) == generation:
+                return read_plan(record, f"{self.folder}/{name}")
+        return None
 
     def store_plan(self, plan: Plan) -> None:
         """Store the plan, so that every later run can be compared with it."""
-        self.folder.write(PLAN, to_json(plan.to_json()))
+        self.folder.write(_plan_name(plan.generation), to_json(plan.to_json()))
 
     def results(self, units: Sequence[Unit]) -> dict[int, UnitResult]:
-        """Return the results of those of the units that are finished, by number."""
+        """Return the results of those of the units that are finished, by number.
+
+        A unit whose result is damaged, or one of whose shards is, is not finished.
+        """
         stored = set(self.folder.names(f"{WORK}/{UNITS}"))
         finished = [unit for unit in units if f"{unit.name}.json" in stored]
         with ThreadPoolExecutor(READ_AT_ONCE) as pool:
-            return {result.unit: result for result in pool.map(self._result, finished)}
+            results = [result for result in pool.map(self._result, finished) if result]
+        faulty = self.faulty(shard for result in results for shard in result.all_shards())
+        return {
+            result.unit: result
+            for result in results
+            if not any(shard.file in faulty for shard in result.all_shards())
+        }
 
-    def _result(self, unit: Unit) -> UnitResult:
+    def _result(self, unit: Unit) -> UnitResult | None:
+        """Return the stored result of a unit, or None if it is damaged."""
         name = f"{WORK}/{UNITS}/{unit.name}.json"
-        return stored_json.build(UnitResult, self.folder.read_json(name), f"{self.folder}/{name}")
+        try:
+            record = self.folder.read_json(name) or {}
+            result = stored_json.build(UnitResult, record, name, retired=("checksum",))
+        except ValueError:
+            return None
+        intact = record.get("checksum") in (None, checksum(record))  # myGPT 0.2 wrote none
+        return result if intact and result.unit == unit.number else None
+
+    def faulty(self, shards: Iterable[Shard]) -> set[str]:
+        """Return the files of the shards that are missing or cut, or whose index is.
+
+        Their contents are not read, but for the header and the end of the index.
+        """
+        sizes = self.folder.sizes()
+        return {shard.file for shard in shards if not self._is_whole(shard, sizes)}
+
+    def _is_whole(self, shard: Shard, sizes: dict[str, int | None]) -> bool:
+        header = npy_header(shard.tokens)
+        size = len(header) + shard.tokens * DTYPE.itemsize
+        if sizes.get(shard.file) != size or not sizes.get(shard.index):
+            return False
+        if self.folder.remote:  # there an object appears whole or not at all
+            return True
+        with open(self.folder.local / shard.file, "rb") as tokens:
+            start = tokens.read(len(header))
+        with open(self.folder.local / shard.index, "rb") as index:
+            index.seek(-min(len(PARQUET_END), sizes[shard.index] or 0), io.SEEK_END)
+            return start == header and index.read() == PARQUET_END
 
     @contextmanager
     def staging(self, unit: Unit) -> Iterator[Path]:
@@ -198,12 +250,18 @@ class Workspace:
     def finish_unit(self, result: UnitResult, staged: Path) -> None:
         """Publish a unit's staged shards, then store its result, which marks it as finished."""
         for shard in result.all_shards():
-            self.folder.publish(staged / shard.index)
-            self.folder.publish(staged / shard.file)
+            self.publish(shard, staged)
         if not self.folder.remote:
             sync_folder(self.folder.local)  # a result on disk must not outlive its shards
-        self.folder.write(f"{WORK}/{UNITS}/{result.unit:05d}.json", to_json(asdict(result)))
+        record = asdict(result)
+        record["checksum"] = checksum(record)
+        self.folder.write(f"{WORK}/{UNITS}/{result.unit:05d}.json", to_json(record))
         shutil.rmtree(staged)
+
+    def publish(self, shard: Shard, staged: Path) -> None:
+        """Move a staged shard into the folder: its index first, so a shard has its index."""
+        self.folder.publish(staged / shard.index)
+        self.folder.publish(staged / shard.file)
 
     def save_array(self, name: str, array: np.ndarray) -> None:
         """Store an array in the work area, all or nothing."""
@@ -216,18 +274,29 @@ class Workspace:
         content = self.folder.read(f"{WORK}/{name}.npy")
         return None if content is None else np.load(io.BytesIO(content), allow_pickle=False)
 
-    def abandon(self, results: Iterable[UnitResult]) -> None:
-        """Remove the plan and everything made by it, so that another may be started here."""
+    def abandon(self, plan: Plan) -> None:
+        """Remove an unfinished plan and everything made by it, so that another may be started."""
         self.close()
-        self.folder.remove_file(PLAN)
-        for shard in (shard for result in results for shard in result.all_shards()):
-            self.folder.remove_file(shard.file)
-            self.folder.remove_file(shard.index)
+        manifest = self.manifest()
+        splits = manifest.splits.values() if manifest else ()
+        kept = {name for split in splits for s in split.shards for name in (s.file, s.index)}
+        for name in self.folder.names():
+            if SHARD_FILE.fullmatch(name) and name not in kept:
+                self.folder.remove_file(name)
+        for name in (_plan_name(plan.generation), PLAN):
+            record = self.folder.read_json(name)
+            if record is not None and record.get("generation", 0) == plan.generation:
+                self.folder.remove_file(name)
+
+    def remove(self, folders: set[str]) -> None:
+        """Remove some folders of the work area."""
+        for name in set(self.folder.names(WORK)) & folders:
+            self.folder.remove(f"{WORK}/{name}")
 
     def close(self) -> None:
         """Remove results and arrays, once the manifest holds them; the plan stays for reruns."""
-        for name in set(self.folder.names(WORK)) & WORK_FOLDERS:
-            self.folder.remove(f"{WORK}/{name}")
+        self.remove(WORK_FOLDERS)
+        self.folder.remove_file(REFUSED)
         if not self.folder.remote:
             for path in (self.folder.local, self.folder.local / WORK):
                 remove_temporaries(path, "")
@@ -237,3 +306,8 @@ class Workspace:
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
         new = "".join(f"{stamp} {part}\n" for line in lines for part in line.splitlines())
         self.folder.write(LOG, (self.folder.read(LOG) or b"") + new.encode())
+
+
+def _plan_name(generation: int) -> str:
+    """Return the file of the plan of a generation; that of the first is `plan.json`."""
+    return f"{WORK}/plan_{generation:05d}.json" if generation else PLAN

@@ -162,7 +162,7 @@ class Manifest:
         with _without_garbage_collection():
             raw = stored_json.parse(content, path, REMEDY)
             stored_json.check_version(raw, FORMAT, (VERSION,), path, "prepare the dataset again")
-            _check_hash("checksum", raw, _checksum(raw), path)
+            _check_hash("checksum", raw, checksum(raw), path)
             values = raw | {"folder": location, "uri": uri}
             manifest = stored_json.build(cls, values, path, retired=DERIVED, remedy=REMEDY)
         _check_names(manifest, path)
@@ -232,7 +232,7 @@ class Manifest:
                 for name, split in self.splits.items()
             },
         }
-        return values | {"checksum": _checksum(values)}
+        return values | {"checksum": checksum(values)}
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, all or nothing."""
@@ -262,8 +262,8 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _checksum(values: dict[str, Any]) -> str:
-    """Hex sha256 of everything in a manifest but the checksum itself."""
+def checksum(values: dict[str, Any]) -> str:
+    """Hex sha256 of everything in a record but the checksum itself."""
     covered = {key: value for key, value in values.items() if key != "checksum"}
     return hashlib.sha256(to_json(covered)).hexdigest()
 

@@ -132,16 +132,99 @@ def test_an_interrupted_append_goes_on(
 def test_an_append_that_was_begun_is_finished_first(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> Iterator:
-        raise OSError("stopped here")
-        yield
-
-    with monkeypatch.context() as patch:
-        patch.setattr(job, "run_local", interrupted)
-        run(tmp_path / "b.jsonl", "--out", base, "--append")
+    begin_append(base, tmp_path / "b.jsonl", monkeypatch)
     write_jsonl(tmp_path / "c.jsonl", texts(20, 3))
     assert "b.jsonl" in run(tmp_path / "c.jsonl", "--out", base, "--append").error
     make(base, tmp_path / "b.jsonl", "--append")
+
+
+@pytest.mark.parametrize("change", ["gone", "changed"])
+def test_an_append_that_cannot_be_finished_gives_way(
+    change: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "c.jsonl", texts(50, 3))
+    reference = Path(shutil.copytree(base, tmp_path / "reference"))
+    begin_append(base, tmp_path / "b.jsonl", monkeypatch)
+    make(reference, tmp_path / "c.jsonl", "--append")
+    if change == "gone":
+        (tmp_path / "b.jsonl").unlink()
+    else:
+        write_jsonl(tmp_path / "b.jsonl", texts(90, 2))
+        error = run(tmp_path / "b.jsonl", "--out", base, "--append").error
+        assert "the source b.jsonl as it was" in error
+        assert "rename it" in error
+    outcome = run(tmp_path / "c.jsonl", "--out", base, "--append")
+    assert "Starting anew" in outcome.out, outcome.err
+    held(base)
+    assert Manifest.load(base).fingerprint == Manifest.load(reference).fingerprint
+
+
+def begin_append(out: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop an append after its first unit."""
+    original = job.run_local
+
+    def interrupted(work: Callable, units: Sequence[Unit], *rest: object) -> Iterator:
+        yield from original(work, units[:1], *rest)
+        raise OSError("stopped here")
+
+    shrink(monkeypatch, MIN_UNIT_BYTES=2000)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "run_local", interrupted)
+        assert "stopped here" in run(source, "--out", out, "--append").error
+
+
+@pytest.fixture
+def script(base: Path, tmp_path: Path) -> list[list[object]]:
+    """A script of three commands that was run once."""
+    write_jsonl(tmp_path / "c.jsonl", texts(50, 3))
+    commands = [[tmp_path / "a.jsonl", "--out", base]]
+    commands += [[tmp_path / name, "--out", base, "--append"] for name in ("b.jsonl", "c.jsonl")]
+    for command in commands:
+        assert run(*command).code == 0
+    return commands
+
+
+PLANS = {
+    "stored": lambda work: None,
+    "lost": lambda work: shutil.rmtree(work),  # the dataset was copied here
+    "the last alone": lambda work: (work / "plan_00002.json").replace(work / "plan.json"),  # 0.2
+}
+
+
+@pytest.mark.parametrize("plans", PLANS)
+def test_a_script_of_appends_run_twice(
+    plans: str, script: list[list[object]], base: Path, tmp_path: Path
+) -> None:
+    PLANS[plans](base / ".prepare")
+    once = contents(base)
+    for command in [*script, *script[::-1], [tmp_path / "a.jsonl", "--out", base, "--append"]]:
+        outcome = run(*command)
+        assert "nothing to do" in outcome.out, outcome.err
+        assert contents(base) == once
+    held(base)
+
+
+def test_a_changed_source_of_an_earlier_append_is_refused(
+    script: list[list[object]], base: Path, tmp_path: Path
+) -> None:
+    once = contents(base)
+    write_jsonl(tmp_path / "b.jsonl", texts(90, 2))
+    assert "the source b.jsonl as it was" in run(*script[1]).error
+    assert "nothing to do" in run(*script[2]).out
+    assert contents(base) == once
+
+
+@pytest.mark.parametrize("names", ["b c", "b d", "d b", "a d"])
+def test_sources_of_which_some_are_there_are_refused(
+    names: str, script: list[list[object]], base: Path, tmp_path: Path
+) -> None:
+    once = contents(base)
+    write_jsonl(tmp_path / "d.jsonl", texts(20, 4))
+    sources = [tmp_path / f"{name}.jsonl" for name in names.split()]
+    error = run(*sources, "--out", base, "--append").error
+    assert "expected sources that are not in" in error
+    assert "leave it out" in error
+    assert contents(base) == once
 
 
 def test_the_rule_is_followed(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.checks import verify
-from shards.manifest import FILE_NAME, Manifest, Shard, Source, Split, _checksum
+from shards.manifest import FILE_NAME, Manifest, Shard, Source, Split, checksum
 from tests.shards.support import arange_dataset, grown
 
 
@@ -29,7 +29,7 @@ def edit(manifest: Manifest, change: Callable[[dict[str, Any]], object]) -> None
 
 def sign(raw: dict[str, Any]) -> None:
     """Let the checksum be that of what the manifest says now."""
-    raw["checksum"] = _checksum(raw)
+    raw["checksum"] = checksum(raw)
 
 
 def as_version_1(raw: dict[str, Any]) -> None:
