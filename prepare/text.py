@@ -1,7 +1,6 @@
 """Plain text of any size as bytes: streams, surveys, and positions where it may be cut."""
 
 import codecs
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,17 +9,11 @@ import xxhash
 from pyarrow import NativeFile
 
 from shards.remote import filesystem
+from shards.tokenizer import SAFE_CUT_BYTES
 
 READ_BYTES = 4 << 20
 # A text document above this size is handed on in pieces of about this size.
 PIECE_BYTES = 32 << 20
-# shards.tokenizer.SAFE_CUT on UTF-8 bytes: no pre-token crosses such a cut, so the tokens of the
-# pieces are those of the whole. Before the cut stands a printing ASCII character or the last byte
-# of a character that is not Unicode white space; behind it ASCII white space.
-SAFE_CUT = re.compile(
-    rb"(?<=[!-~\x80-\xbf])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe1\xa0\x8e)"
-    rb"(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?=[ \t\n\r\f\v])"
-)
 LOOKBEHIND = 3  # bytes before a cut that the pattern looks at
 BROKEN = "unreadable from here on"  # begins the reason of a file that is broken in the middle
 
@@ -143,7 +136,7 @@ def last_cut(content: bytes) -> int:
     """The last safe cut in the final stretch of `content`, or 0."""
     for stretch in (1 << 12, 1 << 16, READ_BYTES):
         first = max(1, len(content) - stretch)
-        cut = max((match.start() for match in SAFE_CUT.finditer(content, first)), default=0)
+        cut = max((match.start() for match in SAFE_CUT_BYTES.finditer(content, first)), default=0)
         if cut:
             return cut
     return 0
@@ -156,7 +149,7 @@ def next_cut(path: str, offset: int) -> int:
         seen = content[-LOOKBEHIND:]
         begin += len(content) - len(seen)
         content = seen + block
-        if match := SAFE_CUT.search(content, max(offset - begin, len(seen))):
+        if match := SAFE_CUT_BYTES.search(content, max(offset - begin, len(seen))):
             return begin + match.start()
     return begin + len(content)
 

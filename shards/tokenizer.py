@@ -6,14 +6,17 @@ so text with such a code point goes to tiktoken; without gigatoken all text does
 """
 
 import base64
+import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import mmap
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +38,15 @@ PIECE = 1 << 20
 # A cut before an ASCII white-space character that follows another character changes no token: in
 # GPT-2's pattern no pre-token spans the two.
 SAFE_CUT = re.compile(r"(?<=\S)(?=[ \t\n\r\f\v])")
+# The same on UTF-8 bytes. Before the cut stands a printing ASCII character or the last byte of a
+# character that is not Unicode white space.
+SAFE_CUT_BYTES = re.compile(
+    rb"(?<=[!-~\x80-\xbf])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe1\xa0\x8e)"
+    rb"(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?=[ \t\n\r\f\v])"
+)
+# gigatoken gets about this many bytes at a time, and may make the process grow by this much.
+PART_BYTES = 8 << 20
+MAX_GROWTH_BYTES = 256 << 20
 # A character in contexts where its class (letter or number, white space, other) shows in the
 # tokens: before "'s", which is one token after a letter and two after a symbol.
 PROBE = "{0}'s {0}"
@@ -57,7 +69,7 @@ class Tokenizer:
     eot: int
     hash: str
     _reference: tiktoken.Encoding = field(repr=False)
-    _fast: Any = field(repr=False, default=None)
+    _fast: "FastEncoder | None" = field(repr=False, default=None)
     _differing: str = field(repr=False, default="")
     _first_bytes: dict[int, np.ndarray] = field(repr=False, default_factory=dict)
 
@@ -93,7 +105,7 @@ class Tokenizer:
         """
         if self._fast is None:
             return _join([self.encode_reference(text) for text in texts.to_pylist()])
-        ids, offsets = _encode_arrow(self._fast, texts)
+        ids, offsets = self._fast.encode_batch(texts)
         odd = self._rows_that_differ(texts)
         if not odd.size:
             return ids, offsets
@@ -273,30 +285,101 @@ def _cached() -> bool:
     return folder != "" and all(os.path.exists(os.path.join(folder, name)) for name in names)
 
 
-def _gigatoken(vocabulary: bytes) -> Any:
+def _gigatoken(vocabulary: bytes) -> "FastEncoder | None":
     """Return gigatoken with this vocabulary, no special tokens; None if it is not installed."""
     try:
-        import gigatoken
+        return FastEncoder(vocabulary)
     except ImportError:
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "gpt2.tiktoken")
-        path.write_bytes(vocabulary)
-        return gigatoken.Tokenizer.from_tiktoken(path, "gpt2", special_tokens={})
 
 
-def _encode_arrow(fast: Any, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Encode an Arrow string array with gigatoken, without a Python object per text."""
-    import awkward as ak
+class FastEncoder:
+    """gigatoken, with its memory bounded.
 
-    text_offsets, data = string_buffers(texts)
-    characters = ak.contents.NumpyArray(data, parameters={"__array__": "char"})
-    strings = ak.contents.ListOffsetArray(
-        ak.index.Index64(text_offsets), characters, parameters={"__array__": "string"}
-    )
-    # On the calling thread: prepare runs one process per core.
-    encoded = fast.encode_batch(ak.Array(strings), parallel=False).layout
-    return np.asarray(encoded.content.data), np.asarray(encoded.offsets.data)
+    It caches every pre-token it meets and has no setting for a bound: 1 GB of random words took
+    8 GB, and web text does the same more slowly. A new encoder costs 63 ms and gives the same
+    tokens, so it is renewed whenever the process has grown by `MAX_GROWTH_BYTES`. A larger bound
+    is no faster: the cache is limited by memory latency.
+    """
+
+    def __init__(self, vocabulary: bytes) -> None:
+        self._vocabulary = vocabulary
+        self._renew()
+
+    def _renew(self) -> None:
+        """Replace the encoder, returning the memory of the former one to the system."""
+        import gigatoken
+
+        self._encoder: Any = None
+        _trim_heap()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "gpt2.tiktoken")
+            path.write_bytes(self._vocabulary)
+            self._encoder = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", special_tokens={})
+        self._smallest = _private_bytes()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of a text, unsigned, (n_tokens,)."""
+        return self.encode_batch(pa.array([text], pa.large_string()))[0]
+
+    def encode_batch(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+        """Encode as `Tokenizer.encode_batch`, at most about `PART_BYTES` at a time."""
+        offsets, content = string_buffers(texts)
+        if offsets[-1] - offsets[0] <= PART_BYTES:
+            return self._encode(offsets, content)
+        bounds = np.union1d(offsets, list(_cuts(offsets, content)))
+        ids, lengths, start = [], [np.zeros(1, np.int64)], 0
+        while start < len(bounds) - 1:
+            end = np.searchsorted(bounds, bounds[start] + PART_BYTES, "right") - 1
+            end = max(int(end), start + 1)
+            part, part_offsets = self._encode(bounds[start : end + 1], content)
+            ids.append(part)
+            lengths.append(np.diff(part_offsets))
+            start = end
+        counts = np.cumsum(np.concatenate(lengths))
+        return np.concatenate(ids), counts[np.searchsorted(bounds, offsets)]
+
+    def _encode(self, offsets: np.ndarray, content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Encode the texts between `offsets` of `content`, without a Python object per text."""
+        import awkward as ak
+
+        size = _private_bytes()
+        # Of what was there when it was made, part may have been freed since.
+        self._smallest = min(self._smallest, size)
+        if size - self._smallest > MAX_GROWTH_BYTES:
+            self._renew()
+        characters = ak.contents.NumpyArray(content, parameters={"__array__": "char"})
+        strings = ak.contents.ListOffsetArray(
+            ak.index.Index64(offsets), characters, parameters={"__array__": "string"}
+        )
+        # On the calling thread: prepare runs one process per core.
+        encoded = self._encoder.encode_batch(ak.Array(strings), parallel=False).layout
+        return np.asarray(encoded.content.data), np.asarray(encoded.offsets.data)
+
+
+def _cuts(offsets: np.ndarray, content: np.ndarray) -> Iterator[int]:
+    """Yield offsets to cut the texts longer than `PART_BYTES` without changing their tokens."""
+    for i in np.flatnonzero(np.diff(offsets) > PART_BYTES).tolist():
+        cut, end = int(offsets[i]) + PART_BYTES, int(offsets[i + 1])
+        while cut < end and (match := SAFE_CUT_BYTES.search(content.data, cut, end)):
+            yield match.start()
+            cut = match.start() + PART_BYTES
+
+
+def _private_bytes() -> int:
+    """Return the resident memory of the process that is no file's; 0 where it can't be known."""
+    try:
+        with open("/proc/self/statm") as file:
+            _, resident, shared, *_ = map(int, file.read().split())
+    except OSError:  # no Linux
+        return 0
+    return (resident - shared) * mmap.PAGESIZE
+
+
+def _trim_heap() -> None:
+    """Return freed memory to the system where the C library (glibc) keeps it."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def string_buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -326,7 +409,7 @@ def _join(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([np.empty(0, np.uint32), *parts]), offsets
 
 
-def differing_code_points(reference: tiktoken.Encoding, fast: Any) -> list[tuple[int, int]]:
+def differing_code_points(reference: tiktoken.Encoding, fast: FastEncoder) -> list[tuple[int, int]]:
     """Return ranges (first, last) of the code points on which the two installed encoders differ.
 
     Computed once (some seconds) and cached on disk by the versions of both.
@@ -346,7 +429,9 @@ def differing_code_points(reference: tiktoken.Encoding, fast: Any) -> list[tuple
     return ranges
 
 
-def _compare_all_code_points(reference: tiktoken.Encoding, fast: Any) -> list[tuple[int, int]]:
+def _compare_all_code_points(
+    reference: tiktoken.Encoding, fast: FastEncoder
+) -> list[tuple[int, int]]:
     """Probe blocks of 256 code points, then each code point of the blocks that differ."""
 
     def differs(code_points: list[int]) -> bool:

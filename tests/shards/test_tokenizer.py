@@ -290,6 +290,33 @@ def test_a_text_longer_than_a_piece(unit: str, monkeypatch: pytest.MonkeyPatch) 
     assert gpt2.encode_reference(text).tolist() == law(text)
 
 
+# Bounded memory.
+
+
+@needs_gigatoken
+@given(texts=st.lists(adversarial | st.text(), max_size=8), size=st.integers(1, 60))
+def test_parts_have_the_tokens_of_the_whole(texts: list[str], size: int) -> None:
+    """Texts longer than a part are cut, shorter ones joined; the empty ones keep their place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "PART_BYTES", size)
+        assert batch(texts) == [law(text) for text in texts]
+        kept = pa.array(["before", *texts], pa.string())[1:]
+        assert batch(kept) == [law(text) for text in texts]
+
+
+@needs_gigatoken
+def test_a_renewed_encoder_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpt2._fast is not None
+    monkeypatch.setattr(tokenizer, "MAX_GROWTH_BYTES", 0)
+    monkeypatch.setattr(tokenizer, "PART_BYTES", 100)
+    sizes = iter(range(10**9))
+    monkeypatch.setattr(tokenizer, "_private_bytes", lambda: next(sizes))
+    before = gpt2._fast._encoder
+    texts = ["word " * 60, "", "naïve café " * 20, "\u088f's"]
+    assert batch(texts) == [law(text) for text in texts]
+    assert gpt2._fast._encoder is not before
+
+
 # Where the parts come from.
 
 
