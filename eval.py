@@ -75,7 +75,7 @@ if __name__ == "__main__":  # answer --help and wrong flags before the imports, 
     with one_line_errors():
         parse(sys.argv[1:])
 
-from mygpt.distributed import Ranks, compute_dtype, start
+from mygpt.distributed import Ranks, compute_dtype, init_distributed
 from mygpt.eval import metrics, multiple_choice, summary, target
 from mygpt.eval.completion import Completer, continuations, converse
 from mygpt.eval.multiple_choice import Question
@@ -111,7 +111,7 @@ class Inputs:
 def main(args: list[str] | None = None) -> int:
     """Read the flags, evaluate, sample, print. Returns the exit code."""
     inputs = open_inputs(parse(args))
-    with start(inputs.config.device) as ranks:
+    with init_distributed(inputs.config.device) as ranks:
         if inputs.config.interactive:
             talk(inputs, ranks)
         else:

@@ -5,10 +5,14 @@
     torchrun --standalone --nproc_per_node=4 train.py gpt2 --data data/web
 
 The first word is a preset (gpt2 by default), every setting is a flag. The same command again
-resumes the run in --log-dir. Exit code: 0 finished, or stopped by --stop-at; 2 invalid input, full
-disk or diverged training, one line says which and what to do; 75 stopped at a checkpoint by SIGINT,
-SIGTERM, SIGUSR1 or --max-time, run the command again; 1 other ranks were lost, see their output.
-torchrun turns every code but 0 into 1.
+resumes the run in --log-dir. Exit codes:
+
+    0   finished, or stopped by --stop-at
+    2   invalid input, full disk or diverged training: one line says which, and what to do
+    75  stopped at a checkpoint by SIGINT, SIGTERM, SIGUSR1 or --max-time: run the command again
+    1   other ranks were lost: see their output
+
+Under torchrun every code but 0 becomes 1.
 
 Shapes: B sequences of a micro-batch, T block size.
 """
@@ -20,7 +24,8 @@ from mygpt import settings
 from shards.cli import end_with, one_line_errors
 
 if __name__ == "__main__":
-    # --help and mistyped flags are answered here, before the imports below, which take seconds.
+    # Parsed before the imports below, which take seconds, so that --help and mistyped flags answer
+    # at once; main parses again.
     with one_line_errors():
         settings.parse(sys.argv[1:], str(__doc__))
     # Read by OpenMP when torch loads it: spinning threads slow a shared machine down several times.
@@ -29,22 +34,36 @@ if __name__ == "__main__":
 import hashlib
 import struct
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
-from mygpt import autotune, checkpoint, plot, run_config, sharding
-from mygpt.distributed import EXIT_LOST, Ranks, RanksLost, autocast, start
+from mygpt import autotune, checkpoint, plot, run_config, sharding, trackers
+from mygpt.distributed import EXIT_LOST, Ranks, RanksLost, autocast, init_distributed
 from mygpt.evaluate import Loss, default_batch_size, evaluate
 from mygpt.generate import Sampling, generate
-from mygpt.log import Meter, RunLog, StepResult, skip_line, step_line, val_line
+from mygpt.log import (
+    Meter,
+    RunLog,
+    StepResult,
+    checkpoint_line,
+    skip_line,
+    step_line,
+    val_line,
+)
 from mygpt.optim import learning_rate
 from mygpt.run_config import RunRecord
 from mygpt.settings import TrainConfig
 from mygpt.spikes import fp16_overflow
 from mygpt.stopping import EXIT_STOPPED, Stop, Stopped
-from mygpt.train_state import TrainState, build, describe, restore, save
+from mygpt.train_state import (
+    TrainState,
+    build_train_state,
+    describe_run,
+    load_checkpoint,
+    save_checkpoint,
+)
 from shards import checks
 from shards.files import write_json
 from shards.stream import Mixture
@@ -53,23 +72,20 @@ from shards.tokenizer import Tokenizer, open_tokenizer
 ALMOST_DONE = 0.9  # a step that has come this far is finished when the run is asked to stop
 SAMPLE_TOKENS = 64
 
-Track = Callable[[int, Mapping[str, float]], None]
-
 
 @one_line_errors()
 def main(args: list[str] | None = None) -> int:
     """Start or resume the run that the flags describe. Returns the exit code."""
     started = time.monotonic()
     config = settings.parse(sys.argv[1:] if args is None else args, str(__doc__))
-    with trackers(config):  # fail fast if one is not installed
-        record, dataset = run_config.start_or_resume(config)
+    trackers.check(config)  # fail fast if one is not installed
+    record, dataset = run_config.start_or_resume(config)
     if config.verify:
-        verify(dataset)
-    run = config.log_dir
+        verify_shards(dataset)
     try:
         with (
-            start(config.device, config.deterministic) as ranks,
-            checkpoint.locked(run) if ranks.is_main else nullcontext(),
+            init_distributed(config.device, config.deterministic) as ranks,
+            checkpoint.locked(config.log_dir) if ranks.is_main else nullcontext(),
             Stop(ranks, config.max_time, started).watch() as stop,
         ):
             return train(record, dataset, ranks, stop)
@@ -81,50 +97,40 @@ def main(args: list[str] | None = None) -> int:
 def train(record: RunRecord, dataset: Mixture, ranks: Ranks, stop: Stop) -> int:
     """Train from the newest checkpoint, or from the initial weights, to the last step."""
     run_config.check_ranks_agree(record, ranks)
-    run, log = record.config.log_dir, RunLog(record.config.log_dir, enabled=ranks.is_main)
-    state = None
+    run_dir, log = record.config.log_dir, RunLog(record.config.log_dir, enabled=ranks.is_main)
     try:
-        record = autotune.resolve_micro_batch(record, dataset, ranks, log)
-        settings.grad_accum_steps(record.config, ranks.world_size)  # fail fast
-        tokenizer = open_tokenizer(dataset.tokenizer) if record.config.sample_interval else None
-        record = autotune.resolve_max_steps(
-            record,
-            dataset,
-            ranks,
-            log,
-            train_step=lambda state: train_step(state, stop),
-            validate=lambda state: validate(state, stop),
-        )
-        max_steps = record.config.max_steps
-        last = min(max_steps, record.config.stop_at or max_steps)
-        newest, faults = ranks.broadcast_object(
-            checkpoint.newest_intact(run) if ranks.is_main else (-1, [])
-        )
-        if faults and newest < 0:
-            raise ValueError(f"every checkpoint of {run} is damaged, the newest: {faults[0]}")
-        log.write(*(f"passed over a damaged checkpoint: {fault}" for fault in faults))
-        if newest >= last and not lacks_validation(record.config, newest):
-            reached = "is finished" if newest >= max_steps else "has reached --stop-at"
-            log.write(f"nothing left to do: {run} {reached}, step {newest} of {max_steps}")
-            return 0
-        state = build(record, dataset, ranks, init_weights=newest < 0)
-        start_or_restore(state, newest, dataset, stop, log)
+        record = autotune.resolve(record, dataset, ranks, log, stop, train_step, validate)
+    except Stopped as stopped:
+        log.write(f"stopped by {stopped} before the first step: the same command starts again")
+        return EXIT_STOPPED
+    tokenizer = open_tokenizer(dataset.tokenizer) if record.config.sample_interval else None
+    max_steps = record.config.max_steps
+    last = min(max_steps, record.config.stop_at or max_steps)
+    newest = newest_checkpoint(run_dir, ranks, log)
+    if newest >= last and not lacks_validation(record.config, newest):
+        reached = "is finished" if newest >= max_steps else "has reached --stop-at"
+        log.write(f"nothing left to do: {run_dir} {reached}, step {newest} of {max_steps}")
+        return 0
+    state = build_train_state(record, dataset, ranks, init_weights=newest < 0)
+    try:
+        resume_or_init(state, newest, dataset, stop, log)
         train_loop(state, last, tokenizer, stop, log)
     except Stopped as stopped:
-        # A step or validation that was under way has been dropped, with the data it read.
-        step = state.step if state else 0
-        if state and state.step != state.saved_step:
-            save(state, run, None)
-            log.write(f"checkpoint {step}/{record.config.max_steps}")
-        end = record.config.max_steps or "a number still to be measured"
-        log.write(f"stopped by {stopped} at step {step} of {end}: the same command resumes")
+        # The interrupted step or validation was discarded and the loader rewound.
+        if state.step != state.saved_step:
+            save_checkpoint(state, run_dir, None)
+            log.write(checkpoint_line(state.step, max_steps))
+        step = f"step {state.step} of {max_steps}"
+        log.write(f"stopped by {stopped} at {step}: the same command resumes")
         return EXIT_STOPPED
     log.write(f"finished step {last} of {max_steps}")
     if last < max_steps:
         log.write("stopped by --stop-at: the same command without it trains to the end")
     if ranks.is_main:
-        log.write(f"log         {run / 'log.txt'}", f"picture     {plot.draw_or_explain(run)}")
-        log.write(f"checkpoint  {checkpoint.find(run)}", f"next        python eval.py {run}")
+        log.write(f"log         {run_dir / 'log.txt'}")
+        log.write(f"picture     {plot.draw_or_explain(run_dir)}")
+        log.write(f"checkpoint  {checkpoint.find(run_dir)}")
+        log.write(f"next        python eval.py {run_dir}")
     return 0
 
 
@@ -137,15 +143,15 @@ def train_loop(
     """Train to step `last`. Raises `Stopped` at a step boundary if asked to stop."""
     config, max_steps = state.config, state.config.max_steps
     meter = Meter(config.total_batch_size, state.ideal_seconds, lambda: state.loader.wait_seconds)
-    with trackers(config, state.step, state.ranks.is_main) as track:
+    with trackers.open_trackers(config, state.step, enabled=state.ranks.is_main) as track:
         while state.step < last:
             with meter:
                 result = train_step(state, stop)
             step = state.step
             shown = step % config.log_interval == 0 or step == last
-            if result.skipped:
+            if result.skip_reason:
                 log.write(skip_line(step, max_steps, result, config.log_dir))
-                state.spikes.check()
+                state.spikes.raise_if_diverged()
             else:
                 metrics = result.metrics() | meter.metrics()
                 log.write(step_line(step, max_steps, metrics, meter.eta(last - step)), shown=shown)
@@ -155,13 +161,13 @@ def train_loop(
 
             val_loss, is_best = None, False
             if step % config.val_interval == 0 or step == max_steps:
-                val_loss, is_best = log_validation(state, stop, log)
+                val_loss, is_best = validate_and_log(state, stop, log)
                 track(step, {"val_loss": val_loss})
             if tokenizer and step % config.sample_interval == 0:
-                write_samples(state, tokenizer)
+                sample_and_log(state, tokenizer)
             if is_best or step == last or step % config.checkpoint_interval == 0:
-                save(state, config.log_dir, val_loss)
-                log.write(f"checkpoint {step}/{max_steps}" + "  best so far" * is_best)
+                save_checkpoint(state, config.log_dir, val_loss)
+                log.write(checkpoint_line(step, max_steps, is_best))
 
 
 def train_step(state: TrainState, stop: Stop) -> StepResult:
@@ -181,7 +187,7 @@ def train_step(state: TrainState, stop: Stop) -> StepResult:
             raise Stopped(stop.reason)
         x, y = next(state.loader)  # (B, T), (B, T)
         torch.manual_seed(dropout_seed(config.seed, state.step, micro_step, state.ranks.rank))
-        # Gradients accumulate on each rank; DDP averages them during the last backward pass only.
+        # DDP averages the gradients over the ranks in the last backward pass, FSDP2 in each.
         is_last = micro_step == state.grad_accum_steps - 1
         with nullcontext() if state.ddp is None or is_last else state.ddp.no_sync():
             with autocast(device):
@@ -204,28 +210,27 @@ def train_step(state: TrainState, stop: Stop) -> StepResult:
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
     norm = sharding.full_tensor(norm)
 
-    # The one place where a step waits for its device. To decide about skipping without waiting,
-    # every optimizer would need an update that the device can undo.
+    # The step's only device sync (fp16's loss scaler has its own): whether to skip must be known
+    # before optimizer.step(). The norm is equal on all ranks already; sent along, it is free.
     mean_loss, mean_norm = state.ranks.all_reduce_mean(torch.stack([loss, norm]))
-    skipped = fp16_overflow(state.scaler, mean_loss, mean_norm) or state.spikes.judge(
-        mean_loss, mean_norm
-    )
-    if not skipped:
+    skip_reason = fp16_overflow(state.scaler, mean_loss, mean_norm)
+    skip_reason = skip_reason or state.spikes.update(mean_loss, mean_norm)
+    if not skip_reason:
         for optimizer in state.optimizers:
             state.scaler.step(optimizer)
     state.zero_grad()
     state.scaler.update()
     state.step += 1
     windows = range(before["position"], state.loader.state_dict()["position"])
-    return StepResult(mean_loss, mean_norm, lr, windows, skipped)
+    return StepResult(mean_loss, mean_norm, lr, windows, skip_reason)
 
 
 def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
-    """Return the 64-bit seed of all randomness in one forward pass, a hash of where it stands.
+    """Return a 64-bit seed for one forward pass: a hash of (seed, step, micro_step, rank).
 
-    So a checkpoint needs no generator state, and nothing else that draws numbers (validation,
-    samples, a resume) can shift dropout. Hashed instead of added: step 1 of seed 7 must differ from
-    step 0 of seed 8, and the CPU's generator uses only the low 32 bits.
+    So a checkpoint needs no generator state, and no other use of the generator (validation,
+    samples, a resume) changes the dropout masks. Hashed instead of added: step 1 of seed 7 must
+    differ from step 0 of seed 8, and the CPU's generator uses only the low 32 bits.
     """
     numbers = struct.pack("<4Q", seed, step, micro_step, rank)
     return int.from_bytes(hashlib.blake2b(numbers, digest_size=8).digest(), "little")
@@ -240,26 +245,27 @@ def validate(state: TrainState, stop: Stop) -> Loss:
     Raises `Stopped` if asked to stop.
     """
     batch_size = default_batch_size(state.config.model.block_size, state.ranks.device)
-    # One batch for each rank at a time, so that all ranks ask equally often whether to stop.
-    on_all_ranks = batch_size * state.ranks.world_size
+    # One batch per rank and iteration: stop.check() is collective, all must call it equally often.
+    global_batch_size = batch_size * state.ranks.world_size
     total = Loss(0.0, 0)
     with sharding.unsharded(state.model):
-        for first in range(0, len(state.val_windows), on_all_ranks):
+        for first in range(0, len(state.val_windows), global_batch_size):
             stop.check()
-            windows = state.val_windows[first : first + on_all_ranks]
+            windows = state.val_windows[first : first + global_batch_size]
             part = evaluate(state.model, windows, state.ranks, batch_size)
             total = Loss(total.nats + part.nats, total.tokens + part.tokens)
     return total
 
 
-def log_validation(state: TrainState, stop: Stop, log: RunLog) -> tuple[float, bool]:
+def validate_and_log(state: TrainState, stop: Stop, log: RunLog) -> tuple[float, bool]:
     """Validate, log the loss and redraw the picture. Returns the loss, and if it is the best."""
     loss = validate(state, stop)
     log.write(val_line(state.step, state.config.max_steps, loss.mean, loss.tokens))
     if state.ranks.is_main:
         plot.draw_or_explain(state.config.log_dir)
     is_best = loss.mean < state.best_val_loss
-    state.best_val_loss = min(state.best_val_loss, loss.mean)
+    if is_best:
+        state.best_val_loss = loss.mean
     return loss.mean, is_best
 
 
@@ -270,10 +276,10 @@ def lacks_validation(config: TrainConfig, step: int) -> bool:
     return checkpoint.read_state(checkpoint.folder_of(config.log_dir, step))["val_loss"] is None
 
 
-def write_samples(state: TrainState, tokenizer: Tokenizer) -> None:
+def sample_and_log(state: TrainState, tokenizer: Tokenizer) -> None:
     """Append a continuation of each --sample-prompt (by default a new document) to samples.jsonl.
 
-    The same weights write the same text.
+    Deterministic: the same weights write the same text.
     """
     prompts = state.config.sample_prompt or ("",)
     # On all ranks: the forward pass of a sharded model needs every rank.
@@ -284,7 +290,7 @@ def write_samples(state: TrainState, tokenizer: Tokenizer) -> None:
             Sampling(SAMPLE_TOKENS, temperature=0.8, seed=state.config.seed),
             stop=tokenizer.eot,
         )
-    # A model may have more ids than its tokenizer: the others decode to nothing.
+    # Drop ids beyond the tokenizer's vocabulary, which a padded model may draw.
     known = [[token for token in ids if token < tokenizer.n_vocab] for ids in continuations]
     samples = [
         {"prompt": prompt, "text": prompt + tokenizer.decode(ids)}
@@ -297,48 +303,50 @@ def write_samples(state: TrainState, tokenizer: Tokenizer) -> None:
 # --- before the first step
 
 
-def verify(dataset: Mixture) -> None:
+def verify_shards(dataset: Mixture) -> None:
     """Raise ValueError if a shard differs from its manifest; local ranks divide the shards."""
-    rank, ranks = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     for manifest in dataset.manifests:
         for split in manifest.splits:
-            checks.check(manifest, split, slice(rank, None, ranks or 1))
+            checks.check(manifest, split, slice(local_rank, None, local_world_size))
 
 
-def start_or_restore(
+def newest_checkpoint(run_dir: Path, ranks: Ranks, log: RunLog) -> int:
+    """Return the step of the newest intact checkpoint, -1 if there is none, the same on all ranks.
+
+    Raises ValueError if there are checkpoints and all of them are damaged.
+    """
+    own = checkpoint.newest_intact(run_dir) if ranks.is_main else (-1, [])
+    newest, faults = ranks.broadcast_object(own)
+    if faults and newest < 0:
+        raise ValueError(f"every checkpoint of {run_dir} is damaged, the newest: {faults[0]}")
+    log.write(*(f"skipped a damaged checkpoint: {fault}" for fault in faults))
+    return newest
+
+
+def resume_or_init(
     state: TrainState, newest: int, dataset: Mixture, stop: Stop, log: RunLog
 ) -> None:
     """Load the checkpoint of step `newest` if that is not -1, and describe the run."""
     config, is_main = state.config, state.ranks.is_main
     if is_main:
-        checkpoint.set_aside(config.log_dir, after=newest)  # damaged ones: their steps come again
+        checkpoint.set_aside(config.log_dir, after=newest)  # damaged: their steps are trained again
         write_json(config.log_dir / "config.json", state.record.to_json())
         checkpoint.prune(config.log_dir, config.keep, config.keep_every)
     state.ranks.barrier()
     if newest >= 0:
-        restore(state, newest)
+        load_checkpoint(state, newest)
     elif config.init_from:
-        save(state, config.log_dir, None)  # a resume does not need those weights again
+        save_checkpoint(state, config.log_dir, None)  # a resume must not depend on --init-from
     log.write(f"{'resume' if newest >= 0 else 'start'} {state.step}/{config.max_steps}")
     if is_main:
-        log.write(*describe(state, dataset))
+        log.write(*describe_run(state, dataset))
     if lacks_validation(config, newest):
-        val_loss, is_best = log_validation(state, stop, log)
+        val_loss, is_best = validate_and_log(state, stop, log)
         if is_main:
             checkpoint.note_val_loss(checkpoint.folder_of(config.log_dir, newest), val_loss)
-        log.write(f"checkpoint {newest}/{config.max_steps}" + "  best so far" * is_best)
-
-
-def trackers(
-    config: TrainConfig, step: int = 0, enabled: bool = False
-) -> AbstractContextManager[Track]:
-    """Open --tensorboard and --wandb; without them nothing of theirs is imported."""
-    if not config.tensorboard and not config.wandb:
-        return nullcontext(lambda step, metrics: None)
-    from mygpt import trackers
-
-    trackers.check(config)
-    return trackers.open_trackers(config, step, enabled)
+        log.write(checkpoint_line(newest, config.max_steps, is_best))
 
 
 if __name__ == "__main__":

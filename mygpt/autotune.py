@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,9 +25,12 @@ from mygpt.distributed import Ranks, autocast
 from mygpt.log import RunLog
 from mygpt.model import GPT
 from mygpt.run_config import RunRecord
-from mygpt.settings import VALIDATIONS
-from mygpt.train_state import TrainState, build, save
+from mygpt.settings import VALIDATIONS, TrainConfig
+from mygpt.stopping import Stop
+from mygpt.train_state import TrainState, build_train_state, save_checkpoint
 from shards.stream import Mixture
+
+Result = TypeVar("Result")
 
 # Tokens per micro-batch where nothing is tried. On a CPU core a token of the `tiny` model takes
 # 16 % longer in micro-batches of 128 tokens than of 2,048, and 1 % less again in twice as many; a
@@ -34,6 +38,39 @@ from shards.stream import Mixture
 UNTRIED_TOKENS = 2048
 # Memory that a tried size may fill: validation, NCCL's buffers and fragmentation need the rest.
 SHARE_OF_MEMORY = 0.9
+
+
+def resolve(
+    record: RunRecord,
+    dataset: Mixture,
+    ranks: Ranks,
+    log: RunLog,
+    stop: Stop,
+    train_step: Callable[[TrainState, Stop], object],
+    validate: Callable[[TrainState, Stop], object],
+) -> RunRecord:
+    """Return the record with micro-batch, number of steps and intervals resolved.
+
+    Raises `Stopped` if asked to stop while measuring, and ValueError if no micro-batch fits.
+    """
+    record = resolve_micro_batch(record, dataset, ranks, log)
+    config = record.config
+    settings.grad_accum_steps(config, ranks.world_size)  # fail fast
+    windows = None
+    if len(dataset.manifests) == 1:
+        shards = dataset.manifests[0].splits["train"].shards
+        windows = sum(shard.windows(config.model.block_size) for shard in shards)
+    max_steps = settings.steps_of(config, windows)
+    if not max_steps:
+        log.write(f"measuring how many steps fit into {config.time_budget:g} seconds")
+        trial = replace(record, config=config.resolved(max(1000, config.warmup_steps)))
+        max_steps = steps_in_budget(
+            config,
+            lambda: build_train_state(trial, dataset, ranks),
+            lambda state: train_step(state, stop),
+            lambda state: validate(state, stop),
+        )
+    return replace(record, config=config.resolved(max_steps))
 
 
 def resolve_micro_batch(
@@ -48,7 +85,7 @@ def resolve_micro_batch(
         log.write("trying which micro-batch fits into memory")
         # Uncompiled, a model needs the most memory.
         trial = replace(config, micro_batch=sizes[0], compile=False)
-        state = build(replace(record, config=trial), dataset, ranks)
+        state = build_train_state(replace(record, config=trial), dataset, ranks)
         size = by_trying(state.model, state.optimizers, sizes, ranks, state.own_parameters)
     else:
         size = by_rule(sizes, config.model.block_size)
@@ -146,62 +183,53 @@ def _limited_memory(device: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def resolve_max_steps(
-    record: RunRecord,
-    dataset: Mixture,
-    ranks: Ranks,
-    log: RunLog,
-    *,
-    train_step: Callable[[TrainState], object],
-    validate: Callable[[TrainState], object],
-) -> RunRecord:
-    """Return the record with its number of steps, measured for --time-budget, and its intervals."""
-    config = record.config
-    windows = None
-    if len(dataset.manifests) == 1:
-        shards = dataset.manifests[0].splits["train"].shards
-        windows = sum(shard.windows(config.model.block_size) for shard in shards)
-    max_steps = settings.steps_of(config, windows)
-    if not max_steps:
-        log.write(f"measuring how many steps fit into {config.time_budget:g} seconds")
-        trial = replace(record, config=config.resolved(max(1000, config.warmup_steps)))
-        max_steps = steps_in_budget(lambda: build(trial, dataset, ranks), train_step, validate)
-    return replace(record, config=config.resolved(max_steps))
-
-
 def steps_in_budget(
+    config: TrainConfig,
     build: Callable[[], TrainState],
     train_step: Callable[[TrainState], object],
     validate: Callable[[TrainState], object],
 ) -> int:
     """Return how many steps fit into --time-budget, the same on all ranks.
 
-    Measured on a state that `build` makes and that is thrown away: the start-up with its first
-    step, steps for a fiftieth of the budget, one validation and one checkpoint.
+    Measured on states that `build` makes and that are thrown away. What a process pays once, such
+    as compilation, is paid first; then a start, steps for a fiftieth of the budget, a validation
+    and a checkpoint are timed.
     """
     started = time.perf_counter()
     state = build()
-    config = state.config
     train_step(state)
-    startup_seconds = time.perf_counter() - started
-
-    def step_seconds() -> float:
-        before = time.perf_counter()
-        train_step(state)
-        return time.perf_counter() - before
-
-    # All ranks must take the same number of steps: rank 0 decides.
-    count = state.ranks.broadcast_object(int(config.time_budget / 50 / step_seconds()))
-    seconds = median(step_seconds() for _ in range(max(3, min(count, 100))))
-    before = time.perf_counter()
     validate(state)
-    with tempfile.TemporaryDirectory() as folder:
-        save(state, Path(folder), None)
-    round_seconds = time.perf_counter() - before
-    left = config.time_budget - (time.perf_counter() - started) - startup_seconds
-    return state.ranks.broadcast_object(
-        steps_that_fit(left, seconds, round_seconds, config.val_interval)
+    del state  # there may be no room for two
+
+    def start() -> TrainState:
+        state = build()
+        train_step(state)
+        return state
+
+    def validate_and_save() -> None:
+        validate(state)
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(state, Path(folder), None)
+
+    start_seconds, state = _timed(start)
+    step_seconds, _ = _timed(lambda: train_step(state))
+    # All ranks must take the same number of steps: rank 0 decides.
+    count = state.ranks.broadcast_object(int(config.time_budget / 50 / step_seconds))
+    step_seconds = median(
+        _timed(lambda: train_step(state))[0] for _ in range(max(3, min(count, 100)))
     )
+    round_seconds, _ = _timed(validate_and_save)
+    left = config.time_budget - (time.perf_counter() - started) - start_seconds
+    return state.ranks.broadcast_object(
+        steps_that_fit(left, step_seconds, round_seconds, config.val_interval)
+    )
+
+
+def _timed(call: Callable[[], Result]) -> tuple[float, Result]:
+    """Return the seconds that a call takes, and its result."""
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
 
 
 def steps_that_fit(

@@ -153,7 +153,7 @@ class RanksLost(ConnectionError):
 
 
 @contextmanager
-def start(
+def init_distributed(
     device: str = "auto", deterministic: bool = False, timeout: timedelta = TIMEOUT
 ) -> Iterator[Ranks]:
     """Join torchrun's process group for the duration of the block, if it started this process.

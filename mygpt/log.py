@@ -4,11 +4,12 @@ r"""The log of a run: `RUN/log.txt`, one line per event, appended by `RunLog` an
         data 0.1%  eta 0:00:59                                        (all on one line)
     skip step 121/400  loss nan  norm nan  reason "loss is nan"  windows 7680..7743  look: ...
     val 120/400  loss 4.301234  tokens 16384
-    resume 100/400
+    baseline unigram 4.570838 uniform 10.824905
+    resume 100/400                                                    (or start 0/400)
 
 `METRICS` is the one table of what a step line holds. The file is only ever appended to: after a
-crash some steps are trained and logged a second time, a `resume` line (or `start 0/400`) says from
-which step, and readers drop what was logged of later steps before it. Other lines are for people.
+crash some steps are trained and logged a second time, and `read` drops what was logged of steps
+after the one that a `resume` line names. It ignores all other lines.
 """
 
 import os
@@ -64,7 +65,7 @@ class StepResult:
     norm: float  # of the whole gradient, before clipping
     lr: float
     windows: range  # positions in the stream that the step was trained on
-    skipped: str = ""  # reason why the weights were left unchanged; empty if they were updated
+    skip_reason: str = ""  # why the weights were left unchanged; empty if they were updated
 
     def metrics(self) -> dict[str, float]:
         """Return the step's metrics by their names in `METRICS`."""
@@ -85,7 +86,7 @@ def skip_line(step: int, max_steps: int, result: StepResult, run: Path) -> str:
     windows = result.windows
     return (
         f"skip step {step}/{max_steps}  loss {result.loss:.6f}  norm {result.norm:.4f}  "
-        f'reason "{result.skipped}"  windows {windows.start}..{windows.stop - 1}  '
+        f'reason "{result.skip_reason}"  windows {windows.start}..{windows.stop - 1}  '
         f"look: python -m shards explain --run {run} --step {step}"
     )
 
@@ -93,6 +94,11 @@ def skip_line(step: int, max_steps: int, result: StepResult, run: Path) -> str:
 def val_line(step: int, max_steps: int, loss: float, tokens: int) -> str:
     """Return the log line of a validation on the fixed subset of `tokens` targets."""
     return f"val {step}/{max_steps}  loss {loss:.6f}  tokens {tokens}"
+
+
+def checkpoint_line(step: int, max_steps: int, is_best: bool = False) -> str:
+    """Return the log line of a written checkpoint."""
+    return f"checkpoint {step}/{max_steps}" + ("  best so far" if is_best else "")
 
 
 def baseline_line(unigram: float, uniform: float) -> str:

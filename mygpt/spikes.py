@@ -28,7 +28,7 @@ class Spikes:
         self.norms: deque[float] = deque(maxlen=WINDOW)
         self.in_a_row = 0
 
-    def judge(self, loss: float, norm: float) -> str:
+    def update(self, loss: float, norm: float) -> str:
         """Record a step; return why it must be skipped, "" if it must not."""
         reason = self._reason(loss, norm)
         if reason:
@@ -38,7 +38,7 @@ class Spikes:
             self.norms.append(norm)
         return reason
 
-    def check(self) -> None:
+    def raise_if_diverged(self) -> None:
         """Raise ValueError if the last `IN_A_ROW` steps were all skipped."""
         if self.in_a_row >= IN_A_ROW:
             raise ValueError(

@@ -67,7 +67,7 @@ class TrainState:
             optimizer.zero_grad()
 
 
-def build(
+def build_train_state(
     record: RunRecord, dataset: Mixture, ranks: Ranks, init_weights: bool = True
 ) -> TrainState:
     """Return the state before the first step, the same on all ranks but for the data they read.
@@ -157,7 +157,7 @@ def _validation_windows(config: TrainConfig, dataset: Mixture) -> list[np.ndarra
     return chosen
 
 
-def save(state: TrainState, run: Path, val_loss: float | None) -> None:
+def save_checkpoint(state: TrainState, run: Path, val_loss: float | None) -> None:
     """Write the checkpoint of the current step and remove those no longer to be kept."""
     weights = sharding.full_tensors(checkpoint.parameters(state.model), state.ranks)
     tensors = sharding.full_tensors(optim.state_tensors(state.optimizers, state.model), state.ranks)
@@ -177,7 +177,7 @@ def save(state: TrainState, run: Path, val_loss: float | None) -> None:
     state.ranks.barrier()
 
 
-def restore(state: TrainState, step: int) -> None:
+def load_checkpoint(state: TrainState, step: int) -> None:
     """Load the checkpoint of `step` into a newly built state.
 
     Raises ValueError if the checkpoint belongs to another dataset or has other settings.
@@ -223,7 +223,7 @@ def _check_identity(state: TrainState, folder: Path, stored: dict[str, Any]) -> 
         raise ValueError(f"{folder} and its run's config.json differ: {error}") from None
 
 
-def describe(state: TrainState, dataset: Mixture) -> Iterator[str]:
+def describe_run(state: TrainState, dataset: Mixture) -> Iterator[str]:
     """Yield the lines that say what is about to be trained, on what and how."""
     config, shape, loader = state.config, state.config.model, state.loader
     tokens = config.max_steps * config.total_batch_size

@@ -205,7 +205,7 @@ def test_a_step_is_that_of_plain_autograd(data: Path, tmp_path: Path) -> None:
     outcome = train.train_step(job, Stop(job.ranks))
     found = (outcome.loss, outcome.norm)
     assert found == pytest.approx((expected.item(), expected_norm), rel=1e-5)
-    assert (outcome.lr, outcome.windows, outcome.skipped) == (3e-3 / 4, range(8), "")
+    assert (outcome.lr, outcome.windows, outcome.skip_reason) == (3e-3 / 4, range(8), "")
     for ours, theirs in zip(job.model.parameters(), other.model.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=2e-6)
 

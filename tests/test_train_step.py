@@ -65,18 +65,18 @@ def test_a_step_without_finite_numbers_moves_nothing_but_the_data(
     data: Path, tmp_path: Path, optimizer: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = one_job(data, tmp_path, "--optimizer", optimizer)
-    assert take(job, 2).skipped == ""
+    assert take(job, 2).skip_reason == ""
     before = state_of(job)
     with monkeypatch.context() as patch:
         poison_loss(job, patch, value)
         outcome = take(job)
-    assert outcome.skipped == f"loss is {outcome.loss}"
+    assert outcome.skip_reason == f"loss is {outcome.loss}"
     assert not math.isfinite(outcome.loss)
     assert unchanged(job, before)
     assert (job.step, job.spikes.in_a_row, outcome.windows) == (3, 1, range(16, 24))
     assert job.loader.state_dict()["position"] == 24
     assert all(p.grad is None for p in job.model.parameters())
-    assert take(job).skipped == ""
+    assert take(job).skip_reason == ""
     assert job.spikes.in_a_row == 0
     assert not unchanged(job, before)
 
@@ -86,7 +86,7 @@ def test_a_gradient_without_finite_numbers_alone_is_enough(data: Path, tmp_path:
     before = state_of(job)
     with gradient_infinite_if(job, lambda: True):
         outcome = take(job)
-    assert outcome.skipped == "norm is inf"
+    assert outcome.skip_reason == "norm is inf"
     assert math.isfinite(outcome.loss)
     assert unchanged(job, before)
 
@@ -99,13 +99,13 @@ def test_a_spike_is_skipped_and_a_resumed_run_skips_it_too(data: Path, tmp_path:
     job.spikes.norms.extend([usual / 3] * spikes.ENOUGH)
     job.spikes.norms.remove(usual)
     outcome = take(job)
-    assert outcome.skipped.endswith(f"deviations above its mean {usual / 3:.4f}")
+    assert outcome.skip_reason.endswith(f"deviations above its mean {usual / 3:.4f}")
     assert math.isfinite(outcome.norm)
     assert unchanged(job, before)
     silent = one_job(data, tmp_path)
     take(silent)
     silent.spikes.load_state_dict(job.spikes.state_dict())
-    assert take(silent).skipped == ""
+    assert take(silent).skip_reason == ""
 
 
 def test_an_overflow_of_the_loss_scaler_is_no_fault(data: Path, tmp_path: Path) -> None:
@@ -116,14 +116,14 @@ def test_an_overflow_of_the_loss_scaler_is_no_fault(data: Path, tmp_path: Path) 
     before = state_of(job)
     with gradient_infinite_if(job, lambda: job.scaler.get_scale() > 4):
         for scale in (64, 32, 16, 8):
-            assert take(job).skipped == f"fp16 overflow at loss scale {scale}"
+            assert take(job).skip_reason == f"fp16 overflow at loss scale {scale}"
             assert unchanged(job, before)
             assert job.scaler.get_scale() == scale / 2
         assert job.spikes.in_a_row == 0
-        assert take(job).skipped == ""
+        assert take(job).skip_reason == ""
     assert not unchanged(job, before)
     with gradient_infinite_if(job, lambda: True):  # no scale mends that
-        reasons = [take(job).skipped for _ in range(5)]
+        reasons = [take(job).skip_reason for _ in range(5)]
     assert [reason.split()[0] for reason in reasons] == ["fp16"] * 2 + ["norm"] * 3
     assert job.spikes.in_a_row == 3
 

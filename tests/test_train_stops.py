@@ -116,7 +116,7 @@ def test_max_time_stops_and_the_next_start_goes_on(
 def test_max_time_is_seen_while_the_steps_are_being_measured(data: Path, tmp_path: Path) -> None:
     flags = ("--max-steps", "0", "--time-budget", "1m", "--max-time", "0.001")
     assert start(data, tmp_path, *flags) == EXIT_STOPPED
-    assert "at step 0 of a number still to be measured" in last_lines(tmp_path, 1)[0]
+    assert "stopped by --max-time before the first step" in last_lines(tmp_path, 1)[0]
     assert not (tmp_path / "config.json").exists()
 
 
@@ -381,7 +381,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     capsys.readouterr()
     assert start(data, tmp_path) == 0
     told = capsys.readouterr().out
-    assert f"passed over a damaged checkpoint: {path} is damaged" in told
+    assert f"skipped a damaged checkpoint: {path} is damaged" in told
     assert "resume 5/20" in told
     assert final_bytes(tmp_path) == final_bytes(straight)
     assert log.read(tmp_path).train == log.read(straight).train

@@ -79,4 +79,4 @@ def one_job(data: Path, run: Path, *flags: str) -> TrainState:
     config = settings.parse(arguments(data, run, *flags), "Train.")
     record, dataset = run_config.start_or_resume(config)
     record = replace(record, config=record.config.resolved(20))
-    return train.build(record, dataset, ALONE)
+    return train.build_train_state(record, dataset, ALONE)

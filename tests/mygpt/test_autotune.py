@@ -138,7 +138,7 @@ def test_every_preset_can_be_tried_on_a_gpu(
 ) -> None:
     """Before the length of the run and its warm-up are known; the trial itself stands in here."""
     job = SimpleNamespace(model=0, optimizers=[], own_parameters=None)
-    monkeypatch.setattr(autotune, "build", lambda *_: job)
+    monkeypatch.setattr(autotune, "build_train_state", lambda *_: job)
     monkeypatch.setattr(autotune, "by_trying", lambda model, optimizers, sizes, *_: sizes[-1])
     config = settings.parse([preset, "--micro-batch", "auto"], "")
     record = RunRecord(config, "", {})
@@ -162,3 +162,27 @@ def test_what_cannot_go_together_is_refused(
     with pytest.raises(SystemExit):
         train.main(["tiny", *flags])
     assert words in capsys.readouterr().err
+
+
+def test_what_a_process_pays_once_is_not_paid_for_every_validation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A first step and a first validation of 15 seconds, compilation; then 5 ms and 0.1 s each."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(autotune, "save_checkpoint", lambda *_: None)
+    calls = {"step": 0, "validation": 0}
+
+    def takes(name: str, first: float, later: float) -> None:
+        clock.now += later if calls[name] else first
+        calls[name] += 1
+
+    steps = autotune.steps_in_budget(
+        settings.parse(["tiny", "--time-budget", "290"], ""),
+        lambda: SimpleNamespace(ranks=ALONE),  # type: ignore[arg-type, return-value]
+        lambda _: takes("step", 15, 0.005),
+        lambda _: takes("validation", 15, 0.1),
+    )
+    trained = 290 - clock.now
+    assert steps * 0.005 + settings.VALIDATIONS * 0.1 == pytest.approx(0.95 * trained, rel=0.01)
+    assert calls["validation"] == 2

@@ -27,11 +27,11 @@ FLAGS = f"""--vocab-size {VOCABULARY} --block-size 16 --n-layers 1 --n-heads 2 -
 # What each rank runs.
 SCRIPT = """
 import json, sys, torch
-from mygpt.distributed import start
+from mygpt.distributed import init_distributed
 from tests.mygpt.test_data_parallel import two_steps
 
 torch.set_num_threads(1)
-with start("cpu") as ranks:
+with init_distributed("cpu") as ranks:
     found = two_steps(ranks, json.loads(sys.argv[2]))
     torch.save(found, f"{sys.argv[1]}/{ranks.world_size}-{ranks.rank}.pt")
 """
@@ -41,7 +41,7 @@ def two_steps(ranks: Ranks, flags: list[str]) -> dict[str, Any]:
     """Of two steps of a run: what is logged, what the optimizer is given, who talked when."""
     record, dataset = run_config.start_or_resume(settings.parse(flags, "Train."))
     record = replace(record, config=record.config.resolved(20))
-    job, stop = train.build(record, dataset, ranks), Stop(ranks)
+    job, stop = train.build_train_state(record, dataset, ranks), Stop(ranks)
     passes: list[int] = []  # the step of each forward pass
     buckets: list[tuple[int, bool]] = []  # passes before a piece of the gradient travels; the last?
     gradients: list[dict[str, torch.Tensor]] = []

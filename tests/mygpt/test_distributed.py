@@ -15,8 +15,8 @@ from mygpt.distributed import (
     check_room,
     compute_dtype,
     find_device,
+    init_distributed,
     peak_flops,
-    start,
 )
 from tests.ranks import run_ranks, start_ranks
 
@@ -24,7 +24,7 @@ from tests.ranks import run_ranks, start_ranks
 def test_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ancestor asked os.environ.get(['RANK']), a TypeError on every start."""
     monkeypatch.delenv("RANK", raising=False)
-    with start("cpu") as ranks:
+    with init_distributed("cpu") as ranks:
         assert ranks == Ranks(0, 0, 1, torch.device("cpu"))
         assert ranks.is_main
         assert ranks.all_reduce_sum([1.5, 2]) == [1.5, 2]
@@ -36,8 +36,8 @@ def test_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_ranks_find_each_other(tmp_path: Path) -> None:
     script = (
         "import torch\n"
-        "from mygpt.distributed import start\n"
-        "with start('cpu') as ranks:\n"
+        "from mygpt.distributed import init_distributed\n"
+        "with init_distributed('cpu') as ranks:\n"
         "    ranks.barrier()\n"
         "    found = (ranks.rank, ranks.local_rank, ranks.world_size, ranks.is_main)\n"
         "    sums = ranks.all_reduce_sum([ranks.rank + 1, 1e-17])\n"
@@ -59,10 +59,10 @@ def test_two_ranks_find_each_other(tmp_path: Path) -> None:
 LOST = """
 import os, signal, sys, time
 from datetime import timedelta
-from mygpt.distributed import EXIT_LOST, RanksLost, start
+from mygpt.distributed import EXIT_LOST, RanksLost, init_distributed
 
 try:
-    with start("cpu", timeout=timedelta(seconds=int(sys.argv[2]))) as ranks:
+    with init_distributed("cpu", timeout=timedelta(seconds=int(sys.argv[2]))) as ranks:
         ranks.barrier()
         if not ranks.is_main and sys.argv[1] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -106,13 +106,13 @@ def test_only_errors_of_the_network_mean_lost_ranks(monkeypatch: pytest.MonkeyPa
     for name in ("init_process_group", "new_group"):
         monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
     monkeypatch.setattr(distributed, "_store", lambda _: None)
-    with pytest.raises(RuntimeError, match="size of tensor"), start("cpu"):
+    with pytest.raises(RuntimeError, match="size of tensor"), init_distributed("cpu"):
         torch.zeros(2) + torch.zeros(3)
     closed = RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed. Look there.")
     for error in (closed, torch.distributed.DistStoreError("Connection closed")):
         with (
             pytest.raises(RanksLost, match=r"rank 0 of 2 lost the others \(Connection closed\)"),
-            start("cpu"),
+            init_distributed("cpu"),
         ):
             raise error
 

@@ -51,7 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 import train
 from mygpt import distributed, optim, sharding
 from mygpt.config import GPTConfig
-from mygpt.distributed import start
+from mygpt.distributed import init_distributed
 from mygpt.generate import Sampling, generate
 from mygpt.model import GPT
 from mygpt import autotune
@@ -106,7 +106,7 @@ def restored(shard, optimizer, weights, memory):
 
 torch.set_num_threads(1)
 out, ways, runs, found = Path(sys.argv[1]), *map(json.loads, sys.argv[2:]), {}
-with start("cpu") as ranks:
+with init_distributed("cpu") as ranks:
     for way in ways:
         shard, optimizer = way.split()
         job = build(shard, optimizer)
@@ -137,7 +137,7 @@ with start("cpu") as ranks:
     except ValueError as error:
         found["no room"] = str(error)
     torch.save(found, out / f"{ranks.rank}.pt")
-    train.start = lambda *_: nullcontext(ranks)  # runs one after the other, as one process
+    train.init_distributed = lambda *_: nullcontext(ranks)  # one process for all runs
     for flags in runs:
         assert train.main(flags) == 0
 """

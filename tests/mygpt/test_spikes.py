@@ -15,9 +15,9 @@ NORMS = st.lists(st.floats(0.5, 1.5), min_size=spikes.ENOUGH, max_size=3 * spike
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_never_taken(bad: float) -> None:
     judge = Spikes(0)
-    assert judge.judge(bad, 1.0) == f"loss is {bad}"
-    assert judge.judge(1.0, bad) == f"norm is {bad}"
-    assert judge.judge(1.0, 1e9) == ""
+    assert judge.update(bad, 1.0) == f"loss is {bad}"
+    assert judge.update(1.0, bad) == f"norm is {bad}"
+    assert judge.update(1.0, 1e9) == ""
     assert list(judge.norms) == [1e9]
 
 
@@ -29,25 +29,25 @@ def test_a_spike_is_far_above_the_last_norms(norms: list[float], deviations: flo
     mean = sum(last) / len(last)
     deviation = math.sqrt(sum((norm - mean) ** 2 for norm in last) / len(last))
     limit = mean + deviations * max(deviation, 0.05 * mean)
-    assert judge.judge(1.0, limit * 1.0001).endswith(f"deviations above its mean {mean:.4f}")
-    assert judge.judge(1.0, limit * 0.9999) == ""
-    assert judge.judge(1.0, 0.0) == ""
+    assert judge.update(1.0, limit * 1.0001).endswith(f"deviations above its mean {mean:.4f}")
+    assert judge.update(1.0, limit * 0.9999) == ""
+    assert judge.update(1.0, 0.0) == ""
 
 
 def test_nothing_is_a_spike_before_enough_is_known_or_if_nobody_asks() -> None:
     judge, silent = Spikes(3), Spikes(0)
     for step in range(100):
         norm = 1.0 + step % 2 / 10
-        assert judge.judge(1.0, norm * (50 if step == spikes.ENOUGH - 1 else 1)) == ""
-        assert silent.judge(1.0, norm * (50 if step == 90 else 1)) == ""
+        assert judge.update(1.0, norm * (50 if step == spikes.ENOUGH - 1 else 1)) == ""
+        assert silent.update(1.0, norm * (50 if step == 90 else 1)) == ""
 
 
 def test_spikes_do_not_widen_the_rule_that_found_them() -> None:
     judge = Spikes(4)
     for _ in range(40):
-        judge.judge(1.0, 1.0)
+        judge.update(1.0, 1.0)
     before = list(judge.norms)
-    assert judge.judge(1.0, 7.0) == judge.judge(1.0, 7.0) != ""
+    assert judge.update(1.0, 7.0) == judge.update(1.0, 7.0) != ""
     assert list(judge.norms) == before
 
 
@@ -55,21 +55,21 @@ def test_ten_in_a_row_are_too_many() -> None:
     judge = Spikes(0)
     for _ in range(3):
         for _ in range(9):
-            judge.judge(math.nan, 1.0)
-            judge.check()
-        judge.judge(1.0, 1.0)
+            judge.update(math.nan, 1.0)
+            judge.raise_if_diverged()
+        judge.update(1.0, 1.0)
     for _ in range(10):
-        judge.judge(math.nan, 1.0)
+        judge.update(math.nan, 1.0)
     with pytest.raises(ValueError, match=r"^10 steps in a row .*--skip-spikes.*--max-lr$"):
-        judge.check()
+        judge.raise_if_diverged()
 
 
 @given(st.lists(st.floats(0.1, 3.0), max_size=300), st.integers(0, 300))
 def test_what_it_remembers_comes_back(norms: list[float], at: int) -> None:
     straight, first, second = Spikes(2), Spikes(2), Spikes(2)
-    reasons = [straight.judge(1.0, norm) for norm in norms]
-    found = [first.judge(1.0, norm) for norm in norms[:at]]
+    reasons = [straight.update(1.0, norm) for norm in norms]
+    found = [first.update(1.0, norm) for norm in norms[:at]]
     second.load_state_dict(first.state_dict())
-    found += [second.judge(1.0, norm) for norm in norms[at:]]
+    found += [second.update(1.0, norm) for norm in norms[at:]]
     assert found == reasons
     assert second.state_dict() == straight.state_dict()

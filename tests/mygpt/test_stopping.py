@@ -41,9 +41,9 @@ def test_max_time_counts_from_the_start_of_the_program(monkeypatch: pytest.Monke
 
 RANKS = """
 import os, signal, sys
-from mygpt.distributed import start
+from mygpt.distributed import init_distributed
 from mygpt.stopping import Stop
-with start("cpu") as ranks, Stop(ranks).watch() as stop:
+with init_distributed("cpu") as ranks, Stop(ranks).watch() as stop:
     for call in range(6):
         if call == 3 and ranks.rank == 1:
             signal.raise_signal(signal.SIGTERM)

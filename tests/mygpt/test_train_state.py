@@ -8,7 +8,7 @@ import torch
 
 from mygpt import optim
 from mygpt.distributed import Ranks
-from mygpt.train_state import restore
+from mygpt.train_state import load_checkpoint
 from tests.training import one_job
 
 
@@ -22,7 +22,7 @@ def test_each_rank_restores_only_what_it_will_move(
         ranks = Ranks(rank, rank, world_size, torch.device("cpu"))
         for optimizer in job.optimizers:
             optimizer.state.clear()
-        restore(replace(job, ranks=ranks), 20)
+        load_checkpoint(replace(job, ranks=ranks), 20)
         kept.append(optim.state_tensors(job.optimizers, job.model))
     names = [name for each in kept for name in each]
     parameters = dict(job.model.named_parameters())
