@@ -6,6 +6,9 @@ The four GPT-2 sizes are `GPT2_SHAPES`; `GPTConfig()` is the smallest, with 124M
 from dataclasses import dataclass
 from typing import NamedTuple
 
+# Beyond these a model is a mistyped number, which would otherwise exhaust the memory.
+MAX_SIZE, MAX_LAYERS, MAX_PARAMS = 2**20, 2**12, 10**12
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -24,9 +27,9 @@ class GPTConfig:
         if not self.n_hidden:
             object.__setattr__(self, "n_hidden", 4 * self.n_embed)
         for name in ("block_size", "vocab_size", "n_layers", "n_heads", "n_embed", "n_hidden"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            value, most = getattr(self, name), MAX_LAYERS if name == "n_layers" else MAX_SIZE
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} must be at least 1 and at most {most}, got {value}")
         if self.n_embed % self.n_heads:
             raise ValueError(
                 f"n_embed must be a multiple of n_heads, got {self.n_embed} and {self.n_heads}: "
@@ -34,6 +37,11 @@ class GPTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.num_params > MAX_PARAMS:
+            raise ValueError(
+                f"a model must have at most {MAX_PARAMS:.0e} parameters, got "
+                f"{self.num_params:.1e}: take a smaller n_embed, n_hidden or n_layers"
+            )
 
     @property
     def num_params(self) -> int:

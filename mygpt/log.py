@@ -12,6 +12,7 @@ crash some steps are trained and logged a second time, and `read` drops what was
 after the one that a `resume` line names. It ignores all other lines.
 """
 
+import math
 import os
 import re
 import sys
@@ -50,10 +51,11 @@ METRICS = (
     Metric("waiting", "data", ".1%", is_timing=True),  # share of the time spent on waiting for data
 )
 
-_STEP = re.compile(r"step (\d+)/\d+  (loss .*)eta \S+")
-_SKIP = re.compile(r'skip step (\d+)/\d+  .*reason "([^"]*)"  windows .*')
-_VAL = re.compile(r"val (\d+)/\d+  loss (\S+)  tokens \d+")
-_RESUME = re.compile(r"(?:start|resume) (\d+)/\d+")
+_STEP = re.compile(r"step (\d{1,18})/\d+  (loss .*)eta \S+")
+_SKIP = re.compile(r'skip step (\d{1,18})/\d+  .*reason "([^"]*)"  windows .*')
+_VAL = re.compile(r"val (\d{1,18})/\d+  loss (\S+)  tokens \d+")
+_RESUME = re.compile(r"(?:start|resume) (\d{1,18})/\d+")
+MAX_FLOAT32 = 3.4e38  # a greater number is damage, and its sums would overflow
 _UNIGRAM = re.compile(r"baseline unigram (\S+) uniform .*")
 
 
@@ -256,13 +258,15 @@ def _read_step(step: int, text: str, history: History) -> None:
     """Note the metrics in `label value  label value ...` of one step."""
     values = dict(word.split(" ", 1) for word in text.split("  ") if " " in word)
     for metric in METRICS:
-        if (value := _number(values.get(metric.label, ""))) is not None:
+        value = _number(values.get(metric.label, ""))
+        if value is not None and math.isfinite(value):
             history.of(metric)[step] = value
 
 
 def _number(word: str) -> float | None:
     """Return the number in a word of the log, a percentage as a share; None if it holds none."""
     try:
-        return float(word[:-1]) / 100 if word.endswith("%") else float(word)
+        number = float(word[:-1]) / 100 if word.endswith("%") else float(word)
     except ValueError:
         return None
+    return None if abs(number) > MAX_FLOAT32 else number

@@ -3,7 +3,6 @@
 `train.py --init-from` and `eval.py` read models through it. `mygpt.hub` writes such folders.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from mygpt.config import GPTConfig
 from mygpt.model import GPT
+from shards import stored_json
 from shards.cli import one_line_errors
 
 # Settings that change the function computed, with the values that are ours. The first of them is
@@ -65,29 +65,32 @@ def read_config(folder: Path, block_size: int | None = None, dropout: float = 0.
         raise FileNotFoundError(
             f"{folder} holds no config.json: name a folder of Hugging Face's format"
         )
-    values = json.loads(path.read_text("utf-8"))
+    remedy = "fetch or export it again"
+    values = stored_json.parse(path.read_bytes(), path, remedy)
     if (model_type := values.get("model_type")) != "gpt2":
         raise ValueError(f"{path}: expected model_type gpt2, found {model_type}: take a GPT-2")
     for key, allowed in SUPPORTED.items():
         if (value := values.get(key, allowed[0])) not in allowed:
             expected = " or ".join(map(str, allowed))
             raise ValueError(f"{path}: expected {key} {expected}, found {value}: not supported")
-    positions = values.get("n_positions", 1024)
+    shape = {
+        "block_size": values.get("n_positions", 1024),
+        "vocab_size": values.get("vocab_size", 50257),
+        "n_layers": values.get("n_layer", 12),
+        "n_heads": values.get("n_head", 12),
+        "n_embed": values.get("n_embd", 768),
+        "n_hidden": 0 if values.get("n_inner") is None else values["n_inner"],
+        "dropout": dropout,
+        "bias": values.get("bias", True),  # only exports of myGPT have the key
+    }
+    config = stored_json.build(GPTConfig, shape, path, remedy=remedy)
+    positions = config.block_size
     if block_size is not None and block_size > positions:
         raise ValueError(
             f"{path}: expected a block size of at most {positions}, the model's positions, found "
             f"{block_size}: give --block-size {positions}"
         )
-    return GPTConfig(
-        block_size=block_size or positions,
-        vocab_size=values.get("vocab_size", 50257),
-        n_layers=values.get("n_layer", 12),
-        n_heads=values.get("n_head", 12),
-        n_embed=values.get("n_embd", 768),
-        n_hidden=values.get("n_inner") or 0,
-        dropout=dropout,
-        bias=values.get("bias", True),  # only exports of myGPT have the key
-    )
+    return replace(config, block_size=block_size or positions)
 
 
 def _folder(name_or_folder: str | Path) -> Path:

@@ -1,7 +1,8 @@
 """What a run records, resumes and refuses: `RUN/config.json` and the rules for going on with it.
 
     {"format": "mygpt-run", "version": 2, "fingerprint": "0a1b...", "generations": {"web": 0},
-     "earlier": [], "config": {"max_steps": 700, "seed": 1337, ..., "model": {"n_layers": 4, ...}}}
+     "earlier": [], "config": {"max_steps": 700, "seed": 1337, ..., "model": {"n_layers": 4, ...}},
+     "checksum": "51c0..."}
 
 Written before the first step with everything resolved: what was measured (micro-batch, number of
 steps) is measured once in the life of a run (promise 7).
@@ -10,6 +11,7 @@ steps) is measured once in the life of a run (promise 7).
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,28 +52,37 @@ PER_HOST = {"model", "data", "log_dir", "device"}
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """Identity of a run's datasets up to the step `until`."""
+
+    until: int
+    fingerprint: str
+    generations: dict[str, int]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Content of `RUN/config.json`: the resolved settings and the identity of the datasets.
 
-    `earlier` lists what the datasets were before `--generation latest` advanced them, oldest
-    first: {"until": step, "fingerprint": ..., "generations": ...}.
+    `earlier` lists what the datasets were before `--generation latest` advanced them, oldest first.
     """
 
     config: TrainConfig
     fingerprint: str
     generations: dict[str, int]
-    earlier: tuple[dict[str, Any], ...] = ()
+    earlier: tuple[Earlier, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as it is stored."""
-        return {
+        record = {
             "format": FORMAT,
             "version": VERSION,
             "fingerprint": self.fingerprint,
             "generations": self.generations,
-            "earlier": list(self.earlier),
+            "earlier": list(map(asdict, self.earlier)),
             "config": to_json(self.config),
         }
+        return stored_json.with_checksum(record)
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
@@ -149,11 +160,7 @@ def _advance_generation(
     if latest.fingerprint == dataset.fingerprint:
         return replace(record, earlier=stored.earlier), dataset
     until = max(checkpoint.steps(record.config.log_dir), default=0)
-    former = {
-        "until": until,
-        "fingerprint": stored.fingerprint,
-        "generations": stored.generations,
-    }
+    former = Earlier(until, stored.fingerprint, stored.generations)
     earlier = (*stored.earlier, former)
     return RunRecord(record.config, latest.fingerprint, latest.generations, earlier), latest
 
@@ -221,6 +228,13 @@ def _identity(record: RunRecord) -> dict[str, Any]:
     return datasets | {k: v for k, v in _flat(record.config).items() if k not in PER_HOST}
 
 
+@dataclass(frozen=True)
+class _Sample:
+    step: int
+    prompt: str
+    text: str
+
+
 def write_samples(run: Path, step: int, samples: Iterable[Mapping[str, str]]) -> None:
     """Append the samples drawn after `step` steps to RUN/samples.jsonl."""
     path = run / "samples.jsonl"
@@ -232,14 +246,12 @@ def write_samples(run: Path, step: int, samples: Iterable[Mapping[str, str]]) ->
 def read_samples(run: Path) -> list[dict[str, Any]]:
     """Read RUN/samples.jsonl: {"step", "prompt", "text"} each; an empty list without the file.
 
-    Samples of steps that were trained again appear once, torn lines are passed over.
+    Samples of steps that were trained again appear once; torn and damaged lines are passed over.
     """
     path = run / "samples.jsonl"
     samples: dict[tuple[int, str], dict[str, Any]] = {}
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-        try:
-            sample = json.loads(line)
-        except ValueError:
-            continue
-        samples[sample["step"], sample["prompt"]] = sample
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            sample = stored_json.build(_Sample, stored_json.parse(line, path), path)
+            samples[sample.step, sample.prompt] = asdict(sample)
     return list(samples.values())

@@ -6,7 +6,7 @@ Plain values without torch, so that `train.py --help` answers at once.
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +23,21 @@ UNRESOLVED = (
     *LENGTHS,
     *("stop_at", "warmup_steps", "val_interval", "checkpoint_interval", "micro_batch"),
 )
+# Least and greatest values: beyond them a number would overflow, or a loop over it never end.
+RANGES = {
+    **dict.fromkeys(UNRESOLVED, (0, 10**9)),
+    **dict.fromkeys(("keep_every", "sample_interval", "shuffle_shards"), (0, 10**9)),
+    **dict.fromkeys(("log_interval", "keep"), (1, 10**9)),
+    **dict.fromkeys(("max_time", "skip_spikes"), (0, 10**9)),
+    "max_tokens": (0, 2**62),
+    "val_tokens": (1, 2**62),
+    "total_batch_size": (1, 2**31),
+    "micro_batch": (0, 2**20),
+    "max_lr": (0, 1000),
+    "weight_decay": (0, 1000),
+    "grad_clip": (0, 1e30),
+    "seed": (0, 2**63 - 1),
+}
 # Settings of earlier versions: what to do instead. Stored values are ignored.
 RETIRED = {
     "fp8": "at this width its casts cost more than they save, remove --fp8",
@@ -34,7 +49,7 @@ def seconds_of(text: str) -> float:
     """Parse "90", "1h30m" or "2d" into seconds; ValueError for anything else."""
     if re.fullmatch(r"\d+(\.\d*)?", text):
         return float(text)
-    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    match = re.fullmatch("".join(rf"(?:(\d{{1,9}}){unit})?" for unit in "dhms"), text)
     if not text or match is None:
         raise ValueError(f"expected seconds or a time like 1h30m, found {text!r}")
     sizes = (86400, 3600, 60, 1)
@@ -113,19 +128,12 @@ class TrainConfig:
     deterministic: bool = False  # bitwise reproducible on CUDA too, at some cost in speed
 
     def __post_init__(self) -> None:
-        for name in ("total_batch_size", "log_interval", "val_tokens", "keep"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        others = ("max_time", "shuffle_shards", "keep_every", "sample_interval", "skip_spikes")
-        for name in (*UNRESOLVED, *others):
-            value = getattr(self, name)
-            _require(0 <= value < math.inf, name, "0 or more", value)
+        check_ranges(self, RANGES)
         for name in ("max_lr", "grad_clip"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
-        _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         _require(0 <= self.min_lr <= self.max_lr, "min_lr", f"0 to {self.max_lr}", self.min_lr)
-        _require(0 <= self.seed < 2**63, "seed", "0 to 2**63 - 1", self.seed)
         if self.shard == "full" and not OPTIMIZERS[self.optimizer].elementwise:
             raise ValueError(
                 f"--optimizer {self.optimizer} needs whole matrices: give --shard optimizer"
@@ -156,6 +164,13 @@ def _flags_of(names: Sequence[str]) -> str:
     """Join the flags of settings into a list of alternatives."""
     *others, last = (f"--{name.replace('_', '-')}" for name in names)
     return f"{', '.join(others)} or {last}"
+
+
+def check_ranges(config: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raise ValueError, naming the flag, for a value of `config` outside its range."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        _require(low <= value <= high, name, f"{low} to {high}", value)
 
 
 def _require(condition: bool, name: str, expected: str, actual: object) -> None:
@@ -342,7 +357,8 @@ def grad_accum_steps(config: TrainConfig, world_size: int) -> int:
     )
     sequences, rest = divmod(config.total_batch_size, sequence_tokens)
     if not rest:
-        fits = next(m for m in range(config.micro_batch, 0, -1) if sequences % m == 0)
+        most = min(config.micro_batch, sequences)
+        fits = next(m for m in range(most, 0, -1) if sequences % m == 0)
         message += f"; or keep it and give --micro-batch {fits}"
     raise ValueError(message)
 

@@ -190,7 +190,7 @@ def load_checkpoint(state: TrainState, step: int) -> None:
     tensors = sharding.shard_tensors(checkpoint.load_optimizer(folder), state.model)
     if tensors:  # none before the first step
         optim.load_state_tensors(state.optimizers, state.model, tensors, state.own_parameters)
-    earlier = [former["fingerprint"] for former in state.record.earlier]
+    earlier = [former.fingerprint for former in state.record.earlier]
     state.loader.load_state_dict(stored["loader"], earlier)
     if stored["scaler"]:  # empty if written on a device that needs none
         state.scaler.load_state_dict(stored["scaler"])
@@ -204,7 +204,7 @@ def load_checkpoint(state: TrainState, step: int) -> None:
 def _check_identity(state: TrainState, folder: Path, stored: dict[str, Any]) -> None:
     """Check the chain from the checkpoint to the run's config.json to the dataset (promise 10)."""
     record = state.record
-    known = {record.fingerprint, *(former["fingerprint"] for former in record.earlier)}
+    known = {record.fingerprint, *(former.fingerprint for former in record.earlier)}
     if stored["fingerprint"] not in known:
         raise ValueError(
             f"{folder} was trained on the dataset {stored['fingerprint'][:12]}, its run's "
@@ -234,8 +234,8 @@ def describe_run(state: TrainState, dataset: Mixture) -> Iterator[str]:
         "window of an epoch"
     )
     for former in state.record.earlier:
-        names = ", ".join(f"{name} {number}" for name, number in former["generations"].items())
-        yield f"grown  up to step {former['until']} the data were those of generation {names}"
+        names = ", ".join(f"{name} {number}" for name, number in former.generations.items())
+        yield f"grown  up to step {former.until} the data were those of generation {names}"
     yield f"length {config.max_steps:,} steps = {tokens:,} tokens = {epochs:.2f} epochs"
     yield (
         f"model  {shape.n_layers} layers, {shape.n_heads} heads, {shape.n_embed} wide, "

@@ -4,20 +4,22 @@ A record names its format and version and is read into a frozen dataclass by the
 fields. A field that is absent takes the dataclass's default, so a new one needs nothing else for
 older records to be read; a retired one is ignored. Anything else that is not as expected (damaged
 JSON, another format or version, an unknown field, a value of another type) is a ValueError of one
-line: what was expected, what was found, what to do.
+line: what was expected, what was found, what to do. So is an edit of a record with a "checksum",
+which those of version 0.2 don't have.
 """
 
 import dataclasses
 import json
 import math
 import types
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import orjson
+import xxhash
 
 Record = TypeVar("Record")
 
@@ -34,7 +36,19 @@ def read(path: Path, kind: str, versions: Collection[int], remedy: str) -> dict[
     """
     record = parse(path.read_bytes(), path, remedy)
     check_version(record, kind, versions, path, remedy)
+    if record.pop("checksum", actual := _checksum(record)) != actual:
+        raise ValueError(f"{path} was altered: its checksum is another; {remedy}")
     return record
+
+
+def with_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record with a checksum of everything else in it, which `read` verifies."""
+    return {**record, "checksum": _checksum(record)}
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in record.items() if name != "checksum"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def parse(content: bytes, name: str | Path, remedy: str = REMEDY) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import xxhash
 from mygpt.distributed import Ranks, compute_dtype
 from mygpt.evaluate import default_batch_size, progress_bar, token_losses
 from mygpt.model import GPT
+from shards import stored_json
 from shards.tokenizer import Tokenizer
 
 # Questions per rank between two writes to the items file: enough to keep the device busy.
@@ -77,12 +79,12 @@ def read(path: Path, hellaswag: bool = False) -> list[Question]:
     ValueError, naming the line, for one that is no question.
     """
     questions = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    questions.append(_question(json.loads(line), hellaswag))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    questions.append(_question(stored_json.parse(line, path), hellaswag))
+                except (ValueError, KeyError, TypeError, OverflowError) as error:
                     raise ValueError(
                         f"{path}, line {number}: expected an object with ctx, endings and a label "
                         f"among them, found something else ({type(error).__name__}: {error})"
@@ -94,8 +96,13 @@ def read(path: Path, hellaswag: bool = False) -> list[Question]:
 
 def _question(raw: dict[str, Any], hellaswag: bool) -> Question:
     context, endings, label = raw["ctx"], raw["endings"], int(raw["label"])
-    if not all(isinstance(text, str) for text in (context, *endings)):
-        raise TypeError("ctx and endings must be text")
+    extra = [raw[key] for key in ("ctx_a", "ctx_b", "activity_label") if key in raw]
+    if not isinstance(endings, list) or not all(
+        isinstance(text, str) for text in (context, *endings, *extra)
+    ):
+        raise TypeError("ctx must be text, endings a list of texts")
+    if isinstance(raw["label"], float | bool):
+        raise TypeError("label must be an integer")
     if hellaswag:
         if "ctx_a" in raw and "ctx_b" in raw:
             context = f"{raw['ctx_a']} {raw['ctx_b'].capitalize()}"
@@ -204,16 +211,28 @@ def _log_probabilities(
 def _stored(items: Path | None, spans: list[slice], ranks: Ranks) -> np.ndarray:
     """The scores in the main rank's items file, NaN where there is none; the same on all ranks."""
     scores = np.full(spans[-1].stop, math.nan)
+    by_item = dict(enumerate(spans))
     if items is not None and items.exists() and ranks.is_main:
         whole, newline, torn = items.read_bytes().rpartition(b"\n")
         if torn:  # a killed writer left half a line: the next one must not be glued to it
             os.truncate(items, len(whole) + len(newline))
         for line in whole.splitlines():
-            record = json.loads(line)
-            scores[spans[record["item"]]] = record["log_probabilities"]
+            with suppress(ValueError):  # a damaged line: its question is scored again
+                stored = stored_json.build(_Item, stored_json.parse(line, items), items)
+                span = by_item.get(stored.item, slice(0))
+                if len(stored.log_probabilities) == len(scores[span]):
+                    scores[span] = stored.log_probabilities
     shared = ranks.all_reduce_sum([*np.nan_to_num(scores), *~np.isnan(scores)])
     values, is_stored = np.split(np.array(shared), 2)
     return np.where(is_stored > 0, values, math.nan)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A line of the items file."""
+
+    item: int
+    log_probabilities: list[float]
 
 
 def _append(items: Path, scores: dict[int, list[float]]) -> None:

@@ -1,7 +1,12 @@
 """Results of an evaluation for people: tables for the terminal, and Markdown to paste."""
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from shards import stored_json
 
 MAX_GROUPS = 12  # rows per table; eval.json has all of them
 LOSS_NOTE = (
@@ -14,6 +19,117 @@ CHOICE_NOTE = (
     "its characters."
 )
 Rows = list[tuple[str, ...]]  # of a table, the header first
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Metrics:
+    """What `metrics.of_documents` returned; None for a number that is not finite."""
+
+    loss: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    loss_se: float | None = None
+    bits_per_byte_se: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group(_Metrics):
+    name: str
+    tokens: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class _Baselines:
+    unigram: _Metrics
+    uniform: _Metrics
+
+
+@dataclass(frozen=True)
+class _Positions:
+    bins: list[dict[str, float | None]]
+    loss: list[float | None]
+
+    def __post_init__(self) -> None:
+        if any(not {"from", "to", "tokens", "loss"} <= bin_.keys() for bin_ in self.bins):
+            raise ValueError("expected from, to, tokens and loss in each of positions.bins")
+
+
+@dataclass(frozen=True)
+class _Choices:
+    questions: int
+    accuracy: float | None
+    accuracy_norm: float | None
+    chance: float | None
+    accuracy_se: float | None = None
+    accuracy_norm_se: float | None = None
+
+
+@dataclass(frozen=True)
+class _Sample:
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    checkpoint: str
+    step: int | None
+    max_steps: int | None
+    parameters: int
+    trained_on: str | None
+    choices: dict[str, _Choices]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reference(_Model, _Metrics):
+    difference: float | None
+    difference_se: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WithoutLoss(_Model):
+    """The types of what is read of an eval.json that --no-loss wrote."""
+
+    reference: _Model | None = None
+    block_size: int
+    version: str
+    device: str
+    precision: str
+    samples: tuple[_Sample, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.reference and self.reference.choices.keys() != self.choices.keys():
+            raise ValueError("expected the same choices for the model and its reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WithLoss(_WithoutLoss, _Group):
+    """The types of what is read of an eval.json."""
+
+    reference: _Reference | None = None
+    name: str = ""
+    data: str
+    fingerprint: str
+    text_bytes: int
+    baselines: _Baselines
+    components: list[_Group]
+    sources: list[_Group]
+    positions: _Positions
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return an eval.json. Raises FileNotFoundError, or ValueError if it is damaged."""
+    remedy = f"run python eval.py {path.parent} again"
+    report = stored_json.parse(path.read_bytes(), path, remedy)
+    kind = _WithLoss if "loss" in report else _WithoutLoss
+    stored_json.build(kind, report, path, ignore_unknown=True, remedy=remedy)
+    return report
+
+
+def number(value: float | None, spec: str = ".4f") -> str:
+    """Format a number; JSON has null for one that is not finite."""
+    return format(math.nan if value is None else value, spec)
 
 
 def text(report: Mapping[str, Any]) -> str:
@@ -98,7 +214,7 @@ def _losses(report: Mapping[str, Any]) -> Rows:
     models["uniform baseline"] = report["baselines"]["uniform"]
     for name, metrics in models.items():
         nats, bits = _with_error(metrics, "loss"), _with_error(metrics, "bits_per_byte")
-        rows.append((name, nats, f"{metrics['perplexity']:,.2f}", bits))
+        rows.append((name, nats, number(metrics["perplexity"], ",.2f"), bits))
     if reference:
         difference = _with_error(reference, "difference", "+")
         rows.append(("this model minus the reference", difference, "", ""))
@@ -119,8 +235,8 @@ def _positions(report: Mapping[str, Any]) -> Rows:
     for bin_ in report["positions"]["bins"]:
         low, high = bin_["from"], bin_["to"]
         if bin_["tokens"]:
-            name = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-            rows.append((name, f"{bin_['loss']:.4f}", f"{bin_['tokens']:,}"))
+            name = number(low, ",") + ("" if low == high else f" to {number(high, ',')}")
+            rows.append((name, number(bin_["loss"]), number(bin_["tokens"], ",")))
     return rows
 
 
@@ -133,14 +249,14 @@ def _choices(report: Mapping[str, Any], name: str) -> Rows:
         metrics = results["choices"][name]
         accuracies = (_with_error(metrics, "accuracy"), _with_error(metrics, "accuracy_norm"))
         rows.append((model, *accuracies, f"{metrics['questions']:,}"))
-    rows.append(("random guessing", f"{report['choices'][name]['chance']:.4f}", "", ""))
+    rows.append(("random guessing", number(report["choices"][name]["chance"]), "", ""))
     return rows
 
 
 def _with_error(metrics: Mapping[str, Any], name: str, sign: str = "") -> str:
     """Format a metric with its standard error, if there is one."""
     error = metrics.get(f"{name}_se")
-    return f"{metrics[name]:{sign}.4f}" + ("" if error is None else f" ±{error:.4f}")
+    return number(metrics[name], f"{sign}.4f") + ("" if error is None else f" ±{error:.4f}")
 
 
 def _escaped(cell: str) -> str:

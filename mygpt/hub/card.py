@@ -70,7 +70,7 @@ def _data(about: RunSummary) -> Iterator[str]:
     """Yield the dataset's identity, and its contents if it can be opened."""
     yield f"- fingerprint: `{about.record.fingerprint}`"
     for former in about.record.earlier:
-        yield f"- until step {former['until']:,}: `{former['fingerprint']}`"
+        yield f"- until step {former.until:,}: `{former.fingerprint}`"
     if about.dataset is None:
         yield "- the dataset was not available at export"
         return

@@ -7,13 +7,13 @@ less than 0.0005, so the logits of an imported model differ a little from nanoGP
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mygpt import pretrained
 from mygpt.config import GPTConfig
 from mygpt.model import GPT
+from shards import stored_json
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,26 @@ class Imported:
     model: GPT
     step: int | None
     val_loss: float | None
+
+
+@dataclass(frozen=True)
+class _ModelArgs:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What is read of `ckpt.pt` beside the weights."""
+
+    model_args: _ModelArgs
+    iter_num: int | None = None
+    best_val_loss: float | None = None
 
 
 def load(path: Path) -> Imported:
@@ -38,22 +58,21 @@ def load(path: Path) -> Imported:
     if not isinstance(raw, dict) or not {"model", "model_args"} <= raw.keys():
         keys = ", ".join(sorted(map(str, raw))[:5]) if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f"expected nanoGPT's model and model_args in {path}, found {keys}")
+    if not isinstance(raw["model"], dict) or not all(map(torch.is_tensor, raw["model"].values())):
+        raise ValueError(f"expected a dictionary of tensors as model in {path}, found another one")
     tensors = pretrained.our_names(raw["model"], wrapper="_orig_mod.")
-    model = pretrained.build(_config(path, raw["model_args"]), tensors, path)
-    loss = raw.get("best_val_loss")
-    return Imported(model.eval(), raw.get("iter_num"), None if loss is None else float(loss))
-
-
-def _config(path: Path, values: dict[str, Any]) -> GPTConfig:
-    try:
-        return GPTConfig(
-            block_size=values["block_size"],
-            vocab_size=values["vocab_size"],
-            n_layers=values["n_layer"],
-            n_heads=values["n_head"],
-            n_embed=values["n_embd"],
-            dropout=values.get("dropout", 0.0),
-            bias=values.get("bias", True),
-        )
-    except KeyError as error:
-        raise ValueError(f"expected {error} among the model_args of {path}, found none") from None
+    if torch.is_tensor(loss := raw.get("best_val_loss")) and loss.numel() == 1:
+        raw["best_val_loss"] = loss.item()
+    about = stored_json.build(_Checkpoint, raw, path, ignore_unknown=True, remedy="save it anew")
+    args = about.model_args
+    config = GPTConfig(
+        block_size=args.block_size,
+        vocab_size=args.vocab_size,
+        n_layers=args.n_layer,
+        n_heads=args.n_head,
+        n_embed=args.n_embd,
+        dropout=args.dropout,
+        bias=args.bias,
+    )
+    model = pretrained.build(config, tensors, path)
+    return Imported(model.eval(), about.iter_num, about.best_val_loss)

@@ -93,9 +93,9 @@ def _tiles(about: RunSummary) -> Iterator[tuple[str, str, str]]:
     history, found = about.history, about.evaluation
     if found and "loss" in found:
         note = f"whole validation split, step {found.get('step')}"
-        yield "Validation loss", f"{found['loss']:.4f}", note
-        yield "Perplexity", f"{found['perplexity']:,.2f}", "exp(loss)"
-        yield "Bits per byte", f"{found['bits_per_byte']:.4f}", "<|endoftext|> included"
+        yield "Validation loss", summary.number(found["loss"]), note
+        yield "Perplexity", summary.number(found["perplexity"], ",.2f"), "exp(loss)"
+        yield "Bits per byte", summary.number(found["bits_per_byte"]), "<|endoftext|> included"
     elif history.val:
         step, loss = list(history.val.items())[-1]
         yield "Validation loss", f"{loss:.4f}", f"fixed subset, step {step:,}"
@@ -202,7 +202,7 @@ def _data(about: RunSummary) -> Iterator[str]:
 def _identity(about: RunSummary, dataset: Mixture) -> Iterator[list[str]]:
     yield ["fingerprint", about.record.fingerprint]
     for former in about.record.earlier:
-        yield [f"until step {former['until']:,}", former["fingerprint"]]
+        yield [f"until step {former.until:,}", former.fingerprint]
     tokenizer = dataset.tokenizer
     yield ["tokenizer", f"{tokenizer.name}, {tokenizer.n_vocab:,} ids, {tokenizer.hash[:12]}"]
     for component, manifest in zip(dataset.components, dataset.manifests, strict=True):

@@ -1,12 +1,12 @@
 """Everything that the files of a run say, for its report and for an exported model's card."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mygpt import checkpoint, log, run_config
+from mygpt.eval import summary
 from mygpt.log import History
 from mygpt.run_config import RunRecord
 from mygpt.settings import TrainConfig
@@ -50,7 +50,7 @@ def of_checkpoint(folder: Path, data: Sequence[str] = ()) -> RunSummary:
     config = run_config.from_json(state["config"], folder)
     stored = run_config.read_run(run) if (run / "config.json").is_file() else None
     earlier = stored.earlier if stored else ()
-    earlier = tuple(one for one in earlier if one["until"] < state["step"])
+    earlier = tuple(one for one in earlier if one.until < state["step"])
     record = RunRecord(config, state["fingerprint"], state["generations"], earlier)
     return _read(run, record, state["step"], data)
 
@@ -81,12 +81,7 @@ def _open(specs: Sequence[str], record: RunRecord) -> tuple[Mixture | None, str]
 def read_evaluation(run: Path) -> dict[str, Any] | None:
     """Read RUN/eval.json; None if eval.py has not run, ValueError if the file is damaged."""
     path = run / "eval.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): run eval.py {run} again") from None
+    return summary.read(path) if path.is_file() else None
 
 
 def first_to_last(total: int, count: int) -> list[int]:

@@ -84,7 +84,7 @@ def test_another_time_budget_is_refused() -> None:
 
 def test_the_record_of_a_run_round_trips_and_knows_its_version(tmp_path: Path) -> None:
     assert run_config.read_run(tmp_path) is None
-    earlier = {"until": 10, "fingerprint": "dead", "generations": {"x": 2}}
+    earlier = run_config.Earlier(10, "dead", {"x": 2})
     record = run_config.RunRecord(RUN, "f00d", {"x": 3}, (earlier,))
     path = tmp_path / "config.json"
     path.write_text(json.dumps(record.to_json()))
@@ -93,6 +93,12 @@ def test_the_record_of_a_run_round_trips_and_knows_its_version(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"format mygpt-run version 2 in .*99"):
         run_config.read_run(tmp_path)
     path.write_text(json.dumps(record.to_json() | {"config": {"colour": "red"}}))
+    with pytest.raises(ValueError, match=r"config\.json was altered: its checksum is another"):
+        run_config.read_run(tmp_path)
+    unsealed = {k: v for k, v in record.to_json().items() if k != "checksum"}  # as 0.2 wrote it
+    path.write_text(json.dumps(unsealed))
+    assert run_config.read_run(tmp_path) == record
+    path.write_text(json.dumps(unsealed | {"config": {"colour": "red"}}))
     with pytest.raises(ValueError, match=r"found .*colour"):
         run_config.read_run(tmp_path)
     path.write_text("{")

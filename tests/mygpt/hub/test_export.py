@@ -13,7 +13,8 @@ from mygpt.hub import __main__ as hub
 from mygpt.hub import export
 from mygpt.model import GPT
 from mygpt.pretrained import from_pretrained
-from shards import tokenizer
+from shards import stored_json, tokenizer
+from shards.files import write_json
 from shards.manifest import Manifest
 from tests.dataset import write_dataset
 from tests.mygpt.support import GPT2_TINY, STEPS, gpt2_dataset, write_run
@@ -142,7 +143,7 @@ def test_a_dataset_that_grew_is_told(data: Manifest, tmp_path: Path) -> None:
     write_run(run, data)
     record = json.loads((run / "config.json").read_text())
     before = {"until": STEPS // 2, "fingerprint": "5" * 64, "generations": {"random": 0}}
-    (run / "config.json").write_text(json.dumps(record | {"earlier": [before]}))
+    write_json(run / "config.json", stored_json.with_checksum(record | {"earlier": [before]}))
     export.export(run, tmp_path / "last")
     card = (tmp_path / "last" / "README.md").read_text("utf-8")
     assert f"- until step {STEPS // 2}: `{'5' * 64}`" in card

@@ -40,7 +40,7 @@ def test_what_is_no_run_or_damaged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"expected a run with config\.json in"):
         run_summary.of_run(tmp_path)
     (tmp_path / "eval.json").write_text("{")
-    with pytest.raises(ValueError, match=r"eval\.json is damaged .* again"):
+    with pytest.raises(ValueError, match=r"expected a JSON object in .*eval\.json.* again"):
         run_summary.read_evaluation(tmp_path)
 
 
