@@ -55,7 +55,7 @@ data: $(VENV)/core ## prepare a dataset: INPUT=file|folder|glob|uri, NAME=... (A
 demo: $(VENV)/core ## text to trained, evaluated model on this machine, in at most ten minutes
 	$(RUN_PYTHON) -m prepare stdlib --out data/stdlib
 	$(RUN_PYTHON) train.py tiny --data data/stdlib --log-dir log/demo
-	$(RUN_PYTHON) eval.py log/demo --prompt class --prompt 'def ' --num-samples 1 --temperature 0.9 --top-k 50
+	$(RUN_PYTHON) eval.py log/demo --prompt class --prompt def --num-samples 1 --temperature 0.9 --top-k 50
 	@echo
 	@echo "picture     log/demo/loss.png"
 	@echo "log         log/demo/log.txt"

@@ -3,7 +3,7 @@
     python eval.py                       the newest run under log/
     python eval.py log/demo --best       its best checkpoint by validation
     python eval.py log/demo/checkpoints/step_00000100
-    python eval.py log/demo --prompt 'def ' --num-samples 3 --temperature 0.8
+    python eval.py log/demo --prompt 'import os' --num-samples 3 --temperature 0.8
     python eval.py log/demo --interactive
     python eval.py log/gpt2 --reference gpt2 --hellaswag hellaswag_val.jsonl
     python eval.py gpt2 --data data/web  Hugging Face's format: a folder, or a name on its hub
