@@ -5,19 +5,48 @@
 Running the command again resumes an interrupted dataset; a finished one is left as it is.
 """
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import tyro
 
 from prepare.options import Options
 from shards.cli import one_line_errors
 
+# What to do when the operating system refuses; other errors say it themselves.
+REMEDIES = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room in your quota",
+    errno.EROFS: "mount it for writing, or give another --out",
+    errno.EACCES: "change its permissions, or give another path",
+    errno.EPERM: "change its permissions, or give another path",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EIO: "check that disk",
+}
+
 
 def main() -> None:
     """Parse the flags and run the job."""
     options = tyro.cli(Options, prog="python -m prepare")
-    with one_line_errors(": finished work is kept, the same command goes on"):
+    with one_line_errors(": finished work is kept, the same command goes on"), _remedies(options):
         from prepare.job import run  # NumPy and Arrow are loaded only after --help has answered
 
         run(options)
+
+
+@contextmanager
+def _remedies(options: Options) -> Iterator[None]:
+    """Add to an error of the operating system what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        raise OSError(
+            f"expected to read the sources and write to {options.out}, found {error}: "
+            f"{REMEDIES[error.errno]} and run the same command again (finished work is kept)"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Results of all units turned into the manifest, the quarantine list and the closing summary."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 from prepare.documents import BadDocuments
 from prepare.plan import Plan, UnitResult, list_bad
 from prepare.text import BROKEN
 from prepare.workspace import QUARANTINE
+from shards import stored_json
 from shards.manifest import SPLITS, Manifest, Source, Split, TokenizerIdentity
 from shards.tokenizer import Tokenizer
 
@@ -20,6 +20,25 @@ BAD_SHARE = 0.001
 ESTIMATE_MARGIN = 10
 # Losses named on the terminal; the list has all of them.
 NAMED = 10
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of quarantine.jsonl: as `BadDocuments`, `source` being the name of the file."""
+
+    source: str
+    position: int
+    reason: str
+    documents: int
+    generation: int
+    bytes: int = 0  # myGPT 0.2 did not note it
+
+
+def read_quarantine(content: bytes, name: str) -> list[Entry]:
+    """Return the entries of quarantine.jsonl; `name` is its file. Raises ValueError."""
+    remedy = "restore it, or remove it: then only what is bad from now on is listed"
+    lines = [stored_json.parse(line, name, remedy) for line in content.splitlines()]
+    return [stored_json.build(Entry, line, name, remedy=remedy) for line in lines]
 
 
 def build_manifest(
@@ -60,17 +79,15 @@ def _counts(plan: Plan, results: list[UnitResult], written: int) -> dict[str, in
     return counts
 
 
-def quarantine(
-    plan: Plan, results: Sequence[UnitResult], earlier: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def quarantine(plan: Plan, results: Sequence[UnitResult], earlier: list[Entry]) -> list[Entry]:
     """List the bad documents in plan order, after those of `earlier` generations."""
-    entries = [entry for entry in earlier if entry["generation"] < plan.generation]
+    entries = [entry for entry in earlier if entry.generation < plan.generation]
     listed: list[BadDocuments] = []
     for bad in (plan.bad, *(result.bad for result in results)):
         list_bad(listed, bad)
     for one in listed:
-        name = plan.files[one.source].name
-        entries.append(asdict(one) | {"source": name, "generation": plan.generation})
+        values = asdict(one) | {"source": plan.files[one.source].name}
+        entries.append(Entry(**values, generation=plan.generation))
     return entries
 
 
@@ -92,9 +109,7 @@ def is_hopeless(bad: int, lost: int, text: int, max_bad: int | None) -> bool:
     return bad > documents or lost > of_text
 
 
-def check_bad(
-    entries: list[dict[str, Any]], documents: int, text: int, max_bad: int | None
-) -> None:
+def check_bad(entries: list[Entry], documents: int, text: int, max_bad: int | None) -> None:
     """Raise ValueError if more of the documents read, or of their text, is bad than allowed.
 
     `entries` lists what is bad; `text` is the bytes of the other documents.
@@ -107,26 +122,26 @@ def check_bad(
         first, needed = entries[0], bad
         counts = f"at most {allowed} bad documents of {documents}, found {bad}, the first"
     else:
-        first = max(entries, key=lambda entry: entry.get("bytes", 0))
+        first = max(entries, key=lambda entry: entry.bytes)
         needed = -(-lost * documents // (text + lost))
         counts = (
             f"at most {allowed_bytes:,} of {text + lost:,} bytes of text in bad documents, found "
             f"{lost:,}, most of them"
         )
     raise ValueError(
-        f"expected {counts} in {first['source']} at {first['position']} ({first['reason']}): "
+        f"expected {counts} in {first.source} at {first.position} ({first.reason}): "
         f"{QUARANTINE} lists them; fix them, or raise --max-bad to {needed} and run again "
         "(finished work is kept)"
     )
 
 
-def _totals(entries: list[dict[str, Any]]) -> tuple[int, int]:
-    """Return the documents and the bytes of text of the entries (myGPT 0.2 noted no bytes)."""
-    documents = sum(entry["documents"] for entry in entries)
-    return documents, sum(entry.get("bytes", 0) for entry in entries)
+def _totals(entries: list[Entry]) -> tuple[int, int]:
+    """Return how many documents, and bytes of text, the entries list."""
+    documents = sum(entry.documents for entry in entries)
+    return documents, sum(entry.bytes for entry in entries)
 
 
-def losses(entries: list[dict[str, Any]], text: int) -> list[str]:
+def losses(entries: list[Entry], text: int) -> list[str]:
     """Say how much text is bad beside `text` bytes that are not; name files that are broken."""
     _, lost = _totals(entries)
     if not entries:
@@ -135,12 +150,10 @@ def losses(entries: list[dict[str, Any]], text: int) -> list[str]:
         f"left out   {lost:,} of {text + lost:,} bytes of text ({lost / (text + lost or 1):.1%})"
     ]
     named = [
-        entry
-        for entry in entries
-        if entry["reason"].startswith(BROKEN) or entry.get("bytes", 0) > BAD_BYTES
+        entry for entry in entries if entry.reason.startswith(BROKEN) or entry.bytes > BAD_BYTES
     ]
     for entry in named[:NAMED]:
-        lines.append(f"           {entry['source']} at {entry['position']}: {entry['reason']}")
+        lines.append(f"           {entry.source} at {entry.position}: {entry.reason}")
     if named[NAMED:]:
         lines.append(f"           and {len(named) - NAMED} more: see {QUARANTINE}")
     return lines
@@ -163,7 +176,7 @@ def check_splits(manifest: Manifest) -> None:
 
 
 def summary(
-    manifest: Manifest, results: list[UnitResult], entries: list[dict[str, Any]], seconds: float
+    manifest: Manifest, results: list[UnitResult], entries: list[Entry], seconds: float
 ) -> str:
     """Describe the dataset for people; `seconds` is the time that this run took."""
     counts, splits = manifest.counts, manifest.splits

@@ -270,9 +270,15 @@ class Workspace:
         self.folder.write(f"{WORK}/{name}.npy", buffer.getvalue())
 
     def load_array(self, name: str) -> np.ndarray | None:
-        """Return an array of the work area, or None."""
+        """Return an array of the work area, or None. Raises ValueError if it is damaged."""
         content = self.folder.read(f"{WORK}/{name}.npy")
-        return None if content is None else np.load(io.BytesIO(content), allow_pickle=False)
+        try:
+            return None if content is None else np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"expected an array in {self.folder}/{WORK}/{name}.npy, found {error}: remove that "
+                "file and run again"
+            ) from None
 
     def abandon(self, plan: Plan) -> None:
         """Remove an unfinished plan and everything made by it, so that another may be started."""

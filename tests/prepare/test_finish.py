@@ -1,11 +1,17 @@
 """What is left out is counted, listed and limited."""
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.prepare.support import held, make, quarantine, run, texts, write_jsonl
+from prepare import finish, job
+from prepare.documents import BadDocuments
+from prepare.finish import Entry
+from prepare.plan import UNLISTED, Unit, list_bad
+from prepare.text import BROKEN
+from tests.prepare.support import held, make, quarantine, run, shrink, texts, write_jsonl
 
 
 def corpus(path: Path, good: int, bad: int) -> Path:
@@ -75,3 +81,126 @@ def test_the_summary(tmp_path: Path) -> None:
     assert "1,003 read = 1,000 written + 0 empty + 3 quarantined" in outcome.out
     assert "MB/s" in outcome.out
     assert str(tmp_path / "out") in outcome.out
+
+
+def entry(documents: int = 1, lost: int = 0, reason: str = "bad") -> Entry:
+    return Entry("a.txt", 7, reason, documents, 0, lost)
+
+
+@pytest.mark.parametrize(
+    ("documents", "text", "bad", "max_bad", "allowed"),
+    [
+        (100, 10**9, entry(1, 10**6), None, True),
+        (100, 10**9, entry(1, 2 * 10**6), None, False),  # more than a thousandth of the text
+        (100, 10**6, entry(1, 64 << 10), None, True),
+        (100, 10**6, entry(1, (64 << 10) + 1), None, False),
+        (2, 10**6, entry(1, 49 * 10**6), None, False),  # a file of two
+        (100, 99 * 10**6, entry(1, 10**6), 1, True),  # the same share of both
+        (100, 98 * 10**6, entry(1, 2 * 10**6), 1, False),
+        (100, 98 * 10**6, entry(1, 2 * 10**6), 2, True),
+        (100, 0, entry(100, 10**6), 100, True),
+    ],
+)
+def test_how_much_text_may_be_bad(
+    documents: int, text: int, bad: Entry, max_bad: int | None, allowed: bool
+) -> None:
+    if allowed:
+        finish.check_bad([bad], documents, text, max_bad)
+        return
+    with pytest.raises(ValueError, match="bytes of text in bad documents") as caught:
+        finish.check_bad([bad], documents, text, max_bad)
+    assert f"of {text + bad.bytes:,} bytes" in str(caught.value)
+    assert "a.txt at 7" in str(caught.value)
+    needed = int(str(caught.value).partition("raise --max-bad to ")[2].split()[0])
+    finish.check_bad([bad], documents, text, needed)
+    with pytest.raises(ValueError, match="bad documents"):
+        finish.check_bad([bad], documents, text, needed - 1)
+
+
+@pytest.fixture
+def mostly_latin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A corpus with a large text in which one byte is not UTF-8."""
+    shrink(monkeypatch, PIECE_BYTES=50_000)
+    folder = tmp_path / "corpus"
+    write_jsonl(folder / "a.jsonl", texts(100))
+    (folder / "b.txt").write_bytes(b"many words " * 10_000 + b"caf\xe9 " + b"words " * 10_000)
+    return folder
+
+
+def test_most_of_a_corpus_does_not_vanish(mostly_latin: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    lost = (mostly_latin / "b.txt").stat().st_size
+    outcome = run(mostly_latin, "--out", out)
+    assert f"found {lost:,}, most of them in corpus/b.txt at 0 (invalid UTF-8" in outcome.error
+    assert f"left out   {lost:,} of " in outcome.out
+    assert not (out / "manifest.json").exists()
+    needed = outcome.error.partition("--max-bad to ")[2].split()[0]
+    outcome = run(mostly_latin, "--out", out, "--max-bad", needed)
+    assert outcome.code == 0, outcome.err
+    assert f"left out   {lost:,} of " in outcome.out
+    assert "           corpus/b.txt at 0: invalid UTF-8" in outcome.out
+    assert quarantine(out)[0]["bytes"] == lost
+    held(out)
+
+
+def test_a_mended_source_starts_anew(mostly_latin: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(mostly_latin, "--out", out).code == 2
+    (mostly_latin / "b.txt").write_text("many words " * 10_000)
+    assert "Starting anew" in run(mostly_latin, "--out", out).out
+    held(out)
+
+
+def test_a_broken_file_is_named_however_little_is_lost() -> None:
+    entries = [entry(reason="null"), entry(reason=f"{BROKEN}: zlib inflate failed")]
+    assert finish.losses(entries, 100)[1:] == [
+        f"           a.txt at 7: {BROKEN}: zlib inflate failed"
+    ]
+    lines = finish.losses(entries * 20, 100)
+    assert len(lines) == 12
+    assert "and 10 more: see quarantine.jsonl" in lines[-1]
+
+
+def test_the_list_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch, MAX_LISTED=5, MIN_UNIT_BYTES=200)
+    source = corpus(tmp_path / "a.jsonl", 100, 80)
+    out = make(tmp_path / "out", source, "--max-bad", 80)
+    entries = quarantine(out)
+    assert [e["documents"] for e in entries] == [1, 1, 1, 1, 76]
+    assert entries[-1]["reason"] == UNLISTED
+    held(out)
+
+
+def test_broken_files_are_always_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch, MAX_LISTED=2)
+    listed: list[BadDocuments] = []
+    for _ in range(2):
+        bad = [BadDocuments(0, i, "null", bytes=5) for i in range(3)]
+        list_bad(listed, [*bad, BadDocuments(0, 9, f"{BROKEN}: cut", 4, 100)])
+    assert [(one.documents, one.bytes) for one in listed] == [(1, 5), (5, 25), (4, 100), (4, 100)]
+
+
+@pytest.mark.parametrize("flags", [[], ["--max-bad", 20]])
+def test_it_ends_as_soon_as_too_much_is_bad(
+    flags: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch, MIN_UNIT_BYTES=1000)
+    source = tmp_path / "a.jsonl"
+    source.write_text("1\n" * 1000)
+    write_jsonl(tmp_path / "b.jsonl", texts(1000))
+    original, units = job.run_local, list[int]()
+
+    def counted(work: Callable, given: Sequence[Unit], *rest: object) -> Iterator:
+        for result in original(work, given, *rest):
+            units.append(1)
+            yield result
+
+    monkeypatch.setattr(job, "run_local", counted)
+    error = run(source, tmp_path / "b.jsonl", "--out", tmp_path / "out", *flags).error
+    assert "the first in a.jsonl at 0" in error
+    assert len(units) < 40  # of some hundred
+    assert len(quarantine(tmp_path / "out")) >= 500
+    assert (
+        "the first in a.jsonl at 0"
+        in run(source, tmp_path / "b.jsonl", "--out", tmp_path / "out", *flags).error
+    )

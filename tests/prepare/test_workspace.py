@@ -7,12 +7,23 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from errno import EACCES, EDQUOT, ENOSPC, EROFS
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from prepare.workspace import Folder, Workspace
-from tests.prepare.support import contents, held, make, run, shrink, texts, write_jsonl
+from tests.prepare.support import (
+    contents,
+    held,
+    make,
+    run,
+    shrink,
+    text_of,
+    texts,
+    write_jsonl,
+)
 
 HOLDER = """
 import sys
@@ -208,3 +219,185 @@ def test_nothing_but_the_dataset_is_left(corpus: Path, tmp_path: Path) -> None:
         json.loads((out / ".prepare/plan.json").read_bytes())["files"][0]["name"] == "corpus.jsonl"
     )
     assert not (out / ".prepare/units").exists()
+
+
+@pytest.mark.parametrize("out", ["/", ".", "..", "mine"])
+def test_a_folder_that_is_not_ours_is_left_alone(
+    out: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    Path("thesis.txt").write_text("mine")
+    (Path("mine/.prepare")).mkdir(parents=True)  # a name that others may give, too
+    Path("mine/thesis.txt").write_text("mine")
+    before = {path: sorted(path.iterdir()) for path in (Path("/"), Path.cwd(), Path("mine"))}
+    assert "expected a new or empty folder in" in run(corpus, "--out", out).error
+    assert before == {path: sorted(path.iterdir()) for path in before}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["", "--out", "out"], "expected a SOURCE, found none"),
+        (["corpus.jsonl", "", "--out", "out"], "expected a SOURCE, found none"),
+        (["corpus.jsonl", "--val-source", "", "--out", "out"], "expected a SOURCE, found none"),
+        (["corpus.jsonl", "--out", ""], "expected a folder for --out, found an empty name"),
+    ],
+)
+def test_an_empty_name_is_not_this_folder(
+    arguments: list[str],
+    message: str,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in run(*arguments).error
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_out_may_lie_in_the_source(
+    linked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch, MIN_UNIT_BYTES=2000)
+    folder = tmp_path / "corpus"
+    write_jsonl(folder / "a.jsonl", texts(150))
+    whole = make(tmp_path / "whole", folder)
+    source = folder
+    if linked:
+        source = tmp_path / "link/corpus"
+        source.parent.mkdir()
+        source.symlink_to(folder)
+    out = folder / "data/out"
+    with monkeypatch.context() as patch:
+        patch.setattr("prepare.job._finish", lambda *_: None)  # as if killed before the end
+        make(out, source)
+    for _ in range(2):
+        make(out, source)
+        assert contents(out) == contents(whole)
+    assert "expected sources outside --out" in run(f"{out}/*.jsonl", "--out", out).error
+
+
+def test_one_file_under_another_path(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in/deep").mkdir(parents=True)
+    shutil.move(corpus, tmp_path / "in/corpus.jsonl")
+    (tmp_path / "link").symlink_to("in")
+    monkeypatch.chdir(tmp_path)
+    out = make(tmp_path / "out", "in/corpus.jsonl")
+    before = contents(out)
+    for path in ("../in/corpus.jsonl", "deep/../corpus.jsonl", "../link/corpus.jsonl"):
+        monkeypatch.chdir(tmp_path / "in")
+        for flags in ([], ["--append"]):
+            assert "nothing to do" in run(path, "--out", out, *flags).out
+            assert contents(out) == before
+    with monkeypatch.context() as patch:  # so it is resumed
+        patch.setattr("prepare.job._finish", lambda *_: None)
+        make(tmp_path / "other", "corpus.jsonl")
+    assert "1 of 1 units are finished" in run("deep/../corpus.jsonl", "--out", "../other").out
+
+
+class TestACorrectedCommand:
+    """What a refused command began does not block the right one."""
+
+    def test_text_column(self, tmp_path: Path) -> None:
+        source = tmp_path / "a.jsonl"
+        source.write_text("".join(f'{{"body": "{text_of("train")} {i}"}}\n' for i in range(200)))
+        with open(source, "a") as file:
+            file.write('{"title": "one"}\n')
+        out = tmp_path / "out"
+        assert "bad documents" in run(source, "--out", out, "--text-column", "title").error
+        outcome = run(source, "--out", out, "--text-column", "body")
+        assert "Starting anew" in outcome.out, outcome.err
+        assert contents(out) == contents(make(tmp_path / "whole", source, "--text-column", "body"))
+
+    def test_no_unit_was_finished(
+        self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+            assert "GB free" in run(corpus, "--out", out).error
+        assert "1 missing" in run(corpus, "--out", out, "--finish").error
+        make(out, corpus, "--val-fraction", 0.3)
+        assert contents(out) == contents(make(tmp_path / "whole", corpus, "--val-fraction", 0.3))
+
+    def test_finished_work_is_not_lost_by_a_slip(
+        self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        with monkeypatch.context() as patch:
+            patch.setattr("prepare.job._finish", lambda *_: None)
+            make(out, corpus)
+        error = run(corpus, "--out", out, "--text-column", "id").error
+        assert "found other" in error
+        assert "text column (id instead of text)" in error
+        assert "changed" not in error
+        assert "Resuming" in run(corpus, "--out", out).out
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (ENOSPC, "make room"),
+        (EDQUOT, "make room"),
+        (EROFS, "another --out"),
+        (EACCES, "permissions"),
+    ],
+)
+def test_what_the_system_refuses_comes_with_a_remedy(
+    number: int, remedy: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "/the/file")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("prepare.workspace.move_durably", refused)
+        error = run(corpus, "--out", out).error
+    assert f"expected to read the sources and write to {out}, found" in error
+    assert os.strerror(number) in error
+    assert "/the/file" in error
+    assert remedy in error
+    held(make(out, corpus))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"generation": "x"}'])
+def test_broken_json_comes_with_a_remedy(content: bytes, corpus: Path, tmp_path: Path) -> None:
+    out = make(tmp_path / "out", corpus)
+    write_jsonl(tmp_path / "more.jsonl", texts(50, 3))
+    make(out, tmp_path / "more.jsonl", "--append")
+    before = contents(out)
+    for name, command in {
+        "plan.json": [corpus],
+        "plan_00001.json": [tmp_path / "more.jsonl", "--append"],
+    }.items():
+        kept = (out / ".prepare" / name).read_bytes()
+        (out / ".prepare" / name).write_bytes(content)
+        outcome = run(*command, "--out", out)
+        assert outcome.code == 0 or "restore it" in outcome.error or "give another" in outcome.error
+        assert contents(out) == before
+        (out / ".prepare" / name).write_bytes(kept)
+    write_jsonl(tmp_path / "third.jsonl", texts(50, 4))
+    (out / "quarantine.jsonl").write_bytes(content + b"\n" if content else b"{\n")
+    error = run(tmp_path / "third.jsonl", "--append", "--out", out).error
+    assert "quarantine.jsonl" in error
+    assert "restore it, or remove it" in error
+
+
+def test_a_damaged_array_comes_with_a_remedy(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("prepare.job.find_duplicates", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(corpus, "--out", out, "--dedup")
+    array = out / ".prepare/hashes/00000.npy"
+    for content in (b"", b"\x93NUMPY", array.read_bytes()[:-1]):
+        array.write_bytes(content)
+        assert "remove that file and run again" in run(corpus, "--out", out, "--dedup").error
+    array.unlink()
+    held(make(out, corpus, "--dedup"))

@@ -1,0 +1,155 @@
+"""A command compared with what is in its folder: a plan that is begun, or a finished generation.
+
+Each generation of a dataset keeps the plan that made it, so that a command that was run before is
+recognized, and one whose sources have changed since is refused.
+"""
+
+from dataclasses import asdict, fields, replace
+
+from prepare.options import Options
+from prepare.plan import Plan, make_plan
+from prepare.workspace import REFUSED, Workspace
+from shards.manifest import Manifest
+
+
+def start_or_resume(options: Options, workspace: Workspace, plan: Plan) -> Plan:
+    """Return the plan to run, stored in the workspace.
+
+    A stored one gives way to another if that loses nothing. Otherwise raises ValueError if they
+    differ, because the options do or a source has changed since.
+    """
+    stored = workspace.stored_plan(plan.generation)
+    if stored not in (None, plan) and _by_real_path(stored) != _by_real_path(plan):
+        if options.task or options.finish or not _may_be_replaced(workspace, stored, plan):
+            _check_same_plan(workspace, stored, plan)
+        print("Starting anew: what other sources or options had begun here is removed.")
+        workspace.abandon(stored)
+        stored = None
+    if stored is None:
+        workspace.close()  # if the last append was killed right after its manifest
+        workspace.store_plan(plan)
+        return plan
+    workspace.folder.remove_file(REFUSED)
+    return stored
+
+
+def _may_be_replaced(workspace: Workspace, stored: Plan, plan: Plan) -> bool:
+    """Return True for an unfinished plan that was refused, has no finished unit or can't be ended.
+
+    The last is for appends, of which one that can't be finished must not block every other.
+    """
+    if workspace.folder.exists(REFUSED) or not workspace.results(stored.units):
+        return True
+    paths = {file.real_path for file in plan.files}
+    others = [file for file in stored.files if file.real_path not in paths]
+    return plan.generation > 0 and any(file.status() != (file.size, file.mtime) for file in others)
+
+
+def repeated(
+    options: Options, workspace: Workspace, manifest: Manifest, plan: Plan
+) -> tuple[Plan, set[int]] | None:
+    """Return the plan of the finished generation that a command repeats, if it repeats one.
+
+    With it come the indices of files whose time has changed, though not their size. Raises
+    ValueError if other things have, or if the sources are neither those of the dataset nor new.
+    """
+    if not options.append:
+        stored = workspace.stored_plan(0)
+        if stored is None:  # copied here without its plan, or made by myGPT 0.2
+            _check_same_sources(workspace, manifest.prefix(0), plan)
+            return plan, set()
+        return _compare(options, workspace, manifest, stored, plan)
+    paths = {file.real_path for file in plan.files}
+    sizes = [(file.name, file.size) for file in plan.files]
+    present: dict[str, int] = {}
+    for generation in range(manifest.generation + 1):
+        stored = workspace.stored_plan(generation)
+        if stored is None:
+            sources = [source for source in manifest.sources if source.generation == generation]
+            if sizes == [(source.name, source.bytes) for source in sources]:
+                return replace(plan, units=(), generation=generation), set()
+            continue
+        stored_paths = {file.real_path: generation for file in stored.files}
+        if paths == stored_paths.keys():
+            return _compare(options, workspace, manifest, stored, plan)
+        present |= stored_paths
+    for file in plan.files:
+        if file.real_path in present:
+            raise ValueError(
+                f"expected sources that are not in {workspace.folder} yet, found {file.name} of "
+                f"generation {present[file.real_path]}: leave it out"
+            )
+    return None
+
+
+def _compare(
+    options: Options, workspace: Workspace, manifest: Manifest, stored: Plan, plan: Plan
+) -> tuple[Plan, set[int]]:
+    """Return the plan as of the generation of `stored`, and the indices of touched files.
+
+    Raises ValueError unless both plans are the same but for the times of files.
+    """
+    generation, pairs = stored.generation, list(zip(stored.files, plan.files, strict=False))
+    touched = {
+        index
+        for index, (old, new) in enumerate(pairs)
+        if old.size == new.size and old.mtime != new.mtime
+    }
+    if generation and touched:
+        plan = make_plan(options, manifest.prefix(generation - 1))
+    elif generation != plan.generation:  # made to be the next one
+        first = stored.first_source
+        plan = replace(plan, units=stored.units, generation=generation, first_source=first)
+    expected = stored
+    if plan.units == stored.units:
+        files = [
+            replace(old, mtime=new.mtime) if old.size == new.size else old for old, new in pairs
+        ]
+        expected = replace(stored, files=(*files, *stored.files[len(files) :]))
+    _check_same_plan(workspace, expected, plan)
+    return plan, touched
+
+
+def _by_real_path(plan: Plan) -> Plan:
+    """Return the plan with one path for each file, however it was named."""
+    return replace(plan, files=tuple(replace(file, path=file.real_path) for file in plan.files))
+
+
+def _check_same_plan(workspace: Workspace, stored: Plan, plan: Plan) -> None:
+    """Raise ValueError, naming what differs, unless the two plans are the same."""
+    if stored == plan:
+        return
+    stored, plan = _by_real_path(stored), _by_real_path(plan)
+    if stored == plan:
+        return
+    files = {file.path: (file.size, file.mtime) for file in plan.files}
+    same_paths = [file.path for file in stored.files] == list(files)
+    another = "restore it, rename it to append it as it is" if plan.generation else "restore it"
+    for file in stored.files:
+        found = files.get(file.path)
+        if found != (file.size, file.mtime) and (same_paths or found is None):
+            actual = "changed" if found else "gone, or not among those given"
+            raise ValueError(
+                f"expected the source {file.name} as it was when {workspace.folder} was started, "
+                f"found that file {actual}: {another}, or give another --out"
+            )
+    names = [field.name for field in fields(Plan) if field.name != "units"]
+    differing = [name for name in names if getattr(stored, name) != getattr(plan, name)]
+    columns = [" and ".join(sorted({f.column for f in p.files})) for p in (stored, plan)]
+    if columns[0] != columns[1]:
+        differing.append(f"text column ({columns[1]} instead of {columns[0]})")
+    raise ValueError(
+        f"expected the sources and options with which {workspace.folder} was started, found other "
+        f"{' and '.join(differing) or 'units'}: repeat them, or give another --out"
+    )
+
+
+def _check_same_sources(workspace: Workspace, manifest: Manifest, plan: Plan) -> None:
+    """Raise ValueError unless a finished dataset was made from the sources of the plan."""
+    stored = [(source.name, source.bytes) for source in manifest.sources]
+    planned = [(file.name, file.size) for file in plan.files]
+    if (stored, manifest.split_rule) != (planned, asdict(plan.rule)):
+        raise ValueError(
+            f"expected a new folder, found another dataset in {workspace.folder} ({len(stored)} "
+            f"sources, split {manifest.split_rule}): give another --out, or --append to add to it"
+        )
