@@ -1,4 +1,4 @@
-"""The two tasks run on every unit: write its shards, or (for --dedup) hash its documents.
+"""The tasks run on units: write or restore their shards, or (for --dedup) hash their documents.
 
 Each is a small picklable value called with a unit, on whatever process or machine runs it.
 """
