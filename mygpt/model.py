@@ -1,6 +1,7 @@
 """GPT-2 in one file: pre-norm transformer blocks, learned positions, tied embedding and head.
 
-Layer names are nanoGPT's. No I/O, no distributed code, no printing.
+Parameter names are GPT-2's, as in nanoGPT without its `transformer.` prefix. No I/O, no distributed
+code, no printing.
 
 Shapes: B batch, T tokens, C n_embed, H n_heads, D = C / H, L n_layers, S tokens in the cache,
 V vocab_size, N = B * T.
@@ -36,12 +37,12 @@ class GPT(nn.Module):
         self.gradient_checkpointing = False  # recompute each block's activations in backward
 
     def _init_weights(self) -> None:
-        # 2 * n_layers branches add to the residual stream: scale each down by the square root of
-        # their number, so that the sum does not grow with depth (GPT-2, section 2.3).
-        branch_std = 0.02 / math.sqrt(2 * self.config.n_layers)
+        # GPT-2, section 2.3: the projections into the residual stream are scaled by
+        # 1 / sqrt(2 * n_layers), so that its variance does not grow with depth.
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
-                std = branch_std if name.endswith("c_proj.weight") else 0.02
+                std = residual_std if name.endswith("c_proj.weight") else 0.02
                 nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -52,8 +53,9 @@ class GPT(nn.Module):
         """Return (logits, None), or (None, loss) if there are targets.
 
         `idx` and `targets` are (B, T) int64, logits (B, T, V). The loss is the mean cross entropy
-        in nats over the targets that are not -1, and 0 if all of them are; it never materialises
-        all logits. Raises ValueError for more than block_size tokens.
+        in nats over the targets that are not -1, and 0 if all of them are. Unlike in nanoGPT there
+        are no logits beside it: they never exist all at once. Raises ValueError for more than
+        block_size tokens.
         """
         x = self._hidden(idx)  # (B, T, C)
         if targets is None:
@@ -70,14 +72,14 @@ class GPT(nn.Module):
 
     def _hidden(self, idx: Tensor) -> Tensor:
         """Return the final hidden states (B, T, C), the head's input, of tokens (B, T)."""
-        tokens = idx.size(1)
-        if tokens > self.config.block_size:
+        n_tokens = idx.size(1)
+        if n_tokens > self.config.block_size:
             raise ValueError(
-                f"expected at most block_size {self.config.block_size} tokens, found {tokens}: "
+                f"expected at most block_size {self.config.block_size} tokens, found {n_tokens}: "
                 "cut the input"
             )
-        x = self.wte(idx) + self.wpe(torch.arange(tokens, device=idx.device))  # (B, T, C)
-        x = self.drop(x)
+        positions = torch.arange(n_tokens, device=idx.device)
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -87,21 +89,20 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def next_logits(self, idx: Tensor, lengths: Tensor | None, cache: "KeyValueCache") -> Tensor:
-        """Append tokens (B, T) to the cached rows; return the logits (B, V) of what comes next.
+        """Process new tokens (B, T) with the cache; return the logits (B, V) of the next ones.
 
-        Of row b the first `lengths[b]` tokens, at least one, are appended and the rest is padding;
-        None says that there is no padding.
+        `lengths` (B,): tokens per sequence that are not padding, at least 1; None: all of them.
         """
-        positions = cache.append(idx.size(1), lengths)  # (B, T)
+        positions = cache.begin_step(idx.size(1), lengths)  # (B, T)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.h):
-            x = block.forward(x, cache, layer)  # not __call__: the compiled block is for training
+            x = block.forward(x, cache, layer)  # .forward: __call__ is compiled for training
         rows = torch.arange(len(x), device=x.device)
         last = x[:, -1] if lengths is None else x[rows, lengths - 1]  # (B, C)
         return self.lm_head(self.ln_f(last))
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the blocks, which share one graph, and the loss; in place, so no name changes."""
+        """Compile each block (one graph for all) and the loss, in place: parameter names stay."""
         for block in self.h:
             block.compile(*args, **options)
         self.cross_entropy.compile(*args, **options)
@@ -112,7 +113,7 @@ class GPT(nn.Module):
         return self.wte.weight, self.wpe.weight
 
     def num_params(self, non_embedding: bool = False) -> int:
-        """Return the number of parameters, tied ones counted once, or of those not embeddings."""
+        """Return the number of parameters, tied ones once; or without wte and wpe."""
         total = sum(parameter.numel() for parameter in self.parameters())
         return total - sum(e.numel() for e in self.embeddings) if non_embedding else total
 
@@ -160,7 +161,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         mask = None
         if cache is not None:
-            k, v, mask = cache.extend(layer, k, v)  # (B, H, S, D) each, (B, 1, T, S)
+            k, v, mask = cache.update(layer, k, v)  # (B, H, S, D) each, (B, 1, T, S)
         dropout = self.dropout if self.training else 0.0
         y = self.attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
@@ -195,10 +196,11 @@ class MLP(nn.Module):
 
 
 class KeyValueCache:
-    """Keys and values of `batch` rows of tokens; row b holds `lengths[b]` of at most `capacity`.
+    """Keys and values of `batch` sequences; sequence b holds `lengths[b]` of `capacity` tokens.
 
     Allocated once, in the dtype and on the device of `model`. A `static` cache is read whole, so
-    that every step has the same shapes, as a CUDA graph requires; any other up to its longest row.
+    that every step has the same shapes, as a CUDA graph requires; any other up to the longest
+    sequence.
     """
 
     def __init__(self, model: GPT, batch: int, capacity: int, static: bool = False) -> None:
@@ -209,32 +211,32 @@ class KeyValueCache:
         self.buffer = weight.new_zeros(shape)  # (L, 2, B, H, S, D)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
 
-    def append(self, tokens: int, lengths: Tensor | None) -> Tensor:
-        """Begin a step of `tokens` per row, of which row b keeps `lengths[b]`, all if None.
+    def begin_step(self, n_tokens: int, lengths: Tensor | None) -> Tensor:
+        """Make room for `n_tokens` per sequence, of which `lengths` (B,) are kept; None: all.
 
-        Returns their positions (B, T). Each layer then stores and reads through `extend`.
+        Returns their positions (B, T). Each layer then stores and reads through `update`.
         """
-        span = self.capacity if self.static else int(self.lengths.max()) + tokens
+        span = self.capacity if self.static else int(self.lengths.max()) + n_tokens
         if span > self.capacity:
             raise ValueError(
                 f"expected at most {self.capacity} tokens, the cache's capacity, found {span}: "
                 "begin a new cache with the last of them"
             )
         steps = torch.arange(span, device=self.lengths.device)
-        self.positions = self.lengths[:, None] + steps[:tokens]  # (B, T)
-        # A token attends to its own position and all before it, in its row. If nothing lies
+        self.positions = self.lengths[:, None] + steps[:n_tokens]  # (B, T)
+        # A token attends to its own position and all before it, in its sequence. If nothing lies
         # before this step, that is plain causal attention, for which torch has faster kernels.
         self.mask = None
-        if span > tokens:
+        if span > n_tokens:
             self.mask = (steps <= self.positions[..., None])[:, None]  # (B, 1, T, S)
-        self.lengths += tokens if lengths is None else lengths
+        self.lengths += n_tokens if lengths is None else lengths
         return self.positions
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store k and v (B, H, T, D) of one layer; return what to attend to, and the mask."""
         keys, values = self.buffer[layer]  # (B, H, S, D) each
         rows = torch.arange(len(k), device=k.device)[:, None]
-        # Padding is stored too; the row's next token overwrites it before any token attends to it.
+        # Padding is stored too; the next token overwrites it before any token attends to it.
         keys[rows, :, self.positions] = k.transpose(1, 2)
         values[rows, :, self.positions] = v.transpose(1, 2)
         if self.mask is None:

@@ -73,12 +73,13 @@ def configure_optimizers(
 
 
 class Muon(Optimizer):
-    """Momentum with orthogonalised updates, for matrices only.
+    """Momentum with orthogonalized updates, for matrices only.
 
     Keller Jordan's Muon (kellerjordan.github.io/posts/muon) with updates scaled to the RMS of
     AdamW's, 0.2 (Moonlight, arXiv 2502.16982), so that both share a learning rate. Equals
     `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` except for the dtype of the iteration: here
-    `dtype`, by default bf16 on GPUs and fp32 on CPUs, few of which multiply bf16 fast.
+    `dtype`, by default bf16 on GPUs and fp32 on CPUs, few of which multiply bf16 fast. The
+    fused c_attn (3C, C) is orthogonalized as one matrix.
     """
 
     def __init__(
@@ -106,12 +107,12 @@ class Muon(Optimizer):
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        mean = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
         dtype = self.dtype or (torch.float32 if p.device.type == "cpu" else torch.bfloat16)
-        return orthogonal(grad.lerp(mean, momentum).to(dtype))  # Nesterov momentum
+        return newton_schulz(grad.lerp(buffer, momentum).to(dtype))  # Nesterov momentum
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
+def newton_schulz(matrix: Tensor) -> Tensor:
     """Return the matrix with its singular values brought close to 1.
 
     Five Newton-Schulz iterations with the coefficients of Keller Jordan's Muon.
@@ -150,12 +151,12 @@ def load_state_tensors(
         for name, parameter, optimizer in named
         for key, shape in _state_shapes(optimizer, parameter).items()
     }
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
             raise ValueError(
                 f"optimizer state {name}: expected {expected.get(name, 'none')}, found "
-                f"{found.get(name, 'none')}: resume with the model and optimizer that wrote it"
+                f"{actual.get(name, 'none')}: resume with the model and optimizer that wrote it"
             )
     for name, parameter, optimizer in named:
         if own is None or parameter in own:
@@ -168,7 +169,7 @@ def load_state_tensors(
 def allocate_state(
     optimizers: Iterable[Optimizer], model: GPT, own: Collection[Tensor] | None = None
 ) -> None:
-    """Allocate the optimizers' initial state, zeros, without a step, in which ranks communicate."""
+    """Allocate zeroed optimizer state without a step, which communicates under ZeRO-1."""
     for _, parameter, optimizer in _named(optimizers, model):
         if own is None or parameter in own:
             optimizer.state[parameter] = {

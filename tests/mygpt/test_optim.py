@@ -6,13 +6,12 @@ import torch
 
 from mygpt.config import GPTConfig
 from mygpt.model import GPT
-from mygpt.optim import (
+from mygpt.optim import newton_schulz, (
     Muon,
     allocate_state,
     configure_optimizers,
     learning_rate,
     load_state_tensors,
-    orthogonal,
     state_tensors,
 )
 
@@ -135,7 +134,7 @@ def test_muon_in_bf16_is_torchs(shape):
 def test_orthogonal_keeps_the_directions_and_evens_out_their_sizes(shape):
     matrix = torch.randn(shape, dtype=torch.float64)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    sizes = u.T @ orthogonal(matrix) @ v.T  # diagonal: the singular vectors stay
+    sizes = u.T @ newton_schulz(matrix) @ v.T  # diagonal: the singular vectors stay
     torch.testing.assert_close(sizes, torch.diag(sizes.diagonal()), atol=1e-9, rtol=0.0)
     even = sizes.diagonal()[s > 0.1 * s.max()]
     assert even.min() > 0.6 and even.max() < 1.3
