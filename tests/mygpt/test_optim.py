@@ -6,12 +6,13 @@ import torch
 
 from mygpt.config import GPTConfig
 from mygpt.model import GPT
-from mygpt.optim import newton_schulz, (
+from mygpt.optim import (
     Muon,
     allocate_state,
     configure_optimizers,
     learning_rate,
     load_state_tensors,
+    newton_schulz,
     state_tensors,
 )
 
