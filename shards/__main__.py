@@ -18,7 +18,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from shards import explain, inspect, interop
 from shards.checks import verify
-from shards.cli import one_line_errors
+from shards.cli import one_line_errors, printable
 from shards.manifest import Manifest
 
 EXIT_WRONG = 1
@@ -63,10 +63,11 @@ class Show:
         found = inspect.find_document(Manifest.load(self.folder), self.split, self.document)
         onward = f" on over {found.shards} shards" if found.shards > 1 else ""
         print(
-            f"=== {self.split} document {self.document}: {found.source}, row {found.row}; "
+            f"=== {self.split} document {self.document}: {printable(found.source)}, row "
+            f"{found.row}; "
             f"{found.file} from token {found.offset}{onward}, {len(found.ids):,} tokens ==="
         )
-        print(found.text())
+        print("\n".join(map(printable, found.text().split("\n"))))
         return 0
 
 

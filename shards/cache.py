@@ -18,6 +18,7 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 from shards import remote
+from shards.files import move_durably
 
 DEFAULT_GIGABYTES = 100.0
 PARTIAL = ".part"
@@ -46,18 +47,20 @@ def limit_bytes() -> int:
     return size
 
 
-def open_file(uri: str, name: str, sha256: str) -> IO[bytes]:
+def open_file(uri: str, name: str, sha256: str, size: int | None = None) -> IO[bytes]:
     """Open a file of the remote folder `uri`, fetched and checked unless it is in the cache.
 
-    An open file stays readable when it is evicted. Raises FileNotFoundError if there is no such
-    file, OSError after several attempts to read it, and ValueError if its content has another hash.
+    One in the cache is checked by its `size`, by its hash if none is given, and fetched again if
+    it is damaged. An open file stays readable when it is evicted. Raises FileNotFoundError if there
+    is no such file, OSError after several attempts to read it, and ValueError if its content has
+    another hash.
     """
-    if file := _open_kept(sha256):
+    if file := _open_kept(sha256, size):
         return file
     folder().mkdir(parents=True, exist_ok=True)
     with _lock_of(sha256):
         # Another process may have fetched it while this one waited.
-        return _open_kept(sha256) or remote.retried(
+        return _open_kept(sha256, size) or remote.retried(
             lambda: _fetch(uri, name, sha256), f"read {uri}/{name}"
         )
 
@@ -98,28 +101,36 @@ def _threads(process: int) -> tuple[ThreadPoolExecutor, set[str]]:
     return ThreadPoolExecutor(FETCHING_THREADS, "fetch"), set()
 
 
-def _open_kept(sha256: str) -> IO[bytes] | None:
-    """Open a file that is in the cache and mark it as used, or return None."""
+def _open_kept(sha256: str, size: int | None) -> IO[bytes] | None:
+    """Open a file that is in the cache, whole, and mark it as used, or return None."""
     if not keep(sha256):
         return None
     try:
-        return open(folder() / sha256, "rb")
+        file = open(folder() / sha256, "rb")  # noqa: SIM115 - returned open
     except FileNotFoundError:
         return None  # evicted in between
+    if size is None:
+        is_whole = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        file.seek(0)
+    else:
+        is_whole = os.fstat(file.fileno()).st_size == size
+    if is_whole:
+        return file
+    file.close()
+    return None
 
 
 def _fetch(uri: str, name: str, sha256: str) -> IO[bytes]:
     """Download one file, check its hash and rename it into place; called with its lock held."""
     partial = folder() / f"{sha256}{PARTIAL}"
-    system, root = remote.filesystem(uri)
     try:
-        with system.open_input_file(f"{root}/{name}") as source:
+        with remote.open_file(uri, name) as source:
             _make_room(source.seek(0, os.SEEK_END), partial)
             for _ in range(2):  # a transfer may corrupt it once
                 source.seek(0)
                 if (found := _copy(source, partial)) == sha256:
                     file = open(partial, "rb")  # noqa: SIM115 - opened before it can be evicted
-                    os.replace(partial, folder() / sha256)
+                    move_durably(partial, folder() / sha256)
                     return file
         raise ValueError(
             f"expected sha256 {sha256[:12]} of {uri}/{name}, found {found[:12]}: the file was "

@@ -6,22 +6,27 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import cast
+from functools import partial
+from typing import IO, cast
 
 import numpy as np
 
-from shards.manifest import Manifest, Shard, Split
-from shards.reader import open_file, open_tokens, read_index
+from shards import remote
+from shards.manifest import DTYPE, Manifest, Shard, Split
+from shards.reader import REMEDY, open_file, parse_index, read_header
+
+BLOCK_BYTES = 1 << 22
 
 
 def verify(manifest: Manifest) -> Iterator[tuple[Shard, list[str]]]:
     """Yield each shard of the dataset, in order, with its faults and its index's, a line each.
 
-    Hashing and NumPy release the interpreter's lock, so as many threads read as there are cores.
+    A remote dataset is read from its store, not from the cache. Hashing and NumPy release the
+    interpreter's lock, so as many threads read as there are cores.
     """
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from zip(shards, pool.map(lambda shard: faults(manifest, shard), shards), strict=True)
+        yield from zip(shards, pool.map(partial(faults, manifest), shards), strict=True)
 
 
 def check(manifest: Manifest, split: str, part: slice = slice(None)) -> None:
@@ -29,50 +34,72 @@ def check(manifest: Manifest, split: str, part: slice = slice(None)) -> None:
     only = replace(manifest, splits={split: Split(manifest.splits[split].shards[part])})
     for _, found in verify(only):
         if found:
-            raise ValueError(f"{found[0]}: restore the shard, or prepare the dataset again")
+            raise ValueError(found[0] if found[0].endswith(REMEDY) else f"{found[0]}: {REMEDY}")
 
 
 def faults(manifest: Manifest, shard: Shard) -> list[str]:
     """Return the faults of one shard and its index: hash, size, id range, documents."""
     found: list[str] = []
-    for check in (_check_tokens, _check_index):
+    for check, name in ((_token_faults, shard.file), (_index_faults, shard.index)):
+        attempt = partial(check, manifest, shard)
         try:
-            found += check(manifest, shard)
+            if manifest.uri:
+                found += remote.retried(attempt, f"read {manifest.location_of(name)}")
+            else:
+                found += attempt()
         except (ValueError, OSError) as error:
             found.append(str(error))
     return found
 
 
-def _check_tokens(manifest: Manifest, shard: Shard) -> Iterator[str]:
-    tokens = open_tokens(manifest, shard)
-    yield from _check_hash(manifest, shard.file, shard.sha256)
-    highest = int(tokens.max(initial=0))
+def _open(manifest: Manifest, name: str) -> IO[bytes]:
+    """Open a file of the dataset; a remote one in its store."""
+    if manifest.uri:
+        return io.BufferedReader(cast(io.RawIOBase, remote.open_file(manifest.uri, name)))
+    return open_file(manifest, name)
+
+
+def _token_faults(manifest: Manifest, shard: Shard) -> list[str]:
+    path, highest, start, at = manifest.location_of(shard.file), 0, 0, 0
+    with _open(manifest, shard.file) as file:
+        digest = hashlib.sha256(read_header(manifest, shard, file))
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            tokens = np.frombuffer(block, DTYPE)
+            if tokens.max() > highest:
+                highest, at = int(tokens.max()), start + int(tokens.argmax())
+            start += len(tokens)
+    found = _hash_faults(path, shard.sha256, digest.hexdigest())
     if highest >= manifest.tokenizer.n_vocab:
-        yield (
-            f"expected ids below {manifest.tokenizer.n_vocab} in "
-            f"{manifest.location_of(shard.file)}, found {highest} at token {np.argmax(tokens)}"
+        found.append(
+            f"expected ids below {manifest.tokenizer.n_vocab} in {path}, found {highest} at token "
+            f"{at}"
         )
+    return found
 
 
-def _check_index(manifest: Manifest, shard: Shard) -> Iterator[str]:
-    index = read_index(manifest, shard)
+def _index_faults(manifest: Manifest, shard: Shard) -> list[str]:
     path = manifest.location_of(shard.index)
-    yield from _check_hash(manifest, shard.index, shard.index_sha256)
+    with _open(manifest, shard.index) as file:
+        content = file.read()
+    index = parse_index(io.BytesIO(content), path)
+    found = _hash_faults(path, shard.index_sha256, hashlib.sha256(content).hexdigest())
     documents = int(np.count_nonzero(~index["continued"].to_numpy()))
     text_bytes = int(index["text_bytes"].to_numpy().sum())
     if (documents, text_bytes) != (shard.documents, shard.text_bytes):
-        yield (
+        found.append(
             f"expected {shard.documents} documents of {shard.text_bytes} bytes in {path}, found "
             f"{documents} of {text_bytes}"
         )
     offsets = index["offset"].to_numpy()
     if offsets[:1].tolist() != [0] or (np.diff(offsets, append=shard.tokens) < 1).any():
-        yield f"expected rising offsets from 0 to below {shard.tokens} in {path}, found others"
+        found.append(
+            f"expected rising offsets from 0 to below {shard.tokens} in {path}, found others"
+        )
+    return found
 
 
-def _check_hash(manifest: Manifest, name: str, expected: str) -> Iterator[str]:
-    with open_file(manifest, name, expected) as file:
-        found = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
-    if found != expected:
-        path = manifest.location_of(name)
-        yield f"expected sha256 {expected[:12]} of {path}, found {found[:12]}"
+def _hash_faults(path: str, expected: str, actual: str) -> list[str]:
+    if actual == expected:
+        return []
+    return [f"expected sha256 {expected[:12]} of {path}, found {actual[:12]}"]

@@ -1,6 +1,7 @@
 """Error handling of every command of the project: one line on stderr for bad input, exit code 2."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -8,6 +9,13 @@ from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # the convention of shells for Ctrl-C
+# Terminal escapes, all line ends, bidirectional overrides, and surrogates, which can't be printed.
+CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(line: str) -> str:
+    """Return a line, of a text or a name, with its control characters escaped as Python does."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), line)
 
 
 @contextmanager
@@ -27,7 +35,7 @@ def one_line_errors(if_interrupted: str = "") -> Iterator[None]:
         print("\ninterrupted" + if_interrupted, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
 
 

@@ -2,7 +2,7 @@
 
 Of a run's `config.json` are read: "fingerprint", "generations" (source → generation), "earlier"
 (the same two, "until" a step, before the run moved to a later generation), and of "config": "data"
-(specs), "seed", "total_batch_size", "shuffle_shards", and "block_size" of its "model".
+(specs), "seed", "total_batch_size", "shuffle_shards", "max_steps", and "block_size" of its "model".
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 
 from shards import stored_json
+from shards.cli import printable
 from shards.manifest import Manifest
 from shards.reader import ShardReader, read_index
 from shards.stream import MixedStream, Mixture
 from shards.tokenizer import Tokenizer, open_tokenizer
 
 SHOWN_CHARACTERS = 200
+MAX_STEPS = 1 << 31  # of a run that does not say its own
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,9 @@ class Row:
             f"row {p.row}"
             for p in self.pieces
         ]
-        if whole:
-            return "\n".join([*lines, self.text])
         shown = " ".join(self.text[: 2 * SHOWN_CHARACTERS].split())[:SHOWN_CHARACTERS]
-        return "\n".join([*lines, f"  {shown}"])
+        lines += self.text.split("\n") if whole else [f"  {shown}"]
+        return "\n".join(map(printable, lines))
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class _Config:
     model: _Model
     data: tuple[str, ...] = ()
     shuffle_shards: int = 0
+    max_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,11 @@ def rows_of(run: Path, step: int, row: int | None, data: Sequence[str]) -> Itera
     """
     record = _read_run(run)
     config, block_size = record.config, record.config.model.block_size
-    rows = config.total_batch_size // block_size
-    if step < 1 or not (row is None or 0 <= row < rows):
+    rows, steps = config.total_batch_size // block_size, config.max_steps or MAX_STEPS
+    if not (1 <= step <= steps and (row is None or 0 <= row < rows)):
         raise ValueError(
-            f"expected --step from 1 and --row from 0 to {rows - 1}, found {step} and {row}: "
-            "steps are counted as in log.txt"
+            f"expected --step from 1 to {steps} and --row from 0 to {rows - 1}, found {step} and "
+            f"{row}: steps are counted as in log.txt"
         )
     mixture = _open_data(record, step, list(data or config.data))
     tokenizer = open_tokenizer(mixture.tokenizer)

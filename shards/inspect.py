@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.cli import printable
 from shards.files import atomic_file
 from shards.manifest import Manifest, TokenizerIdentity
 from shards.reader import evenly_spaced, open_tokens, read_index
@@ -152,13 +153,13 @@ def as_text(description: dict[str, Any]) -> str:
         f"tokenizer    {vocabulary['name']}, {vocabulary['n_vocab']:,} ids, <|endoftext|> "
         f"{vocabulary['eot']}, hash {vocabulary['hash'][:12]}",
         f"split        {rule['rule']}" + (f" ({settings})" if settings else ""),
-        f"documents    {counts['read']:,} read = {' + '.join(outcomes)}",
+        f"documents    {counts.get('read', 0):,} read = {' + '.join(outcomes)}",
     ]
     for name, split in description["splits"].items():
         lines += _split_lines(name, split, total)
     lines.append(f"sources      {sources['files']:,}, {sources['bytes']:,} bytes; the largest:")
     lines += [f"  {source['bytes']:>15,}  {source['name']}" for source in sources["largest"]]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _split_lines(name: str, split: dict[str, Any], total: int) -> list[str]:

@@ -24,6 +24,7 @@ from shards.reader import REMEDY, ShardReader, open_tokens
 from shards.stream import MixedStream, Mixture
 
 STATE_VERSION = 2
+MAX_POSITION = 1 << 62  # positions, and sums of them with a batch, are computed in 64 bits
 # Tokens read at once, sorted by shard: one call per window would take as long as the window. The
 # first read is one batch, each later one twice as many, so that the first batch need not wait.
 READ_TOKENS = 1 << 22
@@ -55,8 +56,7 @@ class BatchReader:
     ) -> None:
         self.batch_size, self.width = batch_size, block_size + 1
         self.rank, self.world_size = rank, world_size
-        count = len(mixture.manifests)
-        self._readers = [ShardReader(manifest, split, count) for manifest in mixture.manifests]
+        self._readers = [ShardReader(manifest, split) for manifest in mixture.manifests]
         self.stream = MixedStream(mixture, split, block_size, seed, shuffle_shards)
         _check_cache(self._readers, shuffle_shards)
         self._check: BackgroundCheck | None = None
@@ -198,7 +198,9 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
     [k * batch_size * world_size, (k + 1) * batch_size * world_size) of the stream, rank r the r-th
     part of them. Every window of the split is served once per epoch, each source of a mixture
     having epochs of its own; batches may straddle epochs. With `shuffle_shards` only that many
-    shards are shuffled together. `wait_seconds` is the time spent inside `next`.
+    shards are shuffled together. `wait_seconds` is the time spent inside `next`. x and y share
+    memory: clone one before writing to it. Threads may share a loader, each batch goes to one of
+    them; pickled, as for a spawned process, it is opened again at its position.
 
     Raises FileNotFoundError or ValueError for a dataset that is missing, altered or shorter than
     one block, and ValueError for impossible sizes and ranks.
@@ -216,12 +218,15 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         device: str | torch.device = "cpu",
         shuffle_shards: int = 0,
     ) -> None:
-        sizes = (batch_size, block_size, world_size)
-        if min(sizes) < 1 or not 0 <= rank < world_size or min(seed, shuffle_shards) < 0:
+        sizes = (batch_size, block_size, world_size, rank, seed, shuffle_shards)
+        if (
+            any(type(size) is not int or not 0 <= size < MAX_POSITION for size in sizes)
+            or min(batch_size, block_size) < 1
+            or rank >= world_size
+        ):
             raise ValueError(
                 "expected batch_size, block_size, world_size >= 1, 0 <= rank < world_size and "
-                f"seed, shuffle_shards >= 0, found {batch_size}, {block_size}, {world_size}, "
-                f"{rank}, {seed} and {shuffle_shards}"
+                f"seed, shuffle_shards >= 0, all int, found {', '.join(map(repr, sizes))}"
             )
         if not isinstance(data, Mixture):
             data = Mixture.load([str(data)] if isinstance(data, str | Path) else data)
@@ -235,6 +240,7 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         self.device = torch.device(device)
         self.wait_seconds = 0.0
         self._position = 0
+        self._lock = threading.Lock()
         self._thread = _reading_thread(self.device) if self.device.type == "cuda" else None
         self._prefetched: deque[Future[torch.Tensor]] = deque()
 
@@ -250,15 +256,16 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         started = time.perf_counter()
-        if self._thread:
-            while len(self._prefetched) <= PREFETCH:
-                self._prefetched.append(self._thread.submit(self._read_pinned))
-            batch = self._prefetched.popleft().result()
-        else:
-            batch = torch.from_numpy(self._reader.read())
-        windows = to_int64(batch, self.device)  # (B, T + 1)
-        self._position += self.batch_size * self.world_size
-        self.wait_seconds += time.perf_counter() - started
+        with self._lock:
+            if self._thread:
+                while len(self._prefetched) <= PREFETCH:
+                    self._prefetched.append(self._thread.submit(self._read_pinned))
+                batch = self._prefetched.popleft().result()
+            else:
+                batch = torch.from_numpy(self._reader.read())
+            windows = to_int64(batch, self.device)  # (B, T + 1)
+            self._position += self.batch_size * self.world_size
+            self.wait_seconds += time.perf_counter() - started
         return windows[:, :-1], windows[:, 1:]
 
     def _read_pinned(self) -> torch.Tensor:
@@ -299,17 +306,26 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
                     f"expected a loader state with {name} {own[name]}, found {state.get(name)}: "
                     "resume with the datasets and the settings with which the run was started"
                 )
-        if type(position) is not int or position < 0:
+        if type(position) is not int or not 0 <= position < MAX_POSITION:
             raise ValueError(
                 f"expected a loader state with a position from 0, found {position!r}: resume from "
                 "another checkpoint"
             )
-        for batch in self._prefetched:
-            if not batch.cancel():
-                batch.exception()  # wait for the one being read
-        self._prefetched.clear()
-        self._reader.seek(position)
-        self._position = position
+        with self._lock:
+            for batch in self._prefetched:
+                if not batch.cancel():
+                    batch.exception()  # wait for the one being read
+            self._prefetched.clear()
+            self._reader.seek(position)
+            self._position = position
+
+    __setstate__ = load_state_dict
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arguments and the state, not the open files."""
+        sizes = (self.batch_size, self.block_size, self.rank, self.world_size)
+        more = (self.seed, self.device, self.shuffle_shards)
+        return TokenLoader, (self.mixture, self.split, *sizes, *more), self.state_dict()
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (source, shard, first token) of the stream's windows at `positions`, each (N,)."""

@@ -10,7 +10,7 @@ import gc
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -40,7 +40,8 @@ INDEX_SCHEMA = pa.schema(
         ("continued", pa.bool_()),
     ]
 )
-PLAIN_NAME = re.compile(r"\w[^/\\:]*")
+PLAIN_NAME = re.compile(r"\w[^/\\:\x00-\x1f\x7f-\x9f]*")
+SHA256 = re.compile("[0-9a-f]{64}")
 # Stored beside the fields of the dataclasses, from which `to_json` computes them.
 DERIVED = {"dtype", "fingerprint", "checksum", "tokens", "documents", "text_bytes"}
 REMEDY = "restore it or prepare again"
@@ -165,7 +166,7 @@ class Manifest:
             _check_hash("checksum", raw, checksum(raw), path)
             values = raw | {"folder": location, "uri": uri}
             manifest = stored_json.build(cls, values, path, retired=DERIVED, remedy=REMEDY)
-        _check_names(manifest, path)
+        _check_values(manifest, path)
         _check_hash("fingerprint", raw, manifest.fingerprint, path)
         return manifest
 
@@ -241,10 +242,11 @@ class Manifest:
 
 def _read_local(folder: Path) -> bytes:
     path = folder / FILE_NAME
-    if not path.exists():
+    if not path.is_file():  # a FIFO would be waited for
+        found = "another kind of file" if path.exists() else "none"
         raise FileNotFoundError(
             f"expected a dataset with {FILE_NAME} in {folder}, found "
-            f"{'none' if folder.is_dir() else 'no such folder'}: make one with "
+            f"{found if folder.is_dir() else 'no such folder'}: make one with "
             f"`python -m prepare SOURCE --out {folder}` (an unfinished one: the same command again)"
         )
     return path.read_bytes()
@@ -276,18 +278,36 @@ def _check_hash(name: str, raw: dict[str, Any], computed: str, path: str | Path)
         )
 
 
-def _check_names(manifest: Manifest, path: str | Path) -> None:
-    """Raise ValueError for other splits than `SPLITS`, and for files outside the folder."""
+def _check_values(manifest: Manifest, path: str | Path) -> None:
+    """Raise ValueError for other splits than `SPLITS` and for a value that is out of its range."""
     if sorted(manifest.splits) != sorted(SPLITS):
         raise ValueError(
             f"expected the splits {' and '.join(SPLITS)} in {path}, found "
             f"{', '.join(manifest.splits) or 'none'}: {REMEDY}"
         )
-    for split in manifest.splits.values():
-        names = [name for shard in split.shards for name in (shard.file, shard.index)]
-        if not all(map(PLAIN_NAME.fullmatch, names)):
-            other = next(name for name in names if not PLAIN_NAME.fullmatch(name))
-            raise ValueError(
-                f"expected plain file names in {path}, found {other!r}: a dataset's files are in "
-                "its own folder; don't use this one"
-            )
+    identity, sources, last = manifest.tokenizer, manifest.sources, manifest.generation
+    shards = [shard for split in SPLITS for shard in manifest.splits[split].shards]
+    # By whole columns: a dataset has up to 100,000 shards.
+    files = [name for shard in shards for name in (shard.file, shard.index)]
+    hashes = [text for shard in shards for text in (shard.sha256, shard.index_sha256)]
+    sizes = [n for shard in shards for n in (shard.tokens, shard.documents, shard.text_bytes)]
+    rules: tuple[tuple[str, Iterable[Any], Callable[[Any], object]], ...] = (
+        ("plain file names of its own folder", files, PLAIN_NAME.fullmatch),
+        ("hashes of 64 hex digits", [identity.hash, *hashes], SHA256.fullmatch),
+        ("sizes of shards from 0", sizes, range(1 << 44).__contains__),  # all together in 64 bits
+        ("sizes from 0", [source.bytes for source in sources], range(1 << 62).__contains__),
+        ("counts from 0", manifest.counts.values(), range(1 << 62).__contains__),
+        ("a generation from 0", [last], range(1 << 31).__contains__),
+        (
+            f"generations up to {last}",
+            [*(source.generation for source in sources), *(s.generation for s in shards)],
+            range(last + 1).__contains__,
+        ),
+        ("1 to 65536 token ids", [identity.n_vocab], range(1, 1 << 16 | 1).__contains__),
+        ("an eot among its ids", [identity.eot], range(identity.n_vocab).__contains__),
+        ("a rule of the split", [manifest.split_rule.get("rule")], lambda x: isinstance(x, str)),
+    )
+    for expected, values, is_right in rules:
+        if not all(map(is_right, values)):
+            other = next(value for value in values if not is_right(value))
+            raise ValueError(f"expected {expected} in {path}, found {other!r}: {REMEDY}")

@@ -5,7 +5,8 @@ B windows of up to T + 1 tokens, D documents. Anything not as the manifest says 
 
 import mmap
 import os
-from collections import OrderedDict
+import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import IO
@@ -27,13 +28,13 @@ REMEDY = "restore it, or prepare the dataset again"
 
 
 class ShardReader:
-    """Memory maps of the shards of one split, opened on first use and closed by least recent use.
+    """Memory maps of the shards of one split, opened on first use, the oldest closed first.
 
-    `readers` is how many readers share the limit on open maps. Raises ValueError for a split
-    without shards, FileNotFoundError if one is missing from the folder.
+    All readers of the process share one limit on open maps. Raises ValueError for a split without
+    shards, FileNotFoundError if one is missing from the folder.
     """
 
-    def __init__(self, manifest: Manifest, split: str, readers: int = 1) -> None:
+    def __init__(self, manifest: Manifest, split: str) -> None:
         if split not in manifest.splits or not manifest.splits[split].shards:
             raise ValueError(
                 f"expected shards for the split {split!r} in {manifest.location}, found none: "
@@ -43,17 +44,21 @@ class ShardReader:
         self.shards = manifest.splits[split].shards
         if not manifest.uri:
             _check_presence(manifest, self.shards)
-        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._max_open = max(1, max_open() // readers)
+        self._open: dict[int, np.ndarray] = {}
+        with _opening:
+            _readers.add(self)
         self._is_large = sum(shard.tokens for shard in self.shards) > LARGE_TOKENS
 
     def tokens(self, index: int) -> np.ndarray:
         """Return token ids of shard `index`, (n_tokens,) uint16, a read-only view of the file."""
         view = self._open.get(index)
         if view is None:
-            view = self._open[index] = open_tokens(self.manifest, self.shards[index])
-            if len(self._open) > self._max_open:
-                self._open.popitem(last=False)
+            view = open_tokens(self.manifest, self.shards[index])
+            with _opening:
+                self._open[index] = view
+                if sum(len(reader._open) for reader in _readers) > max_open():
+                    fullest = max(_readers, key=lambda reader: len(reader._open))
+                    fullest._open.pop(next(iter(fullest._open)), None)
         return view
 
     def fetch_ahead(self, indices: Iterable[int]) -> None:
@@ -67,13 +72,17 @@ class ShardReader:
         if self.manifest.uri:
             for index in list(self._open):
                 if not cache.keep(self.shards[index].sha256):
-                    del self._open[index]
+                    self._open.pop(index, None)
 
     def release_pages(self) -> None:
         """Release the memory of a large split with madvise(MADV_DONTNEED); the maps stay valid."""
         if self._is_large and hasattr(mmap, "MADV_DONTNEED"):
-            for view in self._open.values():
+            for view in list(self._open.values()):
                 _map_of(view).madvise(mmap.MADV_DONTNEED)
+
+
+_readers: "weakref.WeakSet[ShardReader]" = weakref.WeakSet()
+_opening = threading.Lock()
 
 
 def max_open() -> int:
@@ -97,20 +106,21 @@ def _check_presence(manifest: Manifest, shards: Sequence[Shard]) -> None:
         )
 
 
-def open_file(manifest: Manifest, file: str, sha256: str) -> IO[bytes]:
+def open_file(
+    manifest: Manifest, file: str, sha256: str = "", size: int | None = None
+) -> IO[bytes]:
     """Open one of the dataset's files; a remote one is fetched, checked and kept in the cache.
 
     Raises FileNotFoundError if there is none; for a remote one also ValueError if its content has
     another hash, and OSError if it can't be read.
     """
     if manifest.uri:
-        return cache.open_file(manifest.uri, file, sha256)
-    try:
-        return open(manifest.path(file), "rb")
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"expected {manifest.path(file)}, found no such file: {REMEDY}"
-        ) from None
+        return cache.open_file(manifest.uri, file, sha256, size)
+    path = manifest.path(file)
+    if not path.is_file():  # a FIFO would be waited for
+        found = "something else" if path.exists() else "no such file"
+        raise FileNotFoundError(f"expected the file {path}, found {found}: {REMEDY}")
+    return open(path, "rb")
 
 
 def open_tokens(manifest: Manifest, shard: Shard) -> np.ndarray:
@@ -118,18 +128,29 @@ def open_tokens(manifest: Manifest, shard: Shard) -> np.ndarray:
 
     Raises as `open_file`, and ValueError if the file is not as the manifest says.
     """
-    # Compared, not parsed: NumPy parses headers as Python, which fails in threads of Python 3.11.
-    header, size = npy_header(shard.tokens), shard.file_bytes
-    with open_file(manifest, shard.file, shard.sha256) as file:
-        found = (os.fstat(file.fileno()).st_size, file.read(len(header)) == header)
-        if found != (size, True):
-            raise ValueError(
-                f"expected {shard.tokens} tokens of {DTYPE} in {manifest.location_of(shard.file)}, "
-                f"a .npy file of {size} bytes, found {found[0]}"
-                f"{'' if found[1] else ' with another header'}: {REMEDY}"
-            )
+    with open_file(manifest, shard.file, shard.sha256, shard.file_bytes) as file:
+        start = len(read_header(manifest, shard, file))
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(content, DTYPE, shard.tokens, len(header))
+    return np.frombuffer(content, DTYPE, shard.tokens, start)
+
+
+def read_header(manifest: Manifest, shard: Shard, file: IO[bytes]) -> bytes:
+    """Read the header of an open token file, up to its first token.
+
+    Raises ValueError if the header or the file's size is not as the manifest says.
+    """
+    # Compared, not parsed: NumPy parses headers as Python, which fails in threads of Python 3.11.
+    header = npy_header(shard.tokens)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    is_header = file.read(len(header)) == header
+    if (size, is_header) != (shard.file_bytes, True):
+        raise ValueError(
+            f"expected {shard.tokens} tokens of {DTYPE} in {manifest.location_of(shard.file)}, a "
+            f".npy file of {shard.file_bytes} bytes, found {size}"
+            f"{'' if is_header else ' with another header'}: {REMEDY}"
+        )
+    return header
 
 
 def _map_of(view: np.ndarray) -> mmap.mmap:
@@ -144,13 +165,17 @@ def read_index(manifest: Manifest, shard: Shard) -> pa.Table:
 
     Raises as `open_file`, and ValueError if the file is not such an index.
     """
-    name = manifest.location_of(shard.index)
-    with open_file(manifest, shard.index, shard.index_sha256) as content:
-        try:
-            with pq.ParquetFile(content) as file:
-                index = file.read()
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"expected a whole index in {name}, found {error}: {REMEDY}") from None
+    with open_file(manifest, shard.index, shard.index_sha256) as file:
+        return parse_index(file, manifest.location_of(shard.index))
+
+
+def parse_index(content: IO[bytes], name: str) -> pa.Table:
+    """Return the index in an open file, called `name` in errors. Raises as `read_index`."""
+    try:
+        with pq.ParquetFile(content) as file:
+            index = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"expected a whole index in {name}, found {error}: {REMEDY}") from None
     if index.schema != INDEX_SCHEMA:
         raise ValueError(
             f"expected the columns {', '.join(INDEX_SCHEMA.names)} in {name}, found "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
-from pyarrow import fs
+from pyarrow import NativeFile, fs
 
 Result = TypeVar("Result")
 
@@ -50,13 +50,18 @@ def client(base: str, query: str, process: int) -> tuple[fs.FileSystem, str]:
     return system, root.strip("/")
 
 
+def open_file(folder: str, name: str) -> NativeFile:
+    """Open a file in a remote folder. Raises OSError without a retry."""
+    system, root = filesystem(folder)
+    return system.open_input_file(f"{root}/{name}")
+
+
 def read(folder: str, name: str) -> bytes:
     """Return the content of a file in a remote folder. Raises as `retried`."""
-    system, root = filesystem(folder)
 
     def read_all() -> bytes:
-        with system.open_input_stream(f"{root}/{name}", compression=None) as stream:
-            return stream.read()
+        with open_file(folder, name) as file:
+            return file.read()
 
     return retried(read_all, f"read {folder}/{name}")
 

@@ -1,6 +1,7 @@
 """`python -m shards explain`: rows of a step, checked against what the loader hands out."""
 
 import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def write_run(run: Path, specs: list[str], **more: Any) -> Path:
     mixture = Mixture.load(specs)
     config = {
         "data": specs, "seed": 7, "total_batch_size": ROWS * BLOCK, "shuffle_shards": 0,
-        "model": {"block_size": BLOCK}, "micro_batch": 2,
+        "model": {"block_size": BLOCK}, "micro_batch": 2, "max_steps": 20,
     }  # fmt: skip
     identity = {"fingerprint": mixture.fingerprint, "generations": mixture.generations}
     run.mkdir(exist_ok=True)
@@ -159,7 +160,9 @@ def test_what_can_not_be_explained(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "run", [str(folders["web"])])
-    refused(capsys, "expected --step from 1 and --row", "--run", run, "--step", 0)
+    refused(capsys, "expected --step from 1 to 20 and --row", "--run", run, "--step", 0)
+    refused(capsys, "expected --step from 1 to 20 and --row", "--run", run, "--step", 21)
+    assert explained(capsys, "--run", run, "--step", 20)
     refused(capsys, "from 0 to 5, found 1 and 6", "--run", run, "--step", 1, "--row", 6)
     refused(capsys, "config.json", "--run", tmp_path / "none", "--step", 1)
     other = ("--data", str(folders["code"]))
@@ -171,3 +174,39 @@ def test_what_can_not_be_explained(
     refused(capsys, "expected a JSON object", "--run", run, "--step", 1)
     write_run(run, [str(folders["web"])], config={"seed": "7"})
     refused(capsys, "type int for config.seed", "--run", run, "--step", 1)
+
+
+def test_control_characters_are_escaped_for_people(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "web"
+    made = text_dataset(folder, [["\x1b]0;owned\x07 \x1b[2J\tand é\nanother line " * 4]])
+    source = replace(made.sources[0], name="a\x1b[31m\n.txt")
+    replace(made, sources=(source, *made.sources[1:])).save(folder)
+    run = write_run(tmp_path / "run", [str(folder)])
+    for command in (
+        ["explain", "--run", run, "--step", 1],
+        ["explain", "--run", run, "--step", 1, "--row", 0],
+        ["show", folder, "--split", "train"],
+        ["info", folder],
+    ):
+        capsys.readouterr()
+        assert main(list(map(str, command))) == 0
+        out = capsys.readouterr().out
+        assert not set(out) & set(map(chr, (*range(9), *range(11, 32), 127)))
+        assert "a\\x1b[31m\\n.txt" in out
+    assert "\\x1b]0;owned\\x07 \\x1b[2J\tand é\nanother line" in show(folder, capsys)
+    row = explained(capsys, "--run", run, "--step", 1)[0]
+    assert "\x1b" in row["pieces"][0]["file"], "--json is for programs"
+
+
+def show(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(["show", str(folder), "--split", "train"]) == 0
+    return capsys.readouterr().out
+
+
+def test_an_error_names_a_file_without_its_escapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, "no\\x1b[2Jrun", "--run", tmp_path / "no\x1b[2Jrun", "--step", 1)

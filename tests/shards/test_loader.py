@@ -1,9 +1,13 @@
 """Every window once, one cursor (promises 4 and 5), on shards whose ids say where they lie."""
 
+import copy
 import json
+import pickle
+import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
 from pathlib import Path
 from re import escape
@@ -520,7 +524,7 @@ def test_a_state_of_version_1_is_refused(folders: dict[str, Path]) -> None:
         loader.load_state_dict(state | {"version": 1, "generation": 0})
 
 
-@pytest.mark.parametrize("position", [-1, "3", 2.0, True, None])
+@pytest.mark.parametrize("position", [-1, "8", 1.5, True, None, 1 << 62, 1 << 70])
 def test_a_position_that_can_not_be(folders: dict[str, Path], position: object) -> None:
     loader = TokenLoader(folders["one"], "train", 2, 8)
     state = loader.state_dict()
@@ -592,6 +596,11 @@ def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
         {"batch_size": 0},
         {"block_size": 0},
         {"seed": -1},
+        {"seed": 1 << 64},
+        {"seed": 1.0},
+        {"batch_size": 2.0},
+        {"block_size": True},
+        {"shuffle_shards": "1"},
     ],
 )
 def test_sizes_and_ranks_that_can_not_be(folders: dict[str, Path], wrong: dict[str, int]) -> None:
@@ -676,3 +685,48 @@ def test_time_inside_next_is_counted(dataset: Manifest, monkeypatch: pytest.Monk
     for _ in range(3):
         next(loader)
     assert loader.wait_seconds >= 0.03
+
+
+def test_all_loaders_share_one_limit_on_open_files(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    arange_dataset(tmp_path, [20] * 120)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        loaders = [TokenLoader(tmp_path, "train", 4, 8, seed=seed) for seed in range(3)]
+        for loader in loaders:
+            rows(loader, loader.windows_per_epoch // 4)
+        held = [len(loader._reader._readers[0]._open) for loader in loaders]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sum(held) <= 100 and min(held) > 0
+
+
+def test_threads_that_share_a_loader_get_each_batch_once(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = stream(folders["many"], 400, 8)
+    loader = TokenLoader(folders["many"], "train", 1, 8)
+    read = loader._reader.read
+    # Another thread's turn comes between reading a batch and copying it.
+    monkeypatch.setattr(loader._reader, "read", lambda: (read(), time.sleep(0))[0])
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            taken = list(pool.map(lambda _: rows(loader, 100), range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert sorted(np.concatenate(taken).tolist()) == sorted(whole.tolist())
+    assert loader.state_dict()["position"] == 400
+
+
+def test_a_pickled_loader_continues_at_its_position(folders: dict[str, Path]) -> None:
+    specs = [f"a=2:{folders['many']}", f"b=1:{folders['ragged']}"]
+    loader = TokenLoader(specs, "train", 3, 8, rank=1, world_size=2, seed=5, shuffle_shards=2)
+    rows(loader, 7)
+    copies = [pickle.loads(pickle.dumps(loader)), copy.deepcopy(loader)]
+    expected = rows(loader, 20)
+    for other in copies:
+        assert np.array_equal(rows(other, 20), expected)
+        assert other.state_dict() == loader.state_dict()

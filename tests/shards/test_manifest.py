@@ -1,6 +1,7 @@
 """A dataset's identity (promise 10): what is read back, what is refused, and generations."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.checks import verify
+from shards import remote
+from shards.checks import check, verify
 from shards.manifest import FILE_NAME, Manifest, Shard, Source, Split, checksum
 from tests.shards.support import arange_dataset, grown
 
@@ -158,7 +160,7 @@ def test_an_altered_count_or_index(manifest: Manifest, field: str) -> None:
 def test_a_file_name_that_leaves_the_folder(manifest: Manifest, name: str, field: str) -> None:
     edit(manifest, lambda raw: raw["splits"]["val"]["shards"][0].update({field: name}))
     edit(manifest, sign)
-    refused(manifest, "expected plain file names .* don't use this one")
+    refused(manifest, "expected plain file names of its own folder in .*: restore it or prepare")
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -226,3 +228,57 @@ def test_a_generation_that_is_not_there(manifest: Manifest) -> None:
     for generation in (2, -1):
         with pytest.raises(ValueError, match=f"generation from 0 to 1 .*found {generation}"):
             Manifest.load(manifest.folder, generation)
+
+
+def out_of_range() -> Iterator[tuple[str, Callable[[dict[str, Any]], object]]]:
+    def shard(raw: dict[str, Any]) -> dict[str, Any]:
+        return raw["splits"]["train"]["shards"][1]
+
+    for field in ("sha256", "index_sha256"):
+        for value in ("../../other", "/etc/passwd", "", "A" * 64, "0" * 63, "0" * 64 + "\n"):
+            yield "hashes of 64", lambda raw, f=field, v=value: shard(raw).update({f: v})
+    yield "hashes of 64", lambda raw: raw["tokenizer"].update(hash="none")
+    for field in ("tokens", "documents", "text_bytes"):
+        for value in (-1, 1 << 44):
+            yield "sizes of shards", lambda raw, f=field, v=value: shard(raw).update({f: v})
+    yield "sizes from 0", lambda raw: raw["sources"][0].update(bytes=-1)
+    yield "counts from 0", lambda raw: raw["counts"].update(read=-1)
+    yield "a generation from 0", lambda raw: raw.update(generation=-1)
+    yield "generations up to 0", lambda raw: shard(raw).update(generation=1)
+    yield "generations up to 0", lambda raw: raw["sources"][0].update(generation=-1)
+    yield "token ids", lambda raw: raw["tokenizer"].update(n_vocab=0)
+    yield "token ids", lambda raw: raw["tokenizer"].update(n_vocab=(1 << 16) + 1)
+    yield "an eot", lambda raw: raw["tokenizer"].update(eot=1 << 16)
+    yield "a rule", lambda raw: raw.update(split_rule={})
+    yield "plain file names", lambda raw: shard(raw).update(file="a\x1b[2J.npy")
+
+
+@pytest.mark.parametrize(("words", "change"), list(out_of_range()))
+def test_a_value_out_of_range(
+    manifest: Manifest, words: str, change: Callable[[dict[str, Any]], object]
+) -> None:
+    edit(manifest, change)
+    edit(manifest, sign)
+    refused(manifest, f"expected .*{words}")
+
+
+def test_a_hash_that_is_a_path_touches_no_file(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(manifest, lambda raw: raw["splits"]["val"]["shards"][0].update(sha256="../victim"))
+    edit(manifest, sign)
+    content = (manifest.folder / FILE_NAME).read_bytes()
+    monkeypatch.setattr(remote, "read", lambda folder, name: content)
+    with pytest.raises(ValueError, match=r"hashes of 64 hex digits in s3://.*'\.\./victim'"):
+        Manifest.load("s3://bucket/data")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
+@pytest.mark.parametrize("name", [FILE_NAME, "train_00001.npy", "train_00001.docs.parquet"])
+def test_a_fifo_is_refused_not_waited_for(manifest: Manifest, name: str) -> None:
+    path = manifest.folder / name
+    path.unlink()
+    os.mkfifo(path)
+    refusals = (FileNotFoundError, ValueError)
+    with pytest.raises(refusals, match=rf"{name}.* found (something else|another kind)"):
+        check(Manifest.load(manifest.folder), "train")

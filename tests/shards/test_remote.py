@@ -19,7 +19,7 @@ from shards import cache, inspect, remote
 from shards.checks import verify
 from shards.loader import BackgroundCheck, BatchReader, TokenLoader
 from shards.manifest import FILE_NAME, Manifest
-from shards.reader import EvalWindows, token_counts
+from shards.reader import EvalWindows, open_tokens, read_index, token_counts
 from shards.stream import Mixture
 from tests.prepare.proxy import FAULTS, Proxy
 from tests.s3 import s3_server
@@ -179,6 +179,53 @@ def test_an_altered_shard_is_refused_on_arrival(
         rows(uri)
     shards = local.splits["train"].shards
     assert cached(tmp_path / "cache") <= {shard.sha256 for shard in shards} - {shards[1].sha256}
+
+
+@pytest.mark.parametrize("size", [0, 64, 200])
+def test_a_damaged_file_in_the_cache_is_fetched_again(
+    uri: str, local: Manifest, tmp_path: Path, proxy: Proxy, size: int
+) -> None:
+    manifest = Manifest.load(uri)
+    shard = manifest.splits["train"].shards[1]
+    for _ in range(2):
+        assert open_tokens(manifest, shard)[-1] == open_tokens(local, shard)[-1]
+        assert read_index(manifest, shard) == read_index(local, shard)
+        for name in (shard.sha256, shard.index_sha256):
+            path = tmp_path / "cache" / name
+            path.write_bytes(path.read_bytes()[:size])
+    assert gets(proxy, shard.file) == gets(proxy, shard.index) == 2
+
+
+def test_what_is_fetched_is_on_disk_before_it_has_its_name(
+    uri: str, local: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *a: (events.append("replace"), replace(*a)))
+    shard = local.splits["train"].shards[1]
+    cache.open_file(uri, shard.file, shard.sha256).close()
+    assert events == ["fsync", "replace"]
+
+
+def test_verify_reads_the_store_and_not_the_cache(
+    uri: str, bucket: fs.FileSystem, tmp_path: Path, local: Manifest
+) -> None:
+    manifest = Manifest.load(uri)
+    rows(uri)
+    shards = local.splits["train"].shards
+    cached_file = tmp_path / "cache" / shards[3].sha256
+    cached_file.write_bytes(bytes(cached_file.stat().st_size))
+    assert not any(faults for _, faults in verify(manifest)), "the cache is not the dataset"
+    content = bytearray(local.path("train_00001.npy").read_bytes())
+    content[1000] ^= 1
+    with bucket.open_output_stream(f"{uri.removeprefix('s3://')}/train_00001.npy") as out:
+        out.write(bytes(content))
+    with bucket.open_output_stream(f"{uri.removeprefix('s3://')}/train_00002.npy") as out:
+        out.write(local.path("train_00002.npy").read_bytes()[:-1])
+    found = [line for _, faults in verify(manifest) for line in faults]
+    assert len(found) == 2 and "expected sha256" in found[0]
+    assert f"{uri}/train_00002.npy, a .npy file of 256 bytes, found 255" in found[1]
 
 
 def test_the_background_check_compares_sizes(uri: str, bucket: fs.FileSystem) -> None:
