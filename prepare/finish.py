@@ -79,16 +79,18 @@ def _counts(plan: Plan, results: list[UnitResult], written: int) -> dict[str, in
     return counts
 
 
-def quarantine(plan: Plan, results: Sequence[UnitResult], earlier: list[Entry]) -> list[Entry]:
-    """List the bad documents in plan order, after those of `earlier` generations."""
-    entries = [entry for entry in earlier if entry.generation < plan.generation]
+def quarantine(plan: Plan, results: Sequence[UnitResult]) -> list[Entry]:
+    """List the bad documents in plan order."""
     listed: list[BadDocuments] = []
     for bad in (plan.bad, *(result.bad for result in results)):
         list_bad(listed, bad)
-    for one in listed:
-        values = asdict(one) | {"source": plan.files[one.source].name}
-        entries.append(Entry(**values, generation=plan.generation))
-    return entries
+    values = [asdict(one) | {"source": plan.files[one.source].name} for one in listed]
+    return [Entry(**one, generation=plan.generation) for one in values]
+
+
+def text_bytes(results: Sequence[UnitResult]) -> int:
+    """Return the bytes of text in the shards of some units."""
+    return sum(shard.text_bytes for result in results for shard in result.all_shards())
 
 
 def _allowed(max_bad: int | None, documents: int, text: int) -> tuple[int, int]:
@@ -182,13 +184,13 @@ def summary(
     counts, splits = manifest.counts, manifest.splits
     tokens = sum(split.tokens for split in splits.values())
     text = sum(split.text_bytes for split in splits.values())
-    new = sum(shard.text_bytes for result in results for shard in result.all_shards()) / 1e6
+    new = text_bytes(results)
     duplicates = f" + {counts['duplicates']:,} duplicates" if counts.get("duplicates") else ""
     lines = [
         f"documents  {counts['read']:,} read = {counts['written']:,} written + "
         f"{counts['empty']:,} empty + {counts['quarantined']:,} quarantined{duplicates}",
-        *losses(entries, text),
-        f"text       {new:,.1f} MB in {seconds:.1f} s, {new / seconds:,.1f} MB/s",
+        *losses(entries, new),
+        f"text       {new / 1e6:,.1f} MB in {seconds:.1f} s, {new / 1e6 / seconds:,.1f} MB/s",
         f"tokens     {tokens:,}, {text / tokens:.2f} bytes each",
     ]
     for name, split in splits.items():

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 from typing import Any, TypeVar
@@ -64,6 +64,8 @@ def run(options: Options) -> None:
             return
         if manifest and new_plan.generation != manifest.generation + 1:
             new_plan = make_plan(options, manifest)  # another append ended meanwhile
+        if manifest:
+            _check_shards(workspace, manifest)  # before hours of work, and again after them
         plan = start_or_resume(options, workspace, new_plan)
         if not options.finish:
             _run_units(plan, workspace, options)
@@ -89,7 +91,7 @@ def _restore(
     }
     units = [unit for unit in plan.units if unit.number in numbers]
     if len(units) < len(numbers):
-        raise ValueError(_missing(workspace, faulty))
+        _check_shards(workspace, manifest)
     if units:
         print(
             f"Preparing {len(units)} of {len(plan.units)} units anew: {len(faulty)} shards are "
@@ -106,12 +108,14 @@ def _restore(
         workspace.store_plan(plan)
 
 
-def _missing(workspace: Workspace, faulty: Collection[str]) -> str:
-    """Return the message for shards that no command given can prepare anew."""
-    return (
-        f"expected all shards in {workspace.folder}, found {len(faulty)} missing or damaged "
-        f"({min(faulty)}, ...): restore them, or run the command that made them again"
-    )
+def _check_shards(workspace: Workspace, manifest: Manifest) -> None:
+    """Raise ValueError if a shard of a dataset is missing or damaged."""
+    shards = (shard for split in manifest.splits.values() for shard in split.shards)
+    if faulty := workspace.faulty(shards):
+        raise ValueError(
+            f"expected all shards in {workspace.folder}, found {len(faulty)} missing or damaged "
+            f"({min(faulty)}, ...): restore them, or run the command that made them again"
+        )
 
 
 def _complete_dataset(workspace: Workspace) -> Manifest:
@@ -181,31 +185,27 @@ def _judged(
         documents += sum(one.documents for one in result.bad)
         lost += sum(one.bytes for one in result.bad)
         if finish.is_hopeless(documents, lost, weight, max_bad):
-            read = sum(result.read for result in seen) + sum(one.documents for one in plan.bad)
-            text = sum(shard.text_bytes for result in seen for shard in result.all_shards())
-            _check_bad(plan, workspace, seen, read, text, max_bad)
+            _check_bad(plan, workspace, seen, max_bad)
         if len(seen) > len(finished):
             yield result
 
 
 def _check_bad(
-    plan: Plan,
-    workspace: Workspace,
-    results: Sequence[UnitResult],
-    documents: int,
-    text: int,
-    max_bad: int | None,
+    plan: Plan, workspace: Workspace, results: Sequence[UnitResult], max_bad: int | None
 ) -> list[finish.Entry]:
-    """Write quarantine.jsonl and return its entries. Raises ValueError if too much is bad.
+    """Write quarantine.jsonl and return the entries of this generation.
 
-    `documents` were read, and `text` bytes of them written.
+    Raises ValueError if too much of what was read for it is bad.
     """
     folder = workspace.folder
     earlier = finish.read_quarantine(folder.read(QUARANTINE) or b"", f"{folder}/{QUARANTINE}")
+    earlier = [entry for entry in earlier if entry.generation < plan.generation]
     results = sorted(results, key=lambda result: result.unit)
-    entries = finish.quarantine(plan, results, earlier)
-    lines = [json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in entries]
+    entries = finish.quarantine(plan, results)
+    lines = [json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in earlier + entries]
     folder.write(QUARANTINE, "".join(lines).encode())
+    documents = sum(one.documents for one in plan.bad) + sum(result.read for result in results)
+    text = finish.text_bytes(results)
     try:
         finish.check_bad(entries, documents, text, max_bad)
     except ValueError:
@@ -270,11 +270,9 @@ def _finish(
     results = [finished[unit.number] for unit in plan.units]
     base = workspace.manifest() if plan.generation else None
     manifest = finish.build_manifest(plan, results, tokenizer, base)
-    if base and (faulty := workspace.faulty(s for x in base.splits.values() for s in x.shards)):
-        raise ValueError(_missing(workspace, faulty))
-    text_bytes = sum(split.text_bytes for split in manifest.splits.values())
-    read = manifest.counts["read"]
-    entries = _check_bad(plan, workspace, results, read, text_bytes, max_bad)
+    if base:
+        _check_shards(workspace, base)
+    entries = _check_bad(plan, workspace, results, max_bad)
     try:
         finish.check_splits(manifest)
     except ValueError:

@@ -159,6 +159,24 @@ def test_an_append_that_cannot_be_finished_gives_way(
     assert Manifest.load(base).fingerprint == Manifest.load(reference).fingerprint
 
 
+def test_each_generation_is_judged_by_itself(base: Path, tmp_path: Path) -> None:
+    bad = '{"text": null}\n' * 20
+    (tmp_path / "c.jsonl").write_text(bad + (tmp_path / "b.jsonl").read_text())
+    assert "found 20" in run(tmp_path / "c.jsonl", "--out", base, "--append").error
+    make(base, tmp_path / "c.jsonl", "--append", "--max-bad", 20)
+    write_jsonl(tmp_path / "d.jsonl", texts(50, 4))
+    make(base, tmp_path / "d.jsonl", "--append")  # the 20 were accepted
+    (tmp_path / "e.jsonl").write_text(bad)
+    assert (
+        "bad documents of 20, found 20"
+        in run(tmp_path / "e.jsonl", "--out", base, "--append").error
+    )
+    assert len(quarantine(base)) == 40
+    make(base, tmp_path / "b.jsonl", "--append")
+    assert len(quarantine(base)) == 20
+    held(base)
+
+
 def begin_append(out: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop an append after its first unit."""
     original = job.run_local

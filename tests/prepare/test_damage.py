@@ -168,20 +168,24 @@ class TestGenerations:
         assert run(tmp_path / "more.jsonl", "--out", grown, "--append").code == 0
         assert contents(grown) == before
 
-    def test_validation_text_of_an_append_is_not_held_out_before_it(
-        self, corpus: Path, tmp_path: Path
+    def test_later_validation_text_is_not_held_out(
+        self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        write_jsonl(tmp_path / "val.jsonl", texts(20, 9))
-        write_jsonl(tmp_path / "later.jsonl", texts(150)[::7])  # of the training text
-        out = make(tmp_path / "out", corpus, "--val-source", tmp_path / "val.jsonl")
-        write_jsonl(tmp_path / "more.jsonl", texts(60, 2) + texts(20, 9))
-        make(out, tmp_path / "more.jsonl", "--append", "--val-source", tmp_path / "later.jsonl")
-        before = contents(out)
-        for shard in Manifest.load(out).splits["train"].shards:
-            (out / shard.file).unlink()
-        make(out, corpus, "--val-source", tmp_path / "val.jsonl")
-        make(out, tmp_path / "more.jsonl", "--append", "--val-source", tmp_path / "later.jsonl")
-        assert contents(out) == before
+        monkeypatch.chdir(tmp_path)
+        write_jsonl(Path("val.jsonl"), texts(20, 9))
+        commands = [["corpus.jsonl", "--val-source", "val.jsonl"]]
+        for number in (2, 3):
+            write_jsonl(Path(f"{number}.jsonl"), texts(60, number) + texts(20, 9))
+            write_jsonl(Path(f"val{number}.jsonl"), texts(150)[::7] + texts(60, number - 1)[::7])
+            commands.append([f"{number}.jsonl", "--val-source", f"val{number}.jsonl", "--append"])
+        for command in commands:
+            make(tmp_path / "out", *command)
+        before = contents(tmp_path / "out")
+        for path in (tmp_path / "out").glob("train_*.npy"):
+            path.unlink()
+        for command in commands:
+            make(tmp_path / "out", *command)
+        assert contents(tmp_path / "out") == before
 
     def test_nothing_is_appended_to_a_damaged_dataset(self, grown: Path, tmp_path: Path) -> None:
         (grown / "train_00001.npy").unlink()
@@ -190,6 +194,7 @@ class TestGenerations:
         error = run(tmp_path / "again.jsonl", "--out", grown, "--append").error
         assert "found 1 missing or damaged (train_00001.npy, ...)" in error
         assert (grown / "manifest.json").read_bytes() == manifest
+        assert not list((grown / ".prepare").glob("units/*"))
 
     def test_what_no_plan_makes_is_refused(self, grown: Path, tmp_path: Path) -> None:
         shutil.rmtree(grown / ".prepare")

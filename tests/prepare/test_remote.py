@@ -188,6 +188,17 @@ class TestOut:
         assert again.code == 0
         assert "complete" in again.out
 
+    def test_what_is_missing_is_uploaded_again(self, s3: fs.FileSystem, corpus: Path) -> None:
+        out = f"s3://{BUCKET}/out"
+        assert run(corpus, "--out", out).code == 0
+        before = objects(s3, "out")
+        s3.delete_file(f"{BUCKET}/out/train_00002.npy")
+        with s3.open_output_stream(f"{BUCKET}/out/val_00003.npy") as file:
+            file.write(before["val_00003.npy"][:-2])
+        outcome = run(corpus, "--out", out)
+        assert "Preparing 2 of" in outcome.out, outcome.err
+        assert objects(s3, "out") == before
+
     def test_an_upload_that_fails_is_done_again(
         self, proxy: Proxy, s3: fs.FileSystem, corpus: Path, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
