@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prepare.sources import JSONL, PARQUET, TEXT, InputFile
 from prepare.text import (
+    MAX_DOCUMENT_BYTES,
     PIECE_BYTES,
     byte_blocks,
     byte_stream,
@@ -25,12 +27,17 @@ from prepare.text import (
     one_line,
     pieces,
     survey,
+    too_large,
     utf8_error,
 )
 
 # Text per batch: large enough for the encoder to run at full speed, small enough for memory.
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1 << 12
+# Rows of a batch, however short: blank or bad ones have no text.
+MAX_BATCH_ROWS = 1 << 16
+# Text that one batch may decode to where the file stores a repeated text once.
+MAX_BATCH_BYTES = 64 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -124,7 +131,8 @@ def _read_text(file: InputFile, part: Slice) -> Iterator[Batch]:
     if part.split is None:
         result = survey(file.path, file.compression)
         if result.error:
-            yield Batch(bad=[BadDocuments(part.file, 0, result.error)])
+            lost = bytes_lost(file)
+            yield Batch(bad=[BadDocuments(part.file, 0, result.error, bytes=lost)])
             return
         hashes = result.digest
     continued = part.continued
@@ -144,19 +152,21 @@ def _read_jsonl(file: InputFile, part: Slice) -> Iterator[Batch]:
     """Read the lines that begin in a byte range, one JSON object each; blank lines don't count."""
     texts, rows, bad, size, offset = list[str](), list[int](), list[BadDocuments](), 0, part.start
     try:
-        for offset, line in _lines(file, part):
+        for offset, length, line in _lines(file, part):
             try:
+                if length > MAX_DOCUMENT_BYTES:
+                    raise ValueError(too_large(f"a line of {length:,} bytes"))
                 texts.append(_text_of(line, file.column))
+                rows.append(offset)
+                size += len(texts[-1])
             except ValueError as error:
-                bad.append(BadDocuments(part.file, offset, one_line(error)))
-                continue
-            rows.append(offset)
-            size += len(texts[-1])
-            if size >= BATCH_BYTES:
+                bad.append(BadDocuments(part.file, offset, one_line(error), bytes=length))
+            if size >= BATCH_BYTES or len(rows) + len(bad) >= MAX_BATCH_ROWS:
                 yield _jsonl_batch(part.file, texts, rows, bad)
                 texts, rows, bad, size = [], [], [], 0
     except OSError as error:
-        bad.append(BadDocuments(part.file, offset, damage(file.path, error)))
+        reason = damage(file.path, error)
+        bad.append(BadDocuments(part.file, offset, reason, bytes=bytes_lost(file, offset)))
     yield _jsonl_batch(part.file, texts, rows, bad)
 
 
@@ -170,8 +180,11 @@ def _jsonl_batch(source: int, texts: list[str], rows: list[int], bad: list[BadDo
     return Batch(values, sources, np.array(rows, np.int64), bad=bad)
 
 
-def _lines(file: InputFile, part: Slice) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, line) of the non-blank lines that begin in [part.start, part.end)."""
+def _lines(file: InputFile, part: Slice) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (offset, size, line) of the non-blank lines that begin in [part.start, part.end).
+
+    Of a line above `MAX_DOCUMENT_BYTES` the content is dropped while it is read.
+    """
     # A line that begins at `start` is ours; the byte before tells if one does.
     offset = max(part.start - 1, 0)
     rest = b""
@@ -183,14 +196,25 @@ def _lines(file: InputFile, part: Slice) -> Iterator[tuple[int, bytes]]:
             if newline:
                 offset -= len(rest)
                 break
-    for block in blocks:
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
+            if 0 <= part.end <= offset:  # the line goes on, beyond the slice
+                return
+    held, size = list[bytes](), 0
+    for block in chain([rest], blocks):
+        first, newline, rest = block.partition(b"\n")
+        size += len(first)
+        held = [*held, first] if size <= MAX_DOCUMENT_BYTES else []
+        if not newline:
+            continue
+        *lines, rest = rest.split(b"\n")
+        for line in [b"".join(held), *lines]:
             if 0 <= part.end <= offset:
                 return
-            if line.strip():
-                yield offset, line
-            offset += len(line) + 1
+            size = max(size, len(line))  # it counts what was dropped
+            if line.strip() or size > MAX_DOCUMENT_BYTES:
+                yield offset, size, line
+            offset += size + 1
+            size = 0
+        held, size = [rest], len(rest)
 
 
 def json_object(line: bytes) -> dict[str, Any]:
@@ -227,8 +251,9 @@ def _read_parquet(file: InputFile, part: Slice) -> Iterator[Batch]:
     try:
         # With one column there is nothing to pre-buffer.
         table = pq.ParquetFile(byte_stream(file.path), pre_buffer=False)
-    except (OSError, pa.ArrowInvalid) as error:
-        yield Batch(bad=[BadDocuments(part.file, 0, damage(file.path, error))])
+    except (OSError, pa.ArrowException) as error:
+        reason = damage(file.path, error)
+        yield Batch(bad=[BadDocuments(part.file, 0, reason, bytes=bytes_lost(file))])
         return
     with table:
         rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
@@ -244,20 +269,43 @@ def _read_row_group(
     """Read the rows of one row group, the first of which is row `first` of the file."""
     metadata = table.metadata.row_group(group)
     size = column_bytes(metadata, file.column)
-    # A repeated text is stored once, so the size alone does not bound the text of a batch.
-    batch_rows = min(max(1, BATCH_BYTES * metadata.num_rows // max(1, size)), BATCH_ROWS)
     row = first
     try:
+        # A repeated text is stored once, so the size alone does not bound the text of a batch.
+        longest = max(1, _longest_repeated(file, group, metadata))
+        batch_rows = min(BATCH_BYTES * metadata.num_rows // max(1, size), BATCH_ROWS)
+        batch_rows = max(1, min(batch_rows, MAX_BATCH_BYTES // longest))
         # Each worker has one core: Arrow's threads would only cost.
         for batch in table.iter_batches(
             batch_rows, row_groups=[group], columns=[file.column], use_threads=False
         ):
-            for values in _cut(batch.column(0)):
+            for values in _cut(_column(batch, file.column)):
                 yield _parquet_batch(values, source, row)
                 row += len(values)
-    except (OSError, pa.ArrowInvalid) as error:
-        lost = first + metadata.num_rows - row
-        yield Batch(bad=[BadDocuments(source, row, damage(file.path, error), lost)])
+    except (OSError, pa.ArrowException) as error:
+        rows = first + metadata.num_rows - row
+        lost = size * rows // max(1, metadata.num_rows)
+        yield Batch(bad=[BadDocuments(source, row, damage(file.path, error), rows, lost)])
+
+
+def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """Return a column by its name: a nested one may have the same name, written with a dot."""
+    return batch.column(batch.schema.get_all_field_indices(name)[0])
+
+
+def _longest_repeated(file: InputFile, group: int, metadata: pq.RowGroupMetaData) -> int:
+    """Return the bytes of the longest text that a row group stores once for several rows."""
+    leaves = (metadata.column(number) for number in range(metadata.num_columns))
+    if not any(leaf.path_in_schema == file.column and leaf.has_dictionary_page for leaf in leaves):
+        return 0
+    stream = byte_stream(file.path)
+    with pq.ParquetFile(stream, pre_buffer=False, read_dictionary=[file.column]) as table:
+        for batch in table.iter_batches(1, [group], [file.column], use_threads=False):
+            values = _column(batch, file.column)
+            if pa.types.is_dictionary(values.type):
+                return pc.max(pc.binary_length(values.dictionary)).as_py() or 0
+            break
+    return 0
 
 
 def _cut(values: pa.Array) -> Iterator[pa.Array]:
@@ -267,6 +315,14 @@ def _cut(values: pa.Array) -> Iterator[pa.Array]:
     rows = -(-len(values) // (values.nbytes // (2 * BATCH_BYTES) + 1))
     for start in range(0, len(values), max(rows, 1)):
         yield values.slice(start, rows)
+
+
+def bytes_lost(file: InputFile, position: int = 0) -> int:
+    """Estimate the bytes of text from `position` of a broken file on.
+
+    Nothing tells how much a file that ends too early has lost: then take its own size.
+    """
+    return max(file.text_bytes - position, file.size if file.compression else 0)
 
 
 def column_bytes(group: pq.RowGroupMetaData, column: str) -> int:
@@ -284,6 +340,13 @@ def _parquet_batch(values: pa.Array, source: int, first: int) -> Batch:
         reason = "expected a string, found null"
         bad = [BadDocuments(source, int(row), reason) for row in rows[~valid]]
         values, rows = values.drop_null(), rows[valid]
+    if values.nbytes > MAX_DOCUMENT_BYTES:
+        sizes = pc.binary_length(values).to_numpy(zero_copy_only=False)
+        for row, size in zip(rows.tolist(), sizes.tolist(), strict=True):
+            if size > MAX_DOCUMENT_BYTES:
+                bad.append(BadDocuments(source, row, too_large(f"{size:,} bytes"), bytes=size))
+        good = sizes <= MAX_DOCUMENT_BYTES
+        values, rows = values.filter(pa.array(good)), rows[good]
     batch = _batch(values, np.full(len(values), source, np.int32), rows)
     batch.bad += bad
     return batch
@@ -300,10 +363,12 @@ def _batch(values: pa.Array, sources: np.ndarray, rows: np.ndarray) -> Batch:
         values.validate(full=True)
         texts = values if is_text else values.cast(pa.large_string())
     except pa.ArrowInvalid:
-        reasons = [utf8_error(value) for value in values.cast(pa.large_binary()).to_pylist()]
+        contents = values.cast(pa.large_binary()).to_pylist()
+        reasons = [utf8_error(content) for content in contents]
         good = np.array([reason is None for reason in reasons])
-        for index in np.flatnonzero(~good):
-            bad.append(BadDocuments(int(sources[index]), int(rows[index]), str(reasons[index])))
+        for i in np.flatnonzero(~good).tolist():
+            where = int(sources[i]), int(rows[i])
+            bad.append(BadDocuments(*where, str(reasons[i]), bytes=len(contents[i])))
         texts = values.filter(pa.array(good)).cast(pa.large_binary()).cast(pa.large_string())
         sources, rows = sources[good], rows[good]
     return Batch(texts, sources, rows, bad=bad)

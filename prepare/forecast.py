@@ -25,7 +25,8 @@ def forecast(plan: Plan, tokenizer: Tokenizer, workers: int) -> str:
     started = time.perf_counter()
     step = max(1, len(plan.units) // SAMPLED_UNITS)
     for unit in plan.units[::step][:SAMPLED_UNITS]:
-        for batch in islice(read(plan.files, unit.slices), 1):
+        with_text = (batch for batch in read(plan.files, unit.slices) if len(batch.texts))
+        for batch in islice(with_text, 1):
             encoded = encode(tokenizer, batch, audit_first=False)
             text += int(encoded.text_bytes.sum())
             tokens += int(encoded.lengths.sum())
@@ -45,7 +46,7 @@ tokens     about {weight * per_byte:,.0f}
 disk       about {weight * per_byte * 2 / 1e6:,.1f} MB
 time       about {seconds * ratio / workers:,.0f} s with {workers} workers
 memory     about {BASE_BYTES >> 20} MB per worker, and three times what one document or row group
-           has above {PIECE_BYTES >> 20} MB"""
+           has above {PIECE_BYTES >> 20} MB (25 times a stretch without white space)"""
 
 
 def check_disk_space(units: Sequence[Unit], workspace: Workspace) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prepare.documents import BadDocuments, Slice, column_bytes, json_object
+from prepare.documents import BadDocuments, Slice, bytes_lost, column_bytes, json_object
 from prepare.options import Options
 from prepare.sources import JSONL, PARQUET, TEXT, InputFile, find_files
 from prepare.split import GIVEN, POSITION, SplitRule, choose_rule, follow_rule
@@ -37,8 +37,6 @@ TEXT_COLUMNS = ("text", "content")
 # Bad documents listed one by one, per unit and in all; the rest is only counted.
 MAX_LISTED = 10_000
 UNLISTED = "further bad documents, which are not listed"
-# Estimated size of compressed text relative to its file.
-COMPRESSION_RATIO = 4
 
 WeightedSlice = tuple[Slice, int]
 
@@ -147,7 +145,7 @@ def make_plan(options: Options, base: Manifest | None = None) -> Plan:
     with ThreadPoolExecutor(INSPECTED_AT_ONCE) as pool:
         files = list(pool.map(with_column, files, repeat(options.text_column)))
         rule = follow_rule(base.split_rule, options, files) if base else choose_rule(options, files)
-        target = sum(map(_weight, files)) // TARGET_UNITS
+        target = sum(file.text_bytes for file in files) // TARGET_UNITS
         target = min(max(target, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
         inspect = partial(_inspect, rule, target, options.dedup)
         parts = list(pool.map(inspect, range(len(files)), files))
@@ -191,12 +189,6 @@ def _outside(out: str, files: Sequence[InputFile]) -> list[InputFile]:
     return outside
 
 
-def _weight(file: InputFile) -> int:
-    """Estimate the bytes of text in a file from its size alone."""
-    packed = file.compression is not None or file.kind == PARQUET
-    return file.size * (COMPRESSION_RATIO if packed else 1)
-
-
 def _inspect(
     rule: SplitRule, target: int, dedup: bool, number: int, file: InputFile
 ) -> tuple[list[WeightedSlice], list[BadDocuments]]:
@@ -210,7 +202,7 @@ def _inspect(
     is_large = file.size > PIECE_BYTES and not dedup
     if file.kind == TEXT and (rule.rule == POSITION or is_large):
         return _inspect_text(rule, target, number, file)
-    return [(Slice(number), _weight(file))], []
+    return [(Slice(number), file.text_bytes)], []
 
 
 def _row_groups(number: int, file: InputFile) -> Iterator[WeightedSlice]:
@@ -220,8 +212,8 @@ def _row_groups(number: int, file: InputFile) -> Iterator[WeightedSlice]:
     """
     try:
         metadata = pq.ParquetFile(byte_stream(file.path)).metadata
-    except (OSError, pa.ArrowInvalid):
-        yield Slice(number), _weight(file)
+    except (OSError, pa.ArrowException):
+        yield Slice(number), file.text_bytes
         return
     for group in range(metadata.num_row_groups):
         yield Slice(number, group, group + 1), column_bytes(metadata.row_group(group), file.column)
@@ -233,7 +225,7 @@ def _inspect_text(
     """Read a text that goes over several slices once: for its hash, its size and its errors."""
     result = survey(file.path, file.compression)
     if result.error:
-        return [], [BadDocuments(number, 0, result.error, bytes=_weight(file))]
+        return [], [BadDocuments(number, 0, result.error, bytes=bytes_lost(file))]
     if rule.rule == POSITION:
         middle = int(result.size * (1 - rule.val_fraction))
         middle = next_line(file.path, file.compression, middle)
@@ -293,7 +285,7 @@ def _columns(file: InputFile, candidates: Sequence[str]) -> list[str] | None:
     if file.kind == PARQUET:
         try:
             schema = pq.ParquetFile(byte_stream(file.path)).schema_arrow
-        except (OSError, pa.ArrowInvalid):
+        except (OSError, pa.ArrowException):
             return None
         return [field.name for field in schema if _may_hold_text(field.type)]
     if file.kind == JSONL:

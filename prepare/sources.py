@@ -20,6 +20,8 @@ from shards.remote import filesystem, is_remote, path_of
 TEXT, JSONL, PARQUET = "text", "jsonl", "parquet"
 KINDS = {".txt": TEXT, ".md": TEXT, ".jsonl": JSONL, ".ndjson": JSONL, ".parquet": PARQUET}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+# Estimated size of compressed text relative to its file.
+COMPRESSION_RATIO = 4
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -40,6 +42,12 @@ class InputFile:
     compression: str | None = None
     val: bool = False
     column: str = "text"
+
+    @property
+    def text_bytes(self) -> int:
+        """Estimated bytes of text in the file."""
+        packed = self.compression is not None or self.kind == PARQUET
+        return self.size * (COMPRESSION_RATIO if packed else 1)
 
     @property
     def remote(self) -> bool:

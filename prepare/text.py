@@ -14,6 +14,9 @@ from shards.tokenizer import SAFE_CUT_BYTES
 READ_BYTES = 4 << 20
 # A text document above this size is handed on in pieces of about this size.
 PIECE_BYTES = 32 << 20
+# A document must be held as a whole where it is a line or a row, and so must a stretch of any text
+# without white space, which can't be cut. What is larger is bad.
+MAX_DOCUMENT_BYTES = 64 << 20
 LOOKBEHIND = 3  # bytes before a cut that the pattern looks at
 BROKEN = "unreadable from here on"  # begins the reason of a file that is broken in the middle
 
@@ -68,7 +71,7 @@ class Survey:
 
 def survey(path: str, compression: str | None) -> Survey:
     """Read a text file once, in bounded memory. Raises OSError for a file that can't be read."""
-    hasher, size = xxhash.xxh3_128(), 0
+    hasher, size, stretch = xxhash.xxh3_128(), 0, 0
     decoder = codecs.getincrementaldecoder("utf-8")()
     error = None
     try:
@@ -77,6 +80,12 @@ def survey(path: str, compression: str | None) -> Survey:
                 hasher.update(block)
                 size += len(block)
                 decoder.decode(block)
+                first = SAFE_CUT_BYTES.search(block)
+                stretch += first.start() if first else len(block)
+                if stretch > MAX_DOCUMENT_BYTES:
+                    error = too_large(f"a stretch without white space up to byte {size}")
+                    break
+                stretch = len(block) - last_cut(block) if first else stretch
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as failure:
         error = f"invalid UTF-8 shortly before byte {size}: {failure.reason}"
@@ -96,6 +105,11 @@ def damage(path: str, error: Exception) -> str:
     except OSError as failure:
         raise failure from error
     return f"{BROKEN}: {one_line(error)}"
+
+
+def too_large(actual: str) -> str:
+    """Return the reason to record for a document that is too large."""
+    return f"expected at most {MAX_DOCUMENT_BYTES:,} bytes, found {actual}: split it"
 
 
 def one_line(error: Exception) -> str:

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prepare import documents as documents_module
+from prepare.sources import find_files
 from tests.prepare.support import (
     COMPRESSORS,
     contents,
@@ -96,7 +100,7 @@ def test_bad_lines(suffix: str, tmp_path: Path) -> None:
         lines.append(line + b"\n" * (1 + number % 2))
         offset += len(lines[-1])
     (tmp_path / f"a.jsonl{suffix}").write_bytes(COMPRESSORS[suffix](b"".join(lines)))
-    out = make(tmp_path / "out", tmp_path / f"a.jsonl{suffix}", "--max-bad", len(bad))
+    out = make(tmp_path / "out", tmp_path / f"a.jsonl{suffix}", "--max-bad", 99)  # by bytes
     assert len([d for side in held(out).values() for d in side]) == 50
     entries = quarantine(out)
     assert [entry["position"] for entry in entries] == places
@@ -240,9 +244,12 @@ def test_lines_before_the_break_are_kept(suffix: str, tmp_path: Path) -> None:
     content = path.read_bytes()
     whole = COMPRESSORS[suffix](content) + COMPRESSORS[suffix](os.urandom(50_000).hex().encode())
     path.write_bytes(whole[:-20_000])
-    out = make(tmp_path / "out", path)
+    out = make(tmp_path / "out", path, "--max-bad", 300)
     assert sum(map(len, held(out).values())) == content.count(b"\n")
-    assert [entry["source"] for entry in quarantine(out)] == [f"a.jsonl{suffix}"]
+    (entry,) = quarantine(out)
+    assert entry["source"] == f"a.jsonl{suffix}"
+    # How much is missing can't be known; at least as much as there is may be.
+    assert entry["bytes"] >= path.stat().st_size
 
 
 def test_one_truncated_text_is_no_reason_to_fail_in_planning(tmp_path: Path) -> None:
@@ -307,3 +314,147 @@ def test_a_jsonl_line_longer_than_a_unit(tmp_path: Path, monkeypatch: pytest.Mon
     out = make(tmp_path / "out", tmp_path / "a.jsonl", "--text-column", "text")
     rows = zip(offsets, documents, strict=True)
     assert held(out) == expected(("a.jsonl", row, text) for row, text in rows)
+
+
+def test_a_jsonl_line_above_the_largest_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is bad, and read over without being held; the lines around it are not."""
+    shrink(monkeypatch, MAX_DOCUMENT_BYTES=500, READ_BYTES=40, MIN_UNIT_BYTES=100)
+    documents = ["before", "long " * 300, *FILLERS, "last"]
+    offsets = write_jsonl(tmp_path / "a.jsonl", documents)
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write(" " * 501)
+    out = make(tmp_path / "out", tmp_path / "a.jsonl", "--text-column", "text")
+    rows = [pair for pair in zip(offsets, documents, strict=True) if pair[1] != documents[1]]
+    assert held(out) == expected(("a.jsonl", row, text) for row, text in rows)
+    size = offsets[2] - offsets[1] - 1
+    reason = "expected at most 500 bytes, found a line of {} bytes: split it"
+    entries = [(entry["position"], entry["bytes"], entry["reason"]) for entry in quarantine(out)]
+    end = (tmp_path / "a.jsonl").stat().st_size - 501
+    assert entries == [
+        (offsets[1], size, reason.format(f"{size:,}")),
+        (end, 501, reason.format(501)),
+    ]
+
+
+def test_a_line_longer_than_many_units_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch, MIN_UNIT_BYTES=1000, READ_BYTES=100)
+    write_jsonl(tmp_path / "a.jsonl", ["word " * 10_000, *FILLERS])
+    blocks = 0
+    original = documents_module.byte_blocks
+
+    def counted(*arguments: object) -> Iterator[bytes]:
+        nonlocal blocks
+        for block in original(*arguments):  # type: ignore[arg-type]
+            blocks += 1
+            yield block
+
+    monkeypatch.setattr(documents_module, "byte_blocks", counted)
+    make(tmp_path / "out", tmp_path / "a.jsonl", "--text-column", "text")
+    assert blocks < 3 * 50_000 / 100
+
+
+def test_a_parquet_row_above_the_largest_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch, MAX_DOCUMENT_BYTES=500)
+    documents = ["before", "é" * 251, *FILLERS, "last"]
+    pq.write_table(pa.table({"text": documents}), tmp_path / "a.parquet")
+    out = make(tmp_path / "out", tmp_path / "a.parquet")
+    rows = [pair for pair in enumerate(documents) if pair[0] != 1]
+    assert held(out) == expected(("a.parquet", *pair) for pair in rows)
+    reason = "expected at most 500 bytes, found 502 bytes: split it"
+    entries = [(entry["position"], entry["bytes"], entry["reason"]) for entry in quarantine(out)]
+    assert entries == [(1, 502, reason)]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_text_that_can_not_be_cut(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the zeros that a decompression bomb holds; a text with white space may be of any size."""
+    shrink(monkeypatch, MAX_DOCUMENT_BYTES=500, PIECE_BYTES=100, READ_BYTES=50)
+    good = text_of("train") + " word" * 500
+    for name, content in {"bad": b"words " * 9 + bytes(10_000), "good": good.encode()}.items():
+        (tmp_path / f"{name}.txt{suffix}").write_bytes(COMPRESSORS[suffix](content))
+    write_jsonl(tmp_path / "z.jsonl", FILLERS)
+    out = make(tmp_path / "out", tmp_path / f"[bg]*.txt{suffix}", tmp_path / "z.jsonl")
+    (entry,) = quarantine(out)
+    assert entry["source"].endswith(f"/bad.txt{suffix}")
+    assert "expected at most 500 bytes, found a stretch without white space" in entry["reason"]
+    assert entry["bytes"] > 0
+    assert sum(map(len, held(out).values())) == 3
+
+
+@pytest.mark.parametrize("kind", ["string", "dictionary"])
+def test_a_long_text_that_is_stored_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch is bounded by the text that its rows decode to, not by what the file stores."""
+    shrink(monkeypatch, MAX_BATCH_BYTES=10_000)
+    column = pa.array(["long " * 400] * 100 + FILLERS)
+    column = column.dictionary_encode() if kind == "dictionary" else column
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    sizes = []
+    original = documents_module._cut
+
+    def noted(values: pa.Array) -> Iterator[pa.Array]:
+        sizes.append(len(values))
+        return original(values)
+
+    monkeypatch.setattr(documents_module, "_cut", noted)
+    out = make(tmp_path / "out", tmp_path / "a.parquet")
+    assert max(sizes) == 5
+    assert sum(map(len, held(out).values())) == 102
+
+
+def test_a_nested_column_of_the_same_dotted_name(tmp_path: Path) -> None:
+    documents = texts(60)
+    table = {"a": [{"text": 1}] * 60, "a.text": documents}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    out = make(tmp_path / "out", tmp_path / "a.parquet", "--text-column", "a.text")
+    assert held(out) == expected(("a.parquet", *pair) for pair in enumerate(documents))
+
+
+def test_a_damaged_dictionary(tmp_path: Path) -> None:
+    """Whatever byte is wrong, it is a bad file and no traceback."""
+    documents = pa.array(texts(8) * 10).dictionary_encode()
+    pq.write_table(pa.table({"text": documents}), tmp_path / "a.parquet", compression="none")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    write_jsonl(tmp_path / "z.jsonl", FILLERS)
+    chance = random.Random(0)
+    for number in range(60):
+        content = bytearray(whole)
+        content[chance.randrange(4, len(whole) - 8)] ^= 1 << chance.randrange(8)
+        (tmp_path / "a.parquet").write_bytes(content)
+        sources = (tmp_path / "a.parquet", tmp_path / "z.jsonl", "--max-bad", 1000)
+        outcome = run(*sources, "--text-column", "text", "--out", tmp_path / f"{number}")
+        assert outcome.code == 0 or outcome.error
+
+
+def test_the_bytes_that_bad_documents_lose(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"words " * 1000 + b"\xe9")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": 5}\n[]\n' + b'{"text": "good"}\n' * 9)
+    column = strings([b"good"] * 40 + [b"ab\xff"])
+    pq.write_table(pa.table({"text": column}), tmp_path / "c.parquet")
+    (tmp_path / "d.parquet").write_bytes(b"PAR1" + bytes(100))
+    write_jsonl(tmp_path / "z.jsonl", FILLERS)
+    names = ("a.txt", "b.jsonl", "c.parquet", "d.parquet", "z.jsonl")
+    out = make(tmp_path / "out", *(tmp_path / name for name in names), "--text-column", "text")
+    lost = [(entry["source"], entry["bytes"]) for entry in quarantine(out)]
+    assert lost == [
+        ("a.txt", 6001), ("b.jsonl", 11), ("b.jsonl", 2), ("c.parquet", 3), ("d.parquet", 416)
+    ]  # fmt: skip
+
+
+def test_batches_of_bad_or_empty_lines_are_bounded(tmp_path: Path) -> None:
+    lines = b"1\n" * 100_000 + b'{"text": ""}\n' * 100_000
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (file,) = find_files([str(tmp_path / "a.jsonl")])
+    batches = list(documents_module.read([file], [documents_module.Slice(0)]))
+    assert sum(len(batch.bad) for batch in batches) == 100_000
+    assert sum(len(batch.texts) for batch in batches) == 100_000
+    assert max(len(batch.bad) + len(batch.texts) for batch in batches) <= 1 << 16

@@ -6,7 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shards.tokenizer import Tokenizer
+from prepare.documents import Batch
+from prepare.encode import AuditError, encode
+from shards.tokenizer import Tokenizer, load
 from tests.prepare.support import contents, expected, held, make, shrink, texts, write_jsonl
 
 SIZES = {"MIN_UNIT_BYTES": 4000, "BATCH_BYTES": 1000}
@@ -86,6 +88,28 @@ def test_a_long_document_is_audited_by_its_head(
     original = Tokenizer.encode_batch
     monkeypatch.setattr(Tokenizer, "encode_batch", wrong)
     assert contents(make(tmp_path / "out", tmp_path / "corpus.jsonl")) == right
+
+
+@pytest.mark.parametrize("filler", ["x", "é", "word "])
+def test_a_text_that_can_not_be_cut_is_audited_by_its_head(
+    filler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tiktoken takes a megabyte of one letter as a whole: seconds, and 80 bytes for each."""
+    text, tokenizer = filler * 200_000, load()
+    audited = list[int]()
+    original = Tokenizer.encode_reference
+
+    def noted(self: Tokenizer, text: str) -> np.ndarray:
+        audited.append(len(text))
+        return original(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode_reference", noted)
+    batch = Batch(pa.array([text]), np.zeros(1, np.int32), np.zeros(1, np.int64))
+    encode(tokenizer, batch, audit_first=True)
+    assert audited and max(audited) < 5000
+    monkeypatch.setattr(Tokenizer, "encode_reference", lambda *_: np.zeros(1, np.uint32))
+    with pytest.raises(AuditError, match="source 0 at 0"):
+        encode(tokenizer, batch, audit_first=True)
 
 
 def test_without_a_fast_encoder_the_bytes_are_the_same(
