@@ -21,11 +21,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from shards.cli import end_on_interrupt, end_with, one_line_errors
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import orjson
 import tyro
 from tyro.conf import UseAppendAction
 
-from shards.cli import end_with, one_line_errors
+from mygpt.settings import check_ranges
+
+# Least and greatest values of the flags.
+RANGES = {
+    **dict.fromkeys(("block_size", "top_k"), (0, 2**20)),
+    "num_samples": (0, 10**4),  # they are generated together
+    "max_new_tokens": (0, 10**9),
+    "temperature": (0, 1000),
+    "seed": (0, 2**63 - 1),
+    "batch_size": (0, 2**16),
+}
 
 
 @dataclass(frozen=True)
@@ -59,10 +74,7 @@ class EvalConfig:
 def parse(args: list[str] | None) -> EvalConfig:
     """Read the flags. Raises ValueError for impossible values."""
     config = tyro.cli(EvalConfig, args=args, prog="eval.py", description=__doc__)
-    counts = ("num_samples", "max_new_tokens", "temperature", "top_k", "seed", "batch_size")
-    for name in (*counts, "block_size"):
-        if not (value := getattr(config, name)) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
+    check_ranges(config, RANGES)
     if not 0 < config.top_p <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1, got {config.top_p}")
     if config.out is not None and (config.out.suffix != ".md" or not config.out.parent.is_dir()):

@@ -20,8 +20,12 @@ Shapes: B sequences of a micro-batch, T block size.
 import os
 import sys
 
+from shards.cli import end_on_interrupt, end_with, one_line_errors
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 from mygpt import settings
-from shards.cli import end_with, one_line_errors
 
 if __name__ == "__main__":
     # Parsed before the imports below, which take seconds, so that --help and mistyped flags answer

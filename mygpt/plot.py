@@ -4,9 +4,15 @@ python -m mygpt.plot log/demo                writes log/demo/loss.png
 python -m mygpt.plot log/one log/other       writes log/loss.png; elsewhere with --out FILE
 """
 
+import sys
+
+from shards.cli import end_on_interrupt, one_line_errors
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import argparse
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +20,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mygpt.log import History, read
-from shards.cli import one_line_errors
 from shards.files import atomic_file
 
 if TYPE_CHECKING:

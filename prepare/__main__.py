@@ -9,10 +9,14 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from shards.cli import end_on_interrupt, one_line_errors
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import tyro
 
 from prepare.options import Options
-from shards.cli import one_line_errors
 
 # What to do when the operating system refuses; other errors say it themselves.
 REMEDIES = {
@@ -28,11 +32,12 @@ REMEDIES = {
 
 def main() -> None:
     """Parse the flags and run the job."""
-    options = tyro.cli(Options, prog="python -m prepare")
-    with one_line_errors(": finished work is kept, the same command goes on"), _remedies(options):
+    with one_line_errors(": finished work is kept, the same command goes on"):
+        options = tyro.cli(Options, prog="python -m prepare")
         from prepare.job import run  # NumPy and Arrow are loaded only after --help has answered
 
-        run(options)
+        with _remedies(options):
+            run(options)
 
 
 @contextmanager

@@ -55,8 +55,8 @@ class Options:
             raise ValueError(
                 "expected a folder for --out, found an empty name: give data/NAME, say"
             )
-        if self.workers < 1:
-            raise ValueError(f"expected --workers of at least 1, found {self.workers}")
+        if not 1 <= self.workers <= 1024:
+            raise ValueError(f"expected --workers from 1 to 1024, found {self.workers}")
         if self.max_bad is not None and self.max_bad < 0:
             raise ValueError(f"expected --max-bad of at least 0, found {self.max_bad}")
         check_val_fraction(self.val_fraction)

@@ -5,8 +5,14 @@
 Exit code: 0; 1 from `verify` when a shard is wrong; 2 for bad input, with one line that says how.
 """
 
-import json
 import sys
+
+from shards.cli import end_on_interrupt, one_line_errors, printable
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +24,6 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from shards import explain, inspect, interop
 from shards.checks import verify
-from shards.cli import one_line_errors, printable
 from shards.manifest import Manifest
 
 EXIT_WRONG = 1

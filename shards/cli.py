@@ -2,9 +2,11 @@
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
@@ -25,7 +27,11 @@ def one_line_errors(if_interrupted: str = "") -> Iterator[None]:
     `if_interrupted` follows the word "interrupted". Messages say expected, found and what to do, so
     a traceback would add nothing. Any other exception is a bug and keeps its traceback.
     """
+    before = signal.getsignal(signal.SIGINT)
+    if before is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        _check_words(sys.argv[1:])
         yield
     except BrokenPipeError:
         # The reader of our output (`| head`) has closed it: not an error.
@@ -37,6 +43,34 @@ def one_line_errors(if_interrupted: str = "") -> Iterator[None]:
     except (ValueError, OSError) as error:
         print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    finally:
+        if before is _end:
+            signal.signal(signal.SIGINT, _end)
+
+
+def end_on_interrupt() -> None:
+    """Let Ctrl-C end the process with one line while modules are imported, which takes seconds.
+
+    Inside `one_line_errors` it is a KeyboardInterrupt as ever, so that files are cleaned up.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, b"\ninterrupted\n")
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _check_words(words: list[str]) -> None:
+    """Raise ValueError for a command that is not UTF-8: its words could not be stored or shown."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"expected a command in UTF-8, found {word!a}: rename or retype it"
+            ) from None
 
 
 def end_with(main: Callable[[], int]) -> NoReturn:

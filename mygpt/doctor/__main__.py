@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shards.cli import one_line_errors
+from shards.cli import end_on_interrupt, one_line_errors
 
 OLDEST_PYTHON = (3, 11)
 PACKAGES = ("torch", "transformers", "safetensors", "tiktoken", "pyarrow", "numpy", "tyro")
@@ -70,7 +70,9 @@ def requirements() -> Iterator[Finding]:
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds and fail without torch
-    parse(sys.argv[1:])
+    end_on_interrupt()
+    with one_line_errors():
+        parse(sys.argv[1:])
     if failed := [finding for finding in requirements() if finding.level == "fail"]:
         print(*failed, sep="\n")
         sys.exit(1)

@@ -16,7 +16,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shards.cli import one_line_errors
+from shards.cli import end_on_interrupt, one_line_errors
+
+MAX_STEPS = 10**6
 
 
 def parse(args: Sequence[str] | None) -> tuple[int, list[str]]:
@@ -29,11 +31,15 @@ def parse(args: Sequence[str] | None) -> tuple[int, list[str]]:
     )
     parser.add_argument("--steps", type=int, default=10, help="N: the run is twice as long")
     options, flags = parser.parse_known_args(args)
+    if not 1 <= options.steps <= MAX_STEPS:
+        raise ValueError(f"--steps must be 1 to {MAX_STEPS}, got {options.steps}")
     return options.steps, flags
 
 
 if __name__ == "__main__":  # answer --help before the imports below, which take seconds
-    parse(sys.argv[1:])
+    end_on_interrupt()
+    with one_line_errors():
+        parse(sys.argv[1:])
 
 import torch
 

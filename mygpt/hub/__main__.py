@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.cli import end_on_interrupt, one_line_errors
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction
-
-from shards.cli import one_line_errors
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ def parse(args: Sequence[str] | None) -> Export | Import:
 
 
 if __name__ == "__main__":  # answer --help before the imports below, which take seconds
-    parse(sys.argv[1:])
+    with one_line_errors():
+        parse(sys.argv[1:])
 
 from mygpt.hub import export
 

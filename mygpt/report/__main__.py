@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shards.cli import one_line_errors
+from shards.cli import end_on_interrupt, one_line_errors
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -29,7 +29,9 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":  # answer --help before the imports below, which take seconds
-    parse(sys.argv[1:])
+    end_on_interrupt()
+    with one_line_errors():
+        parse(sys.argv[1:])
 
 from mygpt import run_config
 from mygpt.eval import summary

@@ -175,7 +175,7 @@ IMPOSSIBLE = {
         "corpus --text-column body",
         "column body in corpus/a.jsonl, found id, text",
     ),
-    "workers": ("corpus --workers 0", "expected --workers of at least 1, found 0"),
+    "workers": ("corpus --workers 0", "expected --workers from 1 to 1024, found 0"),
     "max bad": ("corpus --max-bad -1", "expected --max-bad of at least 0, found -1"),
     "fraction 0": ("corpus --val-fraction 0", "expected a --val-fraction between 0 and 1, found 0"),
     "fraction 1": ("corpus --val-fraction 1", "expected a --val-fraction between 0 and 1, found 1"),
