@@ -166,7 +166,7 @@ class Manifest:
             _check_hash("checksum", raw, checksum(raw), path)
             values = raw | {"folder": location, "uri": uri}
             manifest = stored_json.build(cls, values, path, retired=DERIVED, remedy=REMEDY)
-        _check_values(manifest, path)
+            _check_values(manifest, path)
         _check_hash("fingerprint", raw, manifest.fingerprint, path)
         return manifest
 
