@@ -14,9 +14,9 @@ if __name__ == "__main__":
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 from tqdm import tqdm
@@ -118,7 +118,7 @@ class Explain:
     def run(self) -> int:
         """Print the rows."""
         for row in explain.rows_of(self.run_folder, self.step, self.row, self.data):
-            print(json.dumps(row.to_json()) if self.json else row.as_text(self.row is not None))
+            print(json.dumps(asdict(row)) if self.json else row.as_text(self.row is not None))
         return 0
 
 
@@ -167,12 +167,7 @@ class Export:
 
 Command = Info | Show | Verify | Explain | Import | Export
 COMMANDS: dict[str, Callable[..., Command]] = {
-    "info": Info,
-    "show": Show,
-    "verify": Verify,
-    "explain": Explain,
-    "import": Import,
-    "export": Export,
+    kind.__name__.lower(): kind for kind in get_args(Command)
 }
 
 

@@ -6,10 +6,9 @@ Of a run's `config.json` are read: "fingerprint", "generations" (source → gene
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,10 +50,6 @@ class Row:
     token: int
     pieces: list[Piece]
     text: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the row as plain values."""
-        return asdict(self)
 
     def as_text(self, whole: bool) -> str:
         """Return the row for people: its origin, and its text or the start of it."""

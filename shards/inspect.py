@@ -120,6 +120,8 @@ def describe(manifest: Manifest) -> dict[str, Any]:
 def _describe_split(manifest: Manifest, name: str) -> dict[str, Any]:
     split = manifest.splits[name]
     lengths = document_lengths(manifest, name)
+    lengths = lengths if lengths.size else np.zeros(1)
+    quantiles = np.quantile(lengths, QUANTILES, method="inverted_cdf")  # no interpolation
     sizes = [shard.tokens for shard in split.shards]
     return {
         "tokens": split.tokens,
@@ -129,15 +131,8 @@ def _describe_split(manifest: Manifest, name: str) -> dict[str, Any]:
         "shards": len(sizes),
         "shard_tokens": [min(sizes, default=0), max(sizes, default=0)],
         "indexes_read": min(len(sizes), INDEXES_READ),
-        "document_tokens": dict(
-            zip(map(str, QUANTILES), map(int, _quantiles(lengths)), strict=True)
-        ),
+        "document_tokens": dict(zip(map(str, QUANTILES), map(int, quantiles), strict=True)),
     }
-
-
-def _quantiles(lengths: np.ndarray) -> np.ndarray:
-    """Return the lengths at each of `QUANTILES`, without interpolation."""
-    return np.quantile(lengths if lengths.size else np.zeros(1), QUANTILES, method="inverted_cdf")
 
 
 def as_text(description: dict[str, Any]) -> str:

@@ -198,9 +198,12 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
     [k * batch_size * world_size, (k + 1) * batch_size * world_size) of the stream, rank r the r-th
     part of them. Every window of the split is served once per epoch, each source of a mixture
     having epochs of its own; batches may straddle epochs. With `shuffle_shards` only that many
-    shards are shuffled together. `wait_seconds` is the time spent inside `next`. x and y share
-    memory: clone one before writing to it. Threads may share a loader, each batch goes to one of
-    them; pickled, as for a spawned process, it is opened again at its position.
+    shards are shuffled together. x and y share memory: clone one before writing to it. Threads may
+    share a loader: each batch goes to one of them. Pickled, as for a spawned process, it is opened
+    again at its position.
+
+    Attributes: `windows_per_epoch`, of all sources; `unused_tokens`, which no window of an epoch
+    holds; `wait_seconds`, the time spent inside `next`.
 
     Raises FileNotFoundError or ValueError for a dataset that is missing, altered or shorter than
     one block, and ValueError for impossible sizes and ranks.
@@ -234,6 +237,9 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         self._reader = BatchReader(
             data, split, batch_size, block_size, rank, world_size, seed, shuffle_shards
         )
+        streams = self._reader.stream.streams
+        self.windows_per_epoch = sum(stream.windows_per_epoch for stream in streams)
+        self.unused_tokens = sum(stream.unused_tokens for stream in streams)
         self.split, self.seed, self.shuffle_shards = split, seed, shuffle_shards
         self.batch_size, self.block_size = batch_size, block_size
         self.rank, self.world_size = rank, world_size
@@ -243,16 +249,6 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         self._lock = threading.Lock()
         self._thread = _reading_thread(self.device) if self.device.type == "cuda" else None
         self._prefetched: deque[Future[torch.Tensor]] = deque()
-
-    @property
-    def windows_per_epoch(self) -> int:
-        """Windows of the split, all sources together."""
-        return sum(stream.windows_per_epoch for stream in self._reader.stream.streams)
-
-    @property
-    def unused_tokens(self) -> int:
-        """Tokens of the split that no window of an epoch holds."""
-        return sum(stream.unused_tokens for stream in self._reader.stream.streams)
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         started = time.perf_counter()
@@ -326,10 +322,6 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         sizes = (self.batch_size, self.block_size, self.rank, self.world_size)
         more = (self.seed, self.device, self.shuffle_shards)
         return TokenLoader, (self.mixture, self.split, *sizes, *more), self.state_dict()
-
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (source, shard, first token) of the stream's windows at `positions`, each (N,)."""
-        return self._reader.stream.locate(positions)
 
 
 def _reading_thread(device: torch.device) -> ThreadPoolExecutor:

@@ -646,7 +646,7 @@ def test_a_short_shard_is_found_in_the_background(dataset: Manifest) -> None:
         file.truncate(200)
     loader = TokenLoader(dataset.folder, "train", 1, 8)
     # The first batch is of another shard.
-    position = next(i for i in range(20) if loader.locate(np.array([i]))[1] != 2)
+    position = next(i for i in range(20) if loader._reader.stream.locate(np.array([i]))[1] != 2)
     loader.load_state_dict(loader.state_dict() | {"position": position})
     loader._reader._fill_buffer()
     assert loader._reader._check
