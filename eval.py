@@ -98,8 +98,8 @@ from mygpt.generate import Sampling
 from mygpt.model import GPT
 from mygpt.settings import only_dataset
 from shards.files import atomic_file, write_json
+from shards.mixture import Mixture
 from shards.reader import DocumentWindows
-from shards.stream import Mixture
 from shards.tokenizer import Tokenizer, open_tokenizer
 from shards.tokenizer import load as load_tokenizer
 

@@ -70,7 +70,7 @@ from mygpt.train_state import (
 )
 from shards import checks
 from shards.files import write_json
-from shards.stream import Mixture
+from shards.mixture import Mixture
 from shards.tokenizer import Tokenizer, open_tokenizer
 
 ALMOST_DONE = 0.9  # a step that has come this far is finished when the run is asked to stop

@@ -28,7 +28,7 @@ from mygpt.run_config import RunRecord
 from mygpt.settings import VALIDATIONS, TrainConfig
 from mygpt.stopping import Stop
 from mygpt.train_state import TrainState, build_train_state, save_checkpoint
-from shards.stream import Mixture
+from shards.mixture import Mixture
 
 Result = TypeVar("Result")
 

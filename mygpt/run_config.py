@@ -30,7 +30,7 @@ from mygpt.settings import (
     shallow,
 )
 from shards import stored_json
-from shards.stream import Mixture
+from shards.mixture import Mixture
 
 if TYPE_CHECKING:
     from mygpt.distributed import Ranks

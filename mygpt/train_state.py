@@ -21,8 +21,8 @@ from mygpt.run_config import RunRecord
 from mygpt.settings import TrainConfig
 from mygpt.spikes import Spikes
 from shards.loader import TokenLoader
+from shards.mixture import Mixture
 from shards.reader import EvalWindows, token_counts
-from shards.stream import Mixture
 
 MAX_COUNTED_TOKENS = 2**28  # beyond, counting the unigram baseline would delay the start
 

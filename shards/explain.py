@@ -16,8 +16,9 @@ import pyarrow as pa
 from shards import stored_json
 from shards.cli import printable
 from shards.manifest import Manifest
+from shards.mixture import Mixture
 from shards.reader import ShardReader, read_index
-from shards.stream import MixedStream, Mixture
+from shards.stream import MixedStream
 from shards.tokenizer import Tokenizer, open_tokenizer
 
 SHOWN_CHARACTERS = 200
@@ -114,7 +115,9 @@ def rows_of(run: Path, step: int, row: int | None, data: Sequence[str]) -> Itera
         )
     mixture = _open_data(record, step, list(data or config.data))
     tokenizer = open_tokenizer(mixture.tokenizer)
-    stream = MixedStream(mixture, "train", block_size, config.seed, config.shuffle_shards)
+    stream = MixedStream(
+        mixture.manifests, mixture.weights, "train", block_size, config.seed, config.shuffle_shards
+    )
     chosen = np.arange(rows) if row is None else np.array([row])
     windows = zip(chosen, *stream.locate((step - 1) * rows + chosen), strict=True)
     sources = [_Source(manifest, tokenizer) for manifest in mixture.manifests]

@@ -19,9 +19,10 @@ import torch
 
 from shards import cache, remote
 from shards.manifest import Manifest, Shard
+from shards.mixture import Mixture
 from shards.order import ORDER_VERSION
 from shards.reader import REMEDY, ShardReader, open_tokens
-from shards.stream import MixedStream, Mixture
+from shards.stream import MixedStream
 
 STATE_VERSION = 2
 MAX_POSITION = 1 << 62  # positions, and sums of them with a batch, are computed in 64 bits
@@ -57,7 +58,9 @@ class BatchReader:
         self.batch_size, self.width = batch_size, block_size + 1
         self.rank, self.world_size = rank, world_size
         self._readers = [ShardReader(manifest, split) for manifest in mixture.manifests]
-        self.stream = MixedStream(mixture, split, block_size, seed, shuffle_shards)
+        self.stream = MixedStream(
+            mixture.manifests, mixture.weights, split, block_size, seed, shuffle_shards
+        )
         _check_cache(self._readers, shuffle_shards)
         self._check: BackgroundCheck | None = None
         self._buffer = np.empty((0, self.width), np.uint16)
@@ -122,7 +125,9 @@ class BatchReader:
 
     def _manage_files(self) -> None:
         """Fetch the shards that are read next, and release the memory of what was read."""
-        for reader, shards in zip(self._readers, self.stream.ahead(self._position), strict=True):
+        for reader, shards in zip(
+            self._readers, self.stream.upcoming_shards(self._position), strict=True
+        ):
             reader.close_evicted()
             reader.fetch_ahead(shards)
             if self._held_windows >= HELD_WINDOWS:
@@ -194,7 +199,7 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
     """Endless iterator of (x, y), each (B, T) int64 on `device`; y is x one token later.
 
     `data` is an opened mixture, the folder or URI of a dataset, or several specs that
-    `shards.stream.parse` reads. Together the ranks' k-th batches hold the windows
+    `shards.mixture.parse_data_specs` reads. Together the ranks' k-th batches hold the windows
     [k * batch_size * world_size, (k + 1) * batch_size * world_size) of the stream, rank r the r-th
     part of them. Every window of the split is served once per epoch, each source of a mixture
     having epochs of its own; batches may straddle epochs. With `shuffle_shards` only that many

@@ -25,7 +25,7 @@ from mygpt.hub import __main__ as hub
 from mygpt.model import GPT
 from shards import tokenizer
 from shards.manifest import Manifest, TokenizerIdentity
-from shards.stream import Mixture
+from shards.mixture import Mixture
 from tests.dataset import VOCABULARY, write_dataset
 from tests.sources import write_sources
 

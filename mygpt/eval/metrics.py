@@ -14,8 +14,8 @@ import numpy as np
 from mygpt.eval.multiple_choice import Answers
 from mygpt.evaluate import Loss, Losses, unigram_loss
 from shards.manifest import Split
+from shards.mixture import Mixture
 from shards.reader import DocumentWindows, token_counts
-from shards.stream import Mixture
 
 MAX_GROUPS = 1000  # of more sources than that, the smallest are merged
 OTHERS = "(others)"

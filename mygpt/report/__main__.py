@@ -40,7 +40,7 @@ from mygpt.report import page, run_summary
 from mygpt.report.chart import Line, chart, short
 from mygpt.report.run_summary import RunSummary
 from shards.files import atomic_file
-from shards.stream import Mixture
+from shards.mixture import Mixture
 
 MAX_SAMPLES = 8  # the others are folded away
 

@@ -10,8 +10,8 @@ from mygpt.eval import summary
 from mygpt.log import History
 from mygpt.run_config import RunRecord
 from mygpt.settings import TrainConfig
+from shards.mixture import Mixture
 from shards.reader import evenly_spaced
-from shards.stream import Mixture
 
 
 @dataclass(frozen=True)

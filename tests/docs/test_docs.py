@@ -377,7 +377,6 @@ def test_the_spine_is_counted() -> None:
     assert spine.total(text) == sum(row.lines for row in rows), advice
 
 
-@pytest.mark.xfail(reason="its files are still being shortened")
 def test_the_spine_is_short() -> None:
     assert spine.total((ROOT / "README.md").read_text("utf-8")) <= spine.MOST_LINES
 

@@ -17,7 +17,7 @@ from mygpt.distributed import Ranks
 from mygpt.log import RunLog
 from mygpt.model import GPT
 from mygpt.run_config import RunRecord
-from shards.stream import Mixture
+from shards.mixture import Mixture
 from tests.dataset import VOCABULARY, write_dataset
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))

@@ -13,7 +13,7 @@ from shards import tokenizer
 from shards.__main__ import main
 from shards.loader import TokenLoader
 from shards.manifest import Manifest, Source
-from shards.stream import Mixture
+from shards.mixture import Mixture
 from tests.shards.support import grown, text_dataset, write_manifest, write_shard
 
 gpt2 = tokenizer.load()

@@ -22,7 +22,7 @@ from shards import loader as loader_module
 from shards.checks import check
 from shards.loader import BackgroundCheck, TokenLoader
 from shards.manifest import Manifest
-from shards.stream import Mixture
+from shards.mixture import Mixture
 from tests.shards.support import arange_dataset, grown, write_dataset
 
 # Lengths of train shards; ids count on over them, so a token's id is its place in the split.
@@ -346,7 +346,7 @@ def test_what_lies_ahead_is_what_comes(tmp_path: Path) -> None:
     stream = loader._reader.stream.streams[0]
     for position in range(3 * loader.windows_per_epoch):
         (shard,), _ = stream.locate(np.array([position]))
-        ahead = list(stream.ahead(position))
+        ahead = list(stream.upcoming_shards(position))
         assert shard in ahead[:3]
         coming, _ = stream.locate(np.arange(position, position + 5))
         assert set(coming.tolist()) <= set(ahead), "no group has fewer than 4 windows"

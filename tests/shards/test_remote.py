@@ -19,8 +19,8 @@ from shards import cache, inspect, remote
 from shards.checks import verify
 from shards.loader import BackgroundCheck, BatchReader, TokenLoader
 from shards.manifest import FILE_NAME, Manifest
+from shards.mixture import Mixture
 from shards.reader import EvalWindows, open_tokens, read_index, token_counts
-from shards.stream import Mixture
 from tests.prepare.proxy import FAULTS, Proxy
 from tests.s3 import s3_server
 from tests.shards.support import arange_dataset, text_dataset
@@ -285,7 +285,7 @@ def test_a_cache_that_is_too_small_is_refused(uri: str, monkeypatch: pytest.Monk
 def test_what_comes_next_is_fetched_ahead(uri: str, tmp_path: Path) -> None:
     loader = TokenLoader([uri], "train", 1, BLOCK, shuffle_shards=3)
     next(loader)
-    order = list(loader._reader.stream.streams[0].ahead(0))
+    order = list(loader._reader.stream.streams[0].upcoming_shards(0))
     assert len(order) == 6
     wanted = {loader._reader._readers[0].shards[i].sha256 for i in order}
     wait_for(lambda: wanted <= cached(tmp_path / "cache"))
@@ -305,7 +305,7 @@ def test_many_threads_fetch_a_file_once(uri: str, local: Manifest, proxy: Proxy)
 
 READ = """
 import sys
-from shards.stream import Mixture
+from shards.mixture import Mixture
 from shards.loader import BatchReader
 rows = BatchReader(Mixture.load([sys.argv[1]]), "train", 4, 16, int(sys.argv[2]), 2, 0, 0)
 print(sum(int(rows.read().sum()) for _ in range(100)))

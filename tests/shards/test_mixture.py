@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from shards.loader import TokenLoader
 from shards.manifest import Manifest, TokenizerIdentity
-from shards.stream import Component, Mixture, integer_weights, interleave, parse
+from shards.mixture import Component, Mixture, integer_weights
+from shards.mixture import parse_data_specs as parse
+from shards.stream import interleave
 from tests.shards.support import arange_dataset, grown, write_dataset
 
 WEIGHTS = st.lists(st.integers(1, 1000), min_size=1, max_size=9)
