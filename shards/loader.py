@@ -228,8 +228,9 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
     ) -> None:
         sizes = (batch_size, block_size, world_size, rank, seed, shuffle_shards)
         if (
-            any(type(size) is not int or not 0 <= size < MAX_POSITION for size in sizes)
+            any(type(size) is not int or size < 0 for size in sizes)
             or min(batch_size, block_size) < 1
+            or batch_size * block_size * world_size >= MAX_POSITION
             or rank >= world_size
         ):
             raise ValueError(
