@@ -230,7 +230,8 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         if (
             any(type(size) is not int or size < 0 for size in sizes)
             or min(batch_size, block_size) < 1
-            or batch_size * block_size * world_size >= MAX_POSITION
+            or batch_size * block_size * world_size > MAX_POSITION
+            or seed >= 1 << 64
             or rank >= world_size
         ):
             raise ValueError(
@@ -308,7 +309,7 @@ class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):
                     f"expected a loader state with {name} {own[name]}, found {state.get(name)}: "
                     "resume with the datasets and the settings with which the run was started"
                 )
-        if type(position) is not int or not 0 <= position < MAX_POSITION:
+        if type(position) is not int or not 0 <= position <= MAX_POSITION:
             raise ValueError(
                 f"expected a loader state with a position from 0, found {position!r}: resume from "
                 "another checkpoint"
