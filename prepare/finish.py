@@ -8,6 +8,7 @@ from prepare.plan import Plan, UnitResult, list_bad
 from prepare.text import BROKEN
 from prepare.workspace import QUARANTINE
 from shards import stored_json
+from shards.cli import printable
 from shards.manifest import SPLITS, Manifest, Source, Split, TokenizerIdentity
 from shards.tokenizer import Tokenizer
 
@@ -96,7 +97,7 @@ def text_bytes(results: Sequence[UnitResult]) -> int:
 def _allowed(max_bad: int | None, documents: int, text: int) -> tuple[int, int]:
     """Return how many of so many documents, and bytes of their text, may be bad."""
     if max_bad is not None:
-        return max_bad, text * max_bad // max(documents, 1)
+        return max_bad, max(BAD_BYTES, text * max_bad // max(documents, 1))
     return max(BAD_DOCUMENTS, int(BAD_SHARE * documents)), max(BAD_BYTES, int(BAD_SHARE * text))
 
 
@@ -155,7 +156,8 @@ def losses(entries: list[Entry], text: int) -> list[str]:
         entry for entry in entries if entry.reason.startswith(BROKEN) or entry.bytes > BAD_BYTES
     ]
     for entry in named[:NAMED]:
-        lines.append(f"           {entry.source} at {entry.position}: {entry.reason}")
+        line = f"{entry.source} at {entry.position}: {entry.reason}"
+        lines.append(f"           {printable(line)}")
     if named[NAMED:]:
         lines.append(f"           and {len(named) - NAMED} more: see {QUARANTINE}")
     return lines

@@ -30,8 +30,8 @@ class Options:
     text_column: str | None = None
     """The column or field with the text; by default text, else content."""
     max_bad: int | None = None
-    """Documents that may be unreadable, and with them the same share of the text; by default 10
-    and 64 KB, or 0.1 % if that is more."""
+    """Documents that may be unreadable, by default 10, or 0.1 % if that is more; of the text the
+    same share, but at least 64 KB."""
     dedup: bool = False
     """Drop exact duplicates of an earlier document."""
     append: bool = False

@@ -156,6 +156,8 @@ def test_a_broken_file_is_named_however_little_is_lost() -> None:
     assert finish.losses(entries, 100)[1:] == [
         f"           a.txt at 7: {BROKEN}: zlib inflate failed"
     ]
+    escape = Entry("\x1b[2J.txt", 7, BROKEN, 1, 0)
+    assert finish.losses([escape], 0)[1] == f"           \\x1b[2J.txt at 7: {BROKEN}"
     lines = finish.losses(entries * 20, 100)
     assert len(lines) == 12
     assert "and 10 more: see quarantine.jsonl" in lines[-1]
