@@ -2,6 +2,7 @@
 
 Nothing is dropped silently: a document that is not readable text becomes a `BadDocuments` entry
 with its source, position and reason; every other document is in a batch, empty ones included.
+A byte order mark is no part of a JSON object, so it is dropped; in a .txt file it is text.
 """
 
 import json

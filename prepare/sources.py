@@ -11,7 +11,9 @@ import posixpath
 import sysconfig
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from pathlib import Path
+from urllib.parse import unquote
 
 from pyarrow import fs
 
@@ -59,8 +61,7 @@ class InputFile:
         """The same for every name of one file, so that a link does not make it two."""
         if self.remote:
             return self.path
-        stat = os.stat(self.path)
-        return stat.st_dev, stat.st_ino
+        return _inode(self.path)
 
     @property
     def real_path(self) -> str:
@@ -93,22 +94,89 @@ def find_files(sources: Iterable[str], val: bool = False) -> list[InputFile]:
 
 
 def _expand(source: str, val: bool) -> Iterator[InputFile]:
-    """Yield the files of one file, folder or glob."""
+    """Yield the files of one file, folder or glob. Raises ValueError or OSError for bad ones."""
+    if not source.strip():
+        raise ValueError("expected a SOURCE, found an empty one: give a file, a folder, or stdlib")
+    if source.startswith("file:///"):
+        source = unquote(source.removeprefix("file://"))
     system, path, info = _file_info(source)
+    _check_regular(info)
     if info.type == fs.FileType.File:
         yield _input_file(source, info, posixpath.basename(path), val)
         return
     pattern = ""
-    if info.type == fs.FileType.NotFound and any(mark in path for mark in "*?["):
+    if info.type == fs.FileType.NotFound:
+        if not any(mark in path for mark in "*?["):
+            raise FileNotFoundError(
+                f"expected input in {source}, found no such file or folder: check the path"
+            )
         path, pattern = _split_glob(path)
-    folder = fs.FileSelector(path, recursive=True, allow_not_found=True)
-    for info in system.get_file_info(folder):
-        inside = posixpath.relpath(info.path, path)
+    met = set[Hashable]()
+    for found in _paths_below(system, path):
+        inside = posixpath.relpath(found, path)
         hidden = any(part.startswith(".") for part in inside.split("/"))
-        if info.type != fs.FileType.File or hidden:
+        if hidden or not (_matches(inside, pattern) if pattern else _kind(found)[0]):
             continue
-        if _matches(inside, pattern) if pattern else _kind(info.path)[0] is not None:
-            yield _input_file(source, info, f"{posixpath.basename(path)}/{inside}", val)
+        if inside != inside.encode(errors="replace").decode():
+            raise ValueError(
+                f"expected file names in UTF-8, found {os.fsencode(inside)!r} in {path}: rename it"
+            )
+        info = system.get_file_info(found)
+        _check_regular(info)
+        if info.type == fs.FileType.File:
+            file = _input_file(source, info, f"{posixpath.basename(path)}/{inside}", val)
+            if file.identity not in met:
+                met.add(file.identity)
+                yield file
+
+
+def _check_regular(info: fs.FileInfo) -> None:
+    """Raise ValueError for a pipe, which would be waited for, or a device."""
+    if info.type == fs.FileType.Unknown:
+        raise ValueError(
+            f"expected a file or folder, found {info.path}, a pipe, socket or device: write its "
+            "content to a file"
+        )
+
+
+def _paths_below(system: fs.FileSystem, folder: str) -> Iterator[str]:
+    """Yield the paths of the files below a folder.
+
+    On a local disk links are followed last, the shallowest first, and only to what was not met
+    before, so a file has its real path if that is below the folder, and a loop ends.
+    """
+    if not isinstance(system, fs.LocalFileSystem):
+        selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
+        found = system.get_file_info(selector)
+        yield from (info.path for info in found if info.type == fs.FileType.File)
+        return
+    seen: set[tuple[int, int]] = set()
+    links = [(0, folder)]
+    while links:
+        _, link = heappop(links)
+        found = [] if os.path.isdir(link) else [link]
+        for parent, names, files in os.walk(link, onerror=_raise):
+            names[:] = [name for name in names if not name.startswith(".")]
+            if _inode(parent) in seen:
+                names.clear()
+                continue
+            seen.add(_inode(parent))
+            for path in (f"{parent.rstrip('/')}/{name}" for name in [*names, *files]):
+                if os.path.islink(path):
+                    heappush(links, (path.count("/"), path))
+                elif not os.path.isdir(path):
+                    found.append(path)
+        yield from sorted(found)
+
+
+def _inode(path: str) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _file_info(source: str) -> tuple[fs.FileSystem, str, fs.FileInfo]:

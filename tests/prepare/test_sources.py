@@ -141,7 +141,7 @@ def test_validation_sources_are_marked(corpus: Path) -> None:
 
 @pytest.mark.parametrize("source", ["gone.txt", "gone/", "gone/*.txt", "notes/*.txt"])
 def test_a_source_that_names_nothing(source: str, corpus: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"expected input in .*found no file") as error:
+    with pytest.raises(FileNotFoundError, match=r"expected input in .*found no ") as error:
         names(corpus / source)
     assert "\n" not in str(error.value)
 
@@ -176,3 +176,67 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         find_files(["hf://datasets/a"])
     with pytest.raises(ConnectError):
         find_files(["a.txt"])
+
+
+def test_a_link_never_names_what_has_a_real_path(corpus: Path) -> None:
+    """Also if the link comes first by its name; loops end, and what is elsewhere is found once."""
+    before = names(corpus)
+    elsewhere = corpus.parent / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    (elsewhere / "deep/new.txt").write_text("new")
+    (corpus / "a_loop").symlink_to(corpus)
+    (corpus / "q/a").symlink_to(corpus / "q/w.txt.zst")
+    (corpus / "a.md").symlink_to(corpus / "sub/a.md")
+    for name in ("one", "two"):
+        (corpus / "sub" / name).symlink_to(".")
+        (elsewhere / name).symlink_to(elsewhere)
+    (corpus / "sub/link").symlink_to(elsewhere)
+    (corpus / "zz").symlink_to(elsewhere)
+    assert names(corpus) == sorted([*before, "corpus/zz/deep/new.txt"])
+    assert names(corpus / "sub/one") == [
+        name.replace("corpus/sub", "one")
+        for name in sorted([*before, "corpus/sub/link/deep/new.txt"])
+        if name.startswith("corpus/sub")
+    ]
+
+
+def test_a_link_names_what_has_no_name_of_a_supported_type(tmp_path: Path) -> None:
+    """As the snapshots of a Hugging Face cache do, whose blobs are named by a hash."""
+    (tmp_path / "hub/blobs").mkdir(parents=True)
+    (tmp_path / "hub/snapshots").mkdir()
+    (tmp_path / "hub/blobs/0123").write_text("text")
+    (tmp_path / "hub/snapshots/a.txt").symlink_to("../blobs/0123")
+    assert names(tmp_path / "hub") == ["hub/snapshots/a.txt"]
+
+
+def test_a_pipe_is_refused(corpus: Path) -> None:
+    os.mkfifo(corpus / "sub/pipe.txt")
+    for source in (corpus / "sub/pipe.txt", corpus, corpus / "sub/*.txt"):
+        with pytest.raises(ValueError, match=r"pipe\.txt, a pipe, socket or device: write"):
+            names(source)
+
+
+def test_a_name_that_is_not_utf8_is_named(corpus: Path) -> None:
+    Path(os.fsdecode(os.fsencode(corpus) + b"/notes\xe9.pdf")).touch()
+    assert len(names(corpus)) == len(TREE)
+    Path(os.fsdecode(os.fsencode(corpus) + b"/caf\xe9.txt")).touch()
+    with pytest.raises(ValueError, match=r"UTF-8, found b'caf\\xe9.txt' in .*corpus: rename it"):
+        names(corpus)
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_an_empty_source_is_refused(source: str) -> None:
+    with pytest.raises(ValueError, match="expected a SOURCE, found an empty one"):
+        names(source)
+
+
+def test_a_file_uri_is_absolute(corpus: Path) -> None:
+    (corpus / "with space.txt").touch()
+    assert names(f"file://{corpus}/with%20space.txt") == ["with space.txt"]
+    assert names(f"file://{corpus}") == names(corpus)
+    assert not find_files([f"file://{corpus}"])[0].remote
+
+
+def test_a_missing_file_is_called_so(corpus: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nosuch\.txt, found no such file or folder"):
+        names(corpus / "nosuch.txt")
