@@ -154,8 +154,9 @@ def _paths_below(system: fs.FileSystem, folder: str) -> Iterator[str]:
     links = [(0, folder)]
     while links:
         _, link = heappop(links)
-        found = [] if os.path.isdir(link) else [link]
-        for parent, names, files in os.walk(link, onerror=_raise):
+        is_folder = os.path.isdir(link)
+        found = [] if is_folder else [link]
+        for parent, names, files in os.walk(link, onerror=_raise) if is_folder else ():
             names[:] = [name for name in names if not name.startswith(".")]
             if _inode(parent) in seen:
                 names.clear()

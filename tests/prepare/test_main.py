@@ -166,7 +166,7 @@ def test_the_summary_accounts_for_every_document(tmp_path: Path) -> None:
 
 IMPOSSIBLE = {
     "no source": ("", "expected a SOURCE, found none"),
-    "missing source": ("nothing.jsonl", "expected input in nothing.jsonl, found no file"),
+    "missing source": ("nothing.jsonl", "expected input in nothing.jsonl, found no such file"),
     "empty glob": ("corpus/*.md", "expected input in corpus/*.md, found no file"),
     "empty folder": ("empty", "expected input in empty, found no file"),
     "unsupported type": ("corpus/x.pdf", "expected a file of type .txt, .md, .jsonl"),
