@@ -3,6 +3,7 @@
 Shapes: B prompts, T tokens of the longest one, V vocab_size.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -51,8 +52,9 @@ def stream(
     """Yield the next token of every prompt, `max_new_tokens` times or until all texts have ended.
 
     A text ends before the token `stop`; from there on its entry is None. What prompt i draws
-    depends on the seed and i, not on the other prompts or on their number: as `sample` says, even
-    the rounding of another batch size hardly ever changes it. No global generator is used.
+    depends on the seed, its tokens and i, not on the other prompts or on their number: as `sample`
+    says, even the rounding of another batch size hardly ever changes it. No global generator is
+    used.
 
     A text may outgrow the block. Its last half block then becomes the context: positions are
     absolute, so the tokens that move are computed anew.
@@ -60,6 +62,7 @@ def stream(
     Raises ValueError for prompts without tokens or with unknown ones.
     """
     _check_prompts(prompts, model.config.vocab_size)
+    texts = [text_key(prompt, number) for number, prompt in enumerate(prompts)]
     contexts = [list(prompt) for prompt in prompts]
     ended = [False] * len(prompts)
     cache, device = None, model.wte.weight.device
@@ -77,8 +80,8 @@ def stream(
                 step = step or (RecordedStep if cache.static else Step)(model, cache)
                 logits = step(torch.tensor([[context[-1]] for context in contexts]))  # (B, V)
             position = sampling.max_new_tokens - left
-            rows = [noise(sampling.seed, i, position, len(row)) for i, row in enumerate(logits)]
-            tokens = sample(logits, torch.stack(rows).to(device), sampling).tolist()
+            gumbel = [noise(sampling.seed, text, position, logits.size(1)) for text in texts]
+            tokens = sample(logits, torch.stack(gumbel).to(device), sampling).tolist()
             for context, token in zip(contexts, tokens, strict=True):
                 context.append(token)
             ended = [e or token == stop for e, token in zip(ended, tokens, strict=True)]
@@ -158,8 +161,14 @@ class RecordedStep(Step):
         return self.logits
 
 
+def text_key(prompt: Sequence[int], number: int) -> int:
+    """Return the 64-bit key of the noise of one text: different prompts draw differently."""
+    tokens = np.array([*prompt, number], np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little")
+
+
 def noise(seed: int, text: int, position: int, vocab: int) -> Tensor:
-    """Return Gumbel noise (V,) for the token at `position` of text number `text`.
+    """Return Gumbel noise (V,) for the token at `position` of the text with a key.
 
     A counter-based generator: the noise of a position is the same whatever was drawn before.
     """

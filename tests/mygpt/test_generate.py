@@ -245,5 +245,10 @@ def test_a_text_does_not_depend_on_how_many_are_drawn_beside_it(model):
     assert generate(model, [[1, 2]] * 5, Sampling(40, seed=9))[0] == alone[0]
 
 
+def test_prompts_draw_differently_though_the_model_ignores_them(model):
+    drawn = [generate(model, [prompt], Sampling(1, 1e30, seed=9))[0] for prompt in ([1], [2], [3])]
+    assert len({tuple(tokens) for tokens in drawn}) == 3
+
+
 def test_the_likeliest_token_at_temperature_zero():
     assert sample(LOGITS[None], noise(0, 0, 0, 6)[None], Sampling(temperature=0.0)).tolist() == [2]
