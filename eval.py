@@ -18,6 +18,7 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +78,8 @@ def parse(args: list[str] | None) -> EvalConfig:
     check_ranges(config, RANGES)
     if not 0 < config.top_p <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1, got {config.top_p}")
+    if config.interactive and config.json:
+        raise ValueError("--interactive prints texts, --json one object: leave out one of them")
     if config.out is not None and (config.out.suffix != ".md" or not config.out.parent.is_dir()):
         raise ValueError(f"--out must name a file FILE.md in a folder, got {config.out}")
     return config
@@ -142,7 +145,7 @@ def open_inputs(config: EvalConfig) -> Inputs:
         questions["hellaswag"] = multiple_choice.read(config.hellaswag, hellaswag=True)
     prompts = list(config.prompt)
     if config.prompt_file is not None:
-        prompts.append(config.prompt_file.read_text("utf-8"))
+        prompts.append(read_prompt(config.prompt_file))
     has_text = questions or config.num_samples or config.interactive
     return Inputs(
         config=config,
@@ -157,6 +160,14 @@ def open_inputs(config: EvalConfig) -> Inputs:
         ),
         document=config.out or (own.run and own.run / "eval.md"),
     )
+
+
+def read_prompt(path: Path) -> str:
+    """Return the text of a file; ValueError, naming it, if it is not UTF-8."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 in {path}, found {error}: convert it") from None
 
 
 def open_data(config: EvalConfig, own: Target) -> Mixture:
@@ -275,6 +286,8 @@ def talk(inputs: Inputs, ranks: Ranks) -> None:
     if ranks.world_size > 1 or inputs.tokenizer is None:
         raise ValueError("--interactive is for one process: start eval.py without torchrun")
     model = with_weights(inputs.target.load(ranks.device), inputs.config.weights)
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 don't end the talk
     converse(Completer(model, inputs.sampling), inputs.tokenizer)
 
 

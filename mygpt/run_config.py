@@ -194,7 +194,9 @@ def _refusal(
 ) -> ValueError:
     flag = name.replace("_", "-")
     remedy = f"--{flag} {value}"
-    if isinstance(value, bool):
+    if value == "":
+        value, remedy = "none", f"the command without --{flag}"
+    elif isinstance(value, bool):
         remedy = f"--{flag}" if value else f"--no-{flag}"
     elif name in LENGTHS:
         remedy = f"--max-steps {stored.max_steps}"

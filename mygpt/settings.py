@@ -267,6 +267,8 @@ def parse(args: Sequence[str], description: str) -> TrainConfig:
         description=f"{description}\n\nPresets: {_presets()}.\n\nThe defaults below: {preset}.",
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    if flags.init_from:
+        _refuse_shape_flags(rest)
     values = shallow(flags) | {"model": type(base.model)(**shallow(flags.model))}
     return TrainConfig(**(values | _overridden_length(flags, rest)))
 
@@ -275,6 +277,15 @@ def _refuse_retired_flags(args: Sequence[str]) -> None:
     for name, advice in RETIRED.items():
         if _is_explicit(name, args) or _is_explicit(f"no_{name}", args):
             raise ValueError(f"--{name} was removed: {advice}")
+
+
+def _refuse_shape_flags(args: Sequence[str]) -> None:
+    for name in [f.name for f in fields(GPTConfig) if f.name not in ("block_size", "dropout")]:
+        if _is_explicit(name, args) or _is_explicit(f"no_{name}", args):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"--init-from and {flag} each give the model's shape: leave out {flag}"
+            )
 
 
 def _presets() -> str:

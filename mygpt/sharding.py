@@ -141,11 +141,15 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def shard_tensors(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor]:
-    """Shard optimizer state ("PARAMETER.KEY" -> full tensor) as the parameters are."""
+    """Shard optimizer state ("PARAMETER.KEY" -> full tensor) as the parameters are.
+
+    What is of no parameter stays as it is.
+    """
     parameters = dict(model.named_parameters())
+    owners = {name: parameters.get(name.rpartition(".")[0]) for name in tensors}
     return {
-        name: shard_like(tensor, parameters[name.rpartition(".")[0]]) if tensor.dim() else tensor
-        for name, tensor in tensors.items()
+        name: tensor if owner is None or not tensor.dim() else shard_like(tensor, owner)
+        for (name, tensor), owner in zip(tensors.items(), owners.values(), strict=True)
     }
 
 

@@ -104,9 +104,17 @@ class Mixture:
         """
         components = parse_data_specs(specs)
         chosen = _chosen_generations(components, generations)
-        mixture = cls(
-            components, tuple(Manifest.load(c.folder, chosen[c.name]) for c in components)
-        )
+        try:
+            manifests = tuple(Manifest.load(c.folder, chosen[c.name]) for c in components)
+        except FileNotFoundError:
+            if not expect:
+                raise
+            raise FileNotFoundError(
+                f"expected the run's dataset, {expect[:12]}, in "
+                f"{', '.join(c.folder for c in components)}, found none: if it was moved, give its "
+                "folder with --data"
+            ) from None
+        mixture = cls(components, manifests)
         mixture._check_tokenizers()
         if expect and mixture.fingerprint != expect:
             raise ValueError(

@@ -211,11 +211,17 @@ def test_what_is_missing_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert "expected a run with a checkpoint" in refused(capsys, tmp_path)
-    assert "--num-samples must be 0 or more" in refused(capsys, run, "--num-samples", "-1")
+    assert "--num-samples must be 0 to 10000" in refused(capsys, run, "--num-samples", "-1")
     assert "--top-p must be above 0" in refused(capsys, run, "--top-p", "0")
     assert "expected the tokenizer gpt2, found 'random'" in refused(capsys, run)
-    assert "python -m prepare" in refused(capsys, run, "--data", tmp_path)
+    assert "if it was moved" in refused(capsys, run, "--data", tmp_path)
     assert "no-such-file" in refused(capsys, gpt2_run, "--prompt-file", "no-such-file")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    for flag in ("--prompt-file", "--choices", "--hellaswag"):
+        assert "latin.txt" in refused(capsys, gpt2_run, flag, tmp_path / "latin.txt")
+    assert "--interactive" in refused(capsys, gpt2_run, "--interactive", "--json")
+    shutil.copytree(run, tmp_path / "new", ignore=shutil.ignore_patterns("checkpoints"))
+    assert "let train.py reach its first" in refused(capsys, tmp_path / "new")
     monkeypatch.chdir(tmp_path)
     assert "python train.py" in refused(capsys)
 
@@ -529,3 +535,6 @@ def test_interactive(
     monkeypatch.setattr(sys, "stdin", io.StringIO("def f\n"))
     assert script.main([str(gpt2_run), "--interactive", *flags, "--device", "cpu"]) == 0
     assert found["samples"][0]["text"].removeprefix("def f") in capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\ndef f\n"), "utf-8"))
+    assert script.main([str(gpt2_run), "--interactive", *flags, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("\n> ") == 3

@@ -107,6 +107,7 @@ NEEDED = {
 }
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", [30, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NEEDED)
 def test_silly_values_end_in_one_line_at_once(

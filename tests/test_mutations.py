@@ -237,6 +237,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_a_damaged_record_is_refused_in_one_line(

@@ -147,6 +147,29 @@ def test_a_run_may_begin_with_weights_that_it_then_does_not_need(
     assert config_of(tmp_path / "stopped")["config"]["init_from"] == str(begun)
 
 
+def test_initial_weights_for_a_run_without_them_are_refused(
+    data: Path, straight: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(data, straight, "--init-from", str(folder))
+    told = capsys.readouterr().err
+    assert "holds a run with init_from none" in told
+    assert "give the command without --init-from to resume it" in told
+
+
+def test_a_dataset_that_was_moved_is_asked_for(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(data, own)
+    start(own, tmp_path / "run", "--stop-at", "1")
+    own.rename(tmp_path / "moved")
+    refused(own, tmp_path / "run")
+    told = capsys.readouterr().err
+    assert f"in {own}, found none: if it was moved, give its folder with --data" in told
+    assert "python -m prepare" not in told
+    assert start(tmp_path / "moved", tmp_path / "run", "--stop-at", "2") == 0
+
+
 def test_weights_that_are_not_there_are_refused(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

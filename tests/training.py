@@ -43,7 +43,9 @@ def one_thread(pictures: bool = False) -> Iterator[None]:
 
 
 def arguments(data: Path, run: Path, *flags: str) -> list[str]:
-    return ["tiny", "--data", str(data), "--log-dir", str(run), *FLAGS, *flags]
+    shape, rest = ["--block-size", "16"], FLAGS[len(MODEL.split()) :]
+    own = [*shape, *rest] if "--init-from" in flags else FLAGS  # with it, no other shape
+    return ["tiny", "--data", str(data), "--log-dir", str(run), *own, *flags]
 
 
 def start(data: Path, run: Path, *flags: str) -> int:

@@ -82,7 +82,8 @@ def find(name: str | None, best: bool = False) -> Target:
 def _is_pretrained(path: Path) -> bool:
     """True for a folder of Hugging Face's format, and for what may be a name on its hub."""
     if path.is_dir():
-        return (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
+        is_run = (path / "checkpoints").is_dir() or (path / "log.txt").is_file()
+        return (path / "config.json").is_file() and not is_run
     # "gpt2" or "owner/model", unless "owner" is a folder here: then a path in it was meant.
     is_here = len(path.parts) == 2 and Path(path.parts[0]).is_dir()
     return len(path.parts) <= 2 and not path.is_absolute() and not is_here

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mygpt import log
+from mygpt import log, plot
 from mygpt.log import Meter, RunLog, StepResult, read, skip_line, step_line, val_line
 
 ROOT = Path(__file__).parents[2]
@@ -153,3 +154,16 @@ def test_a_run_outlives_the_reader_of_its_lines(tmp_path: Path) -> None:
         process.stdout.close()
         assert process.wait() == 7
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 20_000
+
+
+def test_damaged_numbers_are_passed_over(tmp_path: Path) -> None:
+    """They stop neither the picture nor the report, which sum up and scale what is read."""
+    steps = {n: line(n, 4.0 - n / 10) for n in range(1, 7)}
+    for step, number in {2: "e.-", 3: "nan", 4: "1e400", 5: "-1e308"}.items():
+        steps[step] = re.sub(r"loss \S+", f"loss {number}", steps[step])
+    huge = steps[6].replace("step 6/", f"step {'9' * 5000}/")
+    write(tmp_path, [*steps.values(), huge, "val 6/400  loss nan  tokens 64"])
+    history = log.read(tmp_path)
+    assert history.train == {1: 3.9, 6: 3.4}
+    assert math.isnan(history.val[6])
+    assert plot.draw(tmp_path).is_file()

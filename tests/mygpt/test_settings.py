@@ -143,6 +143,13 @@ def test_impossible_values_are_refused_in_one_line(flags: str, message: str) -> 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("flag", ["--n-layers=2", "--n_embed=32", "--no-bias", "--vocab-size=60"])
+def test_a_shape_beside_initial_weights_is_refused(flag: str) -> None:
+    assert parse("tiny", "--init-from", "gpt2", "--block-size", "32", "--dropout", "0.1").init_from
+    with pytest.raises(ValueError, match=r"--init-from and --.* each give the model's shape"):
+        parse("tiny", "--init-from", "gpt2", flag)
+
+
 def test_flags_are_read_without_torch() -> None:
     code = "import sys, mygpt.settings, mygpt.log; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -306,3 +306,12 @@ def test_a_sharded_run_moves_to_twice_the_ranks(data: Manifest, tmp_path: Path) 
     assert four.train == pytest.approx(two.train, abs=1e-5)
     assert four.val == pytest.approx(two.val, abs=1e-5)
     assert same(last(tmp_path / "four"), last(tmp_path / "two"), 1e-4)
+
+
+def test_state_of_an_unknown_parameter_is_refused_in_one_line() -> None:
+    model = GPT(GPTConfig(block_size=4, vocab_size=8, n_layers=1, n_heads=1, n_embed=4))
+    tensors = {"wte.weights.exp_avg": torch.zeros(8, 4)}
+    optimizers = optim.configure_optimizers(model, optimizer="adamw")
+    stored = sharding.shard_tensors(tensors, model)
+    with pytest.raises(ValueError, match=r"optimizer state .*: expected"):
+        optim.load_state_tensors(optimizers, model, stored)

@@ -136,6 +136,19 @@ def test_a_young_run_without_its_dataset(data: Manifest, tmp_path: Path) -> None
     assert sorted(path.name for path in run.glob("*.html")) == ["report.html"]
 
 
+def test_a_diverged_run(run: Path, tmp_path: Path) -> None:
+    """JSON has no NaN: eval.json has null for it."""
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "eval.json"
+    found = json.loads(path.read_text())
+    found |= {"loss": None, "perplexity": None, "bits_per_byte": None}
+    found["positions"]["bins"][0]["loss"] = None
+    path.write_text(json.dumps(found))
+    with open(tmp_path / "run" / "log.txt", "a") as file:
+        file.write("val 40/40  loss nan  tokens 64\nstep 40/40  loss e.-  lr 1e400  eta 0:00:00\n")
+    assert "nan" in report.write(tmp_path / "run").read_text("utf-8")
+
+
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         report.main([str(tmp_path)])

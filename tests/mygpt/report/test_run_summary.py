@@ -28,7 +28,7 @@ def test_a_dataset_that_moved_or_is_another(tmp_path: Path) -> None:
     data.folder.rename(tmp_path / "moved")
     gone = run_summary.of_run(tmp_path / "run")
     assert gone.dataset is None
-    assert "expected a dataset with manifest.json in" in gone.missing
+    assert "if it was moved, give its folder with --data" in gone.missing
     assert run_summary.of_run(tmp_path / "run", [str(tmp_path / "moved")]).missing == ""
     other = write_dataset(tmp_path / "other", seed=1)
     wrong = run_summary.of_run(tmp_path / "run", [str(other.folder)])
