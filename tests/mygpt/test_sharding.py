@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from mygpt import checkpoint, log, optim
+from mygpt import checkpoint, log, optim, sharding
 from mygpt.config import GPTConfig
 from mygpt.distributed import Ranks
 from mygpt.evaluate import evaluate
