@@ -219,6 +219,7 @@ KILLED = """
 import os, random, signal, sys, torch, train
 from mygpt import checkpoint, evaluate, optim, plot
 from mygpt import train_state
+from shards import files
 
 sys.modules["matplotlib.figure"] = None
 torch.set_num_threads(1)
@@ -256,6 +257,7 @@ INSIDE = """
 import os, signal, sys, torch, train
 from mygpt import checkpoint, evaluate, optim, plot
 from mygpt import train_state
+from shards import files
 
 sys.modules["matplotlib.figure"] = None
 torch.set_num_threads(1)
@@ -277,7 +279,7 @@ def killed_in(module, name, call):
 killed_in(train, "dropout_seed", 13)           # within step 7, after the checkpoint of step 5
 killed_in(train, "evaluate", 1)                # within the validation of step 10
 killed_in(checkpoint, "save_file", 2)         # within the checkpoint of step 10
-killed_in(checkpoint, "_sync", 3)             # likewise, all written and not yet renamed
+killed_in(files, "sync_file", 3)              # likewise, all written and not yet renamed
 killed_in(os, "rename", 1)                    # at its rename
 killed_in(checkpoint.shutil, "rmtree", 3)     # while the one of step 5 is removed
 assert train.main(sys.argv[1:]) == 0
