@@ -22,7 +22,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal
 
-from shards.cli import end_on_interrupt, end_with, one_line_errors
+from shards.cli import end_on_interrupt, end_with, one_line_errors, printable_text
 
 if __name__ == "__main__":
     end_on_interrupt()
@@ -271,13 +271,14 @@ def draw_samples(report: dict[str, Any], model: GPT, inputs: Inputs) -> list[dic
     for prompt in inputs.prompts:
         if live:
             title = summary.title({"prompt": prompt, **labels}, len(samples) + 1)
-            print(f"\n--- {title}\n{prompt}", end="", flush=True)
+            print(f"\n--- {title}\n{printable_text(prompt)}", end="", flush=True)
         ids = [tokenizer.eot, *tokenizer.encode(prompt)]  # as every document begins in training
         count = config.num_samples
         for text in continuations(generator, ids, count, inputs.sampling, tokenizer, live):
             samples.append({"prompt": prompt, "text": prompt + text, **labels})
             if not live and not config.json:
-                print(f"\n--- {summary.title(samples[-1], len(samples))}\n{prompt}{text}")
+                print(f"\n--- {summary.title(samples[-1], len(samples))}")
+                print(printable_text(prompt + text))
     return samples
 
 

@@ -7,7 +7,7 @@ Exit code: 0; 1 from `verify` when a shard is wrong; 2 for bad input, with one l
 
 import sys
 
-from shards.cli import end_on_interrupt, one_line_errors, printable
+from shards.cli import end_on_interrupt, one_line_errors, printable, printable_text
 
 if __name__ == "__main__":
     end_on_interrupt()
@@ -72,7 +72,7 @@ class Show:
             f"{found.row}; "
             f"{found.file} from token {found.offset}{onward}, {len(found.ids):,} tokens ==="
         )
-        print("\n".join(map(printable, found.text().split("\n"))))
+        print(printable_text(found.text()))
         return 0
 
 

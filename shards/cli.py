@@ -15,6 +15,11 @@ EXIT_INTERRUPTED = 130  # the convention of shells for Ctrl-C
 CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+def printable_text(text: str) -> str:
+    """Return a text of several lines with its control characters escaped."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def printable(line: str) -> str:
     """Return a line, of a text or a name, with its control characters escaped as Python does."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), line)

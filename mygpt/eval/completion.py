@@ -12,6 +12,7 @@ from torch import Tensor
 from mygpt.generate import Sampling, noise, sample, stream
 from mygpt.model import GPT, KeyValueCache
 from mygpt.stopping import Interrupt
+from shards.cli import printable_text
 from shards.tokenizer import Tokenizer
 
 
@@ -57,11 +58,11 @@ def continuations(
             for token, decoder in zip(tokens, decoders, strict=True)
         ]
         if show:
-            print(pieces[0], end="", flush=True)
+            print(printable_text(pieces[0]), end="", flush=True)
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     ends = [decoder.end() for decoder in decoders]
     if show:
-        print(ends[0])
+        print(printable_text(ends[0]))
     return [text + end for text, end in zip(texts, ends, strict=True)]
 
 
@@ -144,7 +145,7 @@ def converse(
         # A flag and not an exception, which could leave the cache half updated.
         with Interrupt().watch() as interrupt:
             for token in completer.complete(start + tokenizer.encode(typed), tokenizer.eot):
-                print(text.push(token), end="", flush=True)
+                print(printable_text(text.push(token)), end="", flush=True)
                 written += 1
                 if interrupt.seen:
                     break

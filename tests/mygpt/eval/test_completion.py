@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mygpt.config import GPTConfig
+from mygpt.eval import completion
 from mygpt.eval.completion import HELP, Completer, TextStream, continuations, converse
 from mygpt.generate import Sampling, generate
 from mygpt.model import GPT
-from shards.tokenizer import Tokenizer
+from shards.tokenizer import Tokenizer, load
 from tests.mygpt.support import decided
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -145,3 +146,14 @@ def test_ctrl_c_stops_the_text_and_keeps_what_there_is(
     conversation(Completer(model, GREEDY), "ab", "")
     assert [len(turn) for turn in turns] == [4, 9]
     assert turns[0] + turns[1] == generate(model, [[STOP, *b"ab"]], Sampling(13, temperature=0))[0]
+
+
+def test_control_characters_of_a_sample_are_escaped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpt2 = load("gpt2")
+    ids = gpt2.encode("a\x1b[31m\nb")
+    monkeypatch.setattr(completion, "stream", lambda *_, **__: iter([[one] for one in ids]))
+    texts = completion.continuations(None, [0], 1, Sampling(), gpt2, show=True)  # type: ignore[arg-type]
+    assert texts == ["a\x1b[31m\nb"]
+    assert capsys.readouterr().out == "a\\x1b[31m\nb\n"
