@@ -39,7 +39,6 @@ import hashlib
 import struct
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
@@ -85,7 +84,7 @@ def main(args: list[str] | None = None) -> int:
     trackers.check(config)  # fail fast if one is not installed
     record, dataset = run_config.start_or_resume(config)
     if config.verify:
-        verify_shards(dataset)
+        checks.check_local_part(dataset.manifests)
     try:
         with (
             init_distributed(config.device, config.deterministic) as ranks,
@@ -110,7 +109,8 @@ def train(record: RunRecord, dataset: Mixture, ranks: Ranks, stop: Stop) -> int:
     tokenizer = open_tokenizer(dataset.tokenizer) if record.config.sample_interval else None
     max_steps = record.config.max_steps
     last = min(max_steps, record.config.stop_at or max_steps)
-    newest = newest_checkpoint(run_dir, ranks, log)
+    newest, faults = checkpoint.agree_on_newest(run_dir, ranks)
+    log.write(*(f"skipped a damaged checkpoint: {fault}" for fault in faults))
     if newest >= last and not lacks_validation(record.config, newest):
         reached = "is finished" if newest >= max_steps else "has reached --stop-at"
         log.write(f"nothing left to do: {run_dir} {reached}, step {newest} of {max_steps}")
@@ -305,28 +305,6 @@ def sample_and_log(state: TrainState, tokenizer: Tokenizer) -> None:
 
 
 # --- before the first step
-
-
-def verify_shards(dataset: Mixture) -> None:
-    """Raise ValueError if a shard differs from its manifest; local ranks divide the shards."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    for manifest in dataset.manifests:
-        for split in manifest.splits:
-            checks.check(manifest, split, slice(local_rank, None, local_world_size))
-
-
-def newest_checkpoint(run_dir: Path, ranks: Ranks, log: RunLog) -> int:
-    """Return the step of the newest intact checkpoint, -1 if there is none, the same on all ranks.
-
-    Raises ValueError if there are checkpoints and all of them are damaged.
-    """
-    own = checkpoint.newest_intact(run_dir) if ranks.is_main else (-1, [])
-    newest, faults = ranks.broadcast_object(own)
-    if faults and newest < 0:
-        raise ValueError(f"every checkpoint of {run_dir} is damaged, the newest: {faults[0]}")
-    log.write(*(f"skipped a damaged checkpoint: {fault}" for fault in faults))
-    return newest
 
 
 def resume_or_init(

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mygpt.distributed import Ranks
 from shards import stored_json
 from shards.files import atomic_file, atomic_folder, sync_folder
 
@@ -130,6 +131,18 @@ def newest_intact(run: Path) -> tuple[int, list[str]]:
         except (ValueError, OSError) as error:
             faults.append(str(error))
     return -1, faults
+
+
+def agree_on_newest(run: Path, ranks: Ranks) -> tuple[int, list[str]]:
+    """Return what `newest_intact` finds on the main rank, on all ranks.
+
+    Raises ValueError, on all of them, if there are checkpoints and all are damaged.
+    """
+    own = newest_intact(run) if ranks.is_main else (-1, [])
+    newest, faults = ranks.broadcast_object(own)
+    if faults and newest < 0:
+        raise ValueError(f"every checkpoint of {run} is damaged, the newest: {faults[0]}")
+    return newest, faults
 
 
 def set_aside(run: Path, after: int) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -35,6 +35,15 @@ def check(manifest: Manifest, split: str, part: slice = slice(None)) -> None:
     for _, found in verify(only):
         if found:
             raise ValueError(found[0] if found[0].endswith(REMEDY) else f"{found[0]}: {REMEDY}")
+
+
+def check_local_part(manifests: Sequence[Manifest]) -> None:
+    """Check every split of some datasets; the ranks of a machine, as torchrun says, divide them."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for manifest in manifests:
+        for split in manifest.splits:
+            check(manifest, split, slice(local_rank, None, local_world_size))
 
 
 def faults(manifest: Manifest, shard: Shard) -> list[str]:
