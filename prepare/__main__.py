@@ -6,8 +6,6 @@ Running the command again resumes an interrupted dataset; a finished one is left
 """
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from shards.cli import end_on_interrupt, one_line_errors
 
@@ -36,22 +34,15 @@ def main() -> None:
         options = tyro.cli(Options, prog="python -m prepare")
         from prepare.job import run  # NumPy and Arrow are loaded only after --help has answered
 
-        with _remedies(options):
+        try:
             run(options)
-
-
-@contextmanager
-def _remedies(options: Options) -> Iterator[None]:
-    """Add to an error of the operating system what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in REMEDIES:
-            raise
-        raise OSError(
-            f"expected to read the sources and write to {options.out}, found {error}: "
-            f"{REMEDIES[error.errno]} and run the same command again (finished work is kept)"
-        ) from None
+        except OSError as error:
+            if error.errno not in REMEDIES:
+                raise
+            raise OSError(
+                f"expected to read the sources and write to {options.out}, found {error}: "
+                f"{REMEDIES[error.errno]} and run the same command again (finished work is kept)"
+            ) from None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import xxhash
 
 from prepare.plan import Plan, Unit
 from prepare.text import digest_array
-from prepare.workspace import DUPLICATES, HASHES, HELD_OUT, Workspace
+from prepare.workspace import DUPLICATES, HASHES, HELD_OUT, HELD_OUT_HASHES, Workspace
 from shards.manifest import Manifest
 from shards.reader import open_tokens, read_index
 from shards.tokenizer import open_tokenizer
@@ -66,16 +66,16 @@ def validation_units(plan: Plan) -> Iterator[Unit]:
             yield replace(unit, slices=parts)
 
 
-def collect_held_out(plan: Plan, workspace: Workspace, units: Sequence[Unit]) -> None:
+def collect_held_out(
+    plan: Plan, manifest: Manifest | None, workspace: Workspace, units: Sequence[Unit]
+) -> None:
     """Store the hashes of all validation text, (n, 2) uint64, sorted. `units` must be hashed."""
     hashes = [_hashes(workspace, HELD_OUT, unit) for unit in units]
-    if plan.generation:
-        manifest = workspace.manifest()
-        assert manifest is not None
+    if manifest and plan.generation:
         earlier = manifest.prefix(plan.generation - 1)
         hashes.append(digest_array(b"".join(_stored_validation_text(earlier))))
     hashes.append(np.empty((0, 2), np.uint64))
-    workspace.save_array(f"{HELD_OUT}/hashes", np.unique(np.concatenate(hashes), axis=0))
+    workspace.save_array(HELD_OUT_HASHES, np.unique(np.concatenate(hashes), axis=0))
 
 
 def _stored_validation_text(manifest: Manifest) -> Iterator[bytes]:

@@ -10,8 +10,9 @@ import xxhash
 
 from prepare.documents import Batch
 from prepare.text import digest_array
+from shards.cuts import cut
 from shards.manifest import DTYPE
-from shards.tokenizer import Tokenizer, cut, string_buffers
+from shards.tokenizer import Tokenizer, string_buffers
 from shards.writer import to_uint16
 
 # One document in so many, chosen by its hash, and the first of each unit are encoded by tiktoken

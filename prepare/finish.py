@@ -9,15 +9,15 @@ from prepare.text import BROKEN
 from prepare.workspace import QUARANTINE
 from shards import stored_json
 from shards.cli import printable
-from shards.manifest import SPLITS, Manifest, Source, Split, TokenizerIdentity
+from shards.manifest import SPLITS, Manifest, Source, Split
 from shards.tokenizer import Tokenizer
 
-# Allowed without --max-bad: so many bad documents, and so many bytes of text lost with them, or
-# this share of all documents, and of all text, if that is more.
+# Bad documents and bytes of text lost with them that are allowed without --max-bad, or a share of
+# all documents and of all text, if that is more.
 BAD_DOCUMENTS = 10
 BAD_BYTES = 64 << 10
 BAD_SHARE = 0.001
-# A plan knows the size of the text by an estimate, which may be too low by some such factor.
+# The size of text that is not read yet is an estimate, which may be too low by this factor.
 ESTIMATE_MARGIN = 10
 # Losses named on the terminal; the list has all of them.
 NAMED = 10
@@ -25,9 +25,9 @@ NAMED = 10
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of quarantine.jsonl: as `BadDocuments`, `source` being the name of the file."""
+    """A line of quarantine.jsonl: `BadDocuments` of the dataset."""
 
-    source: str
+    source: str  # name of the file
     position: int
     reason: str
     documents: int
@@ -43,7 +43,7 @@ def read_quarantine(content: bytes, name: str) -> list[Entry]:
 
 
 def build_manifest(
-    plan: Plan, results: list[UnitResult], tokenizer: Tokenizer, base: Manifest | None = None
+    plan: Plan, results: Sequence[UnitResult], tokenizer: Tokenizer, base: Manifest | None
 ) -> Manifest:
     """Return the manifest of a finished plan; `results` in the order of their units.
 
@@ -51,40 +51,32 @@ def build_manifest(
     RuntimeError if the documents read are not all accounted for.
     """
     generation = plan.generation
+    sources = tuple(Source(file.name, file.size, generation) for file in plan.files)
     splits = {}
     for name in SPLITS:
         shards = (shard for result in results for shard in result.shards[name])
         splits[name] = Split(tuple(replace(shard, generation=generation) for shard in shards))
-    counts = _counts(plan, results, sum(split.documents for split in splits.values()))
-    sources = tuple(Source(file.name, file.size, generation) for file in plan.files)
-    if base is not None:
-        counts = {name: base.counts.get(name, 0) + count for name, count in counts.items()}
-        sources = base.sources + sources
-        splits = {name: Split(base.splits[name].shards + splits[name].shards) for name in SPLITS}
-    identity = TokenizerIdentity(tokenizer.name, tokenizer.n_vocab, tokenizer.eot, tokenizer.hash)
-    return Manifest(identity, asdict(plan.rule), sources, splits, counts, generation)
-
-
-def _counts(plan: Plan, results: list[UnitResult], written: int) -> dict[str, int]:
-    """Count the documents by what became of them."""
-    unreadable = sum(bad.documents for bad in plan.bad)
     counts = {
-        "read": unreadable + sum(result.read for result in results),
-        "written": written,
+        "read": sum(result.read for result in results),
+        "written": sum(split.documents for split in splits.values()),
         "empty": sum(result.empty for result in results),
-        "quarantined": unreadable + sum(bad.documents for result in results for bad in result.bad),
+        "quarantined": sum(bad.documents for result in results for bad in result.bad),
         "duplicates": sum(result.duplicates for result in results),
     }
     if counts["read"] != sum(counts.values()) - counts["read"]:
         raise RuntimeError(f"not every document is accounted for: {counts}")
-    return counts
+    if base is not None:
+        counts = {name: base.counts.get(name, 0) + count for name, count in counts.items()}
+        sources = base.sources + sources
+        splits = {name: Split(base.splits[name].shards + splits[name].shards) for name in SPLITS}
+    return Manifest(tokenizer.identity, asdict(plan.rule), sources, splits, counts, generation)
 
 
 def quarantine(plan: Plan, results: Sequence[UnitResult]) -> list[Entry]:
     """List the bad documents in plan order."""
     listed: list[BadDocuments] = []
-    for bad in (plan.bad, *(result.bad for result in results)):
-        list_bad(listed, bad)
+    for result in sorted(results, key=lambda result: result.unit):
+        list_bad(listed, result.bad)
     values = [asdict(one) | {"source": plan.files[one.source].name} for one in listed]
     return [Entry(**one, generation=plan.generation) for one in values]
 
@@ -95,21 +87,21 @@ def text_bytes(results: Sequence[UnitResult]) -> int:
 
 
 def _allowed(max_bad: int | None, documents: int, text: int) -> tuple[int, int]:
-    """Return how many of so many documents, and bytes of their text, may be bad."""
+    """Return how many of the documents, and how many bytes of their text, may be bad."""
     if max_bad is not None:
         return max_bad, max(BAD_BYTES, text * max_bad // max(documents, 1))
     return max(BAD_DOCUMENTS, int(BAD_SHARE * documents)), max(BAD_BYTES, int(BAD_SHARE * text))
 
 
 def is_hopeless(bad: int, lost: int, text: int, max_bad: int | None) -> bool:
-    """True if so many bad documents, or bytes lost, are too many whatever is still to come.
+    """True if there are too many bad documents, or bytes lost, whatever is still to come.
 
     `text` is the estimated size of all text; a document has at least one byte.
     """
     if max_bad is not None:
         return bad > max_bad
-    documents, of_text = _allowed(None, text, ESTIMATE_MARGIN * text)
-    return bad > documents or lost > of_text
+    allowed, allowed_bytes = _allowed(None, text, ESTIMATE_MARGIN * text)
+    return bad > allowed or lost > allowed_bytes
 
 
 def check_bad(entries: list[Entry], documents: int, text: int, max_bad: int | None) -> None:
@@ -117,7 +109,7 @@ def check_bad(entries: list[Entry], documents: int, text: int, max_bad: int | No
 
     `entries` lists what is bad; `text` is the bytes of the other documents.
     """
-    bad, lost = _totals(entries)
+    bad, lost = sum(entry.documents for entry in entries), sum(entry.bytes for entry in entries)
     allowed, allowed_bytes = _allowed(max_bad, documents, text + lost)
     if bad <= allowed and lost <= allowed_bytes:
         return
@@ -138,28 +130,19 @@ def check_bad(entries: list[Entry], documents: int, text: int, max_bad: int | No
     )
 
 
-def _totals(entries: list[Entry]) -> tuple[int, int]:
-    """Return how many documents, and bytes of text, the entries list."""
-    documents = sum(entry.documents for entry in entries)
-    return documents, sum(entry.bytes for entry in entries)
-
-
 def losses(entries: list[Entry], text: int) -> list[str]:
-    """Say how much text is bad beside `text` bytes that are not; name files that are broken."""
-    _, lost = _totals(entries)
+    """Describe how much text is bad beside `text` bytes that are not; name broken files."""
     if not entries:
         return []
-    lines = [
-        f"left out   {lost:,} of {text + lost:,} bytes of text ({lost / (text + lost or 1):.1%})"
-    ]
-    named = [
-        entry for entry in entries if entry.reason.startswith(BROKEN) or entry.bytes > BAD_BYTES
-    ]
-    for entry in named[:NAMED]:
+    lost = sum(entry.bytes for entry in entries)
+    share = lost / (text + lost or 1)
+    lines = [f"left out   {lost:,} of {text + lost:,} bytes of text ({share:.1%})"]
+    large = [one for one in entries if one.reason.startswith(BROKEN) or one.bytes > BAD_BYTES]
+    for entry in large[:NAMED]:
         line = f"{entry.source} at {entry.position}: {entry.reason}"
         lines.append(f"           {printable(line)}")
-    if named[NAMED:]:
-        lines.append(f"           and {len(named) - NAMED} more: see {QUARANTINE}")
+    if large[NAMED:]:
+        lines.append(f"           and {len(large) - NAMED} more: see {QUARANTINE}")
     return lines
 
 
@@ -180,13 +163,12 @@ def check_splits(manifest: Manifest) -> None:
 
 
 def summary(
-    manifest: Manifest, results: list[UnitResult], entries: list[Entry], seconds: float
+    manifest: Manifest, results: Sequence[UnitResult], entries: list[Entry], seconds: float
 ) -> str:
     """Describe the dataset for people; `seconds` is the time that this run took."""
     counts, splits = manifest.counts, manifest.splits
     tokens = sum(split.tokens for split in splits.values())
-    text = sum(split.text_bytes for split in splits.values())
-    new = text_bytes(results)
+    text, new = manifest.text_bytes, text_bytes(results)
     duplicates = f" + {counts['duplicates']:,} duplicates" if counts.get("duplicates") else ""
     lines = [
         f"documents  {counts['read']:,} read = {counts['written']:,} written + "

@@ -2,10 +2,11 @@
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
-from itertools import chain
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -15,14 +16,20 @@ from prepare.forecast import check_disk_space, forecast
 from prepare.options import Options
 from prepare.plan import Plan, Unit, UnitResult, make_plan, unit_number
 from prepare.ray import run_ray
-from prepare.resume import repeated, start_or_resume
-from prepare.split import GIVEN
-from prepare.tasks import HashDocuments, RestoreShards, WriteShards, publish_meanwhile
+from prepare.resume import finished_plan, start_or_resume
+from prepare.split import VAL_SOURCE
+from prepare.unit_functions import (
+    HashDocuments,
+    RestoreShards,
+    WriteShards,
+    publish_in_background,
+)
 from prepare.worker_pool import run_local
 from prepare.workspace import (
     ARRAYS,
     HASHES,
     HELD_OUT,
+    HELD_OUT_HASHES,
     QUARANTINE,
     REFUSED,
     WORK,
@@ -30,13 +37,11 @@ from prepare.workspace import (
     Workspace,
 )
 from shards.files import to_json
-from shards.manifest import FILE_NAME, Manifest, Shard
+from shards.manifest import MANIFEST_NAME, Manifest, Shard
 from shards.tokenizer import Tokenizer, open_tokenizer
 from shards.tokenizer import load as load_tokenizer
 
 Result = TypeVar("Result")
-# Calls a task on each unit and yields the results in any order.
-Runner = Callable[[Callable[[Unit], Result], Sequence[Unit]], Iterator[Result]]
 
 
 def run(options: Options) -> None:
@@ -44,81 +49,38 @@ def run(options: Options) -> None:
     options.check()
     workspace = Workspace(Folder(options.out))
     workspace.check_folder()
-    base = _complete_dataset(workspace) if options.append else None
-    # Fail fast without a vocabulary; forked workers share what this loads.
+    base = _require_manifest(workspace) if options.append else None
+    # Load the vocabulary now: fail fast if there is none, and let forked workers inherit it.
     tokenizer = open_tokenizer(base.tokenizer) if base else load_tokenizer()
     tokenizer.encode("")
     started = time.perf_counter()
-    # Planned before anything is written, so that a mistyped source leaves no folder behind.
-    new_plan = make_plan(options, base)
+    # Plan before anything is written, so that a mistyped source leaves no folder behind.
+    plan = make_plan(options, base)
     if options.plan:
-        print(forecast(new_plan, tokenizer, options.workers))
+        print(forecast(plan, tokenizer, options.workers))
         return
     with workspace.locked(options.task):
         manifest = workspace.manifest()
-        if manifest and (same := repeated(options, workspace, manifest, new_plan)):
-            _restore(*same, manifest, workspace, options)
-            if workspace.stored_plan(manifest.generation + 1) is None:  # no append is under way
-                workspace.close()
+        if manifest and (finished := finished_plan(options, workspace, manifest, plan)):
+            plan, touched = finished
+            Job(options, workspace, tokenizer, plan, manifest).restore(manifest, touched)
+            if workspace.stored_plan(manifest.generation + 1) is None:  # no append is in progress
+                workspace.remove_intermediates()
             print(f"{options.out} is complete: nothing to do.")
             return
-        if manifest and new_plan.generation != manifest.generation + 1:
-            new_plan = make_plan(options, manifest)  # another append ended meanwhile
+        if manifest and plan.generation != manifest.generation + 1:
+            plan = make_plan(options, manifest)  # another append has ended since
         if manifest:
             _check_shards(workspace, manifest)  # before hours of work, and again after them
-        plan = start_or_resume(options, workspace, new_plan)
+        plan = start_or_resume(options, workspace, plan)
+        job = Job(options, workspace, tokenizer, plan, manifest)
         if not options.finish:
-            _run_units(plan, workspace, options)
+            job.run_units()
         if not options.task:
-            _finish(plan, workspace, tokenizer, options.max_bad, started)
+            job.write_manifest(started)
 
 
-def _restore(
-    plan: Plan, touched: set[int], manifest: Manifest, workspace: Workspace, options: Options
-) -> None:
-    """Prepare anew what a finished generation lacks, and compare what came from touched files.
-
-    Raises ValueError if a unit's tokens are no longer those of the manifest.
-    """
-    shards: dict[int, list[Shard]] = {}
-    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
-        if shard.generation == plan.generation:
-            shards.setdefault(unit_number(shard), []).append(shard)
-    faulty = workspace.faulty(chain.from_iterable(shards.values()))
-    numbers = {number for number, parts in shards.items() if any(s.file in faulty for s in parts)}
-    numbers |= {
-        unit.number for unit in plan.units if any(part.file in touched for part in unit.slices)
-    }
-    units = [unit for unit in plan.units if unit.number in numbers]
-    if len(units) < len(numbers):
-        _check_shards(workspace, manifest)
-    if units:
-        print(
-            f"Preparing {len(units)} of {len(plan.units)} units anew: {len(faulty)} shards are "
-            f"missing or damaged, and {len(touched)} sources have another time."
-        )
-        runner = _runner(plan, workspace, options)
-        workspace.remove(ARRAYS)  # those of an append that is under way are other ones
-        _find_excluded(plan, workspace, plan.units, runner)
-        task = RestoreShards(plan, workspace, shards, faulty, touched)
-        for _ in tqdm(runner(task, units), total=len(units), desc="restore", unit="unit"):
-            pass
-        workspace.remove(ARRAYS)
-    if touched:
-        workspace.store_plan(plan)
-
-
-def _check_shards(workspace: Workspace, manifest: Manifest) -> None:
-    """Raise ValueError if a shard of a dataset is missing or damaged."""
-    shards = (shard for split in manifest.splits.values() for shard in split.shards)
-    if faulty := workspace.faulty(shards):
-        raise ValueError(
-            f"expected all shards in {workspace.folder}, found {len(faulty)} missing or damaged "
-            f"({min(faulty)}, ...): restore them, or run the command that made them again"
-        )
-
-
-def _complete_dataset(workspace: Workspace) -> Manifest:
+def _require_manifest(workspace: Workspace) -> Manifest:
     """Return the complete dataset to append to. Raises ValueError if there is none."""
     manifest = workspace.manifest()
     if manifest is None:
@@ -129,120 +91,184 @@ def _complete_dataset(workspace: Workspace) -> Manifest:
     return manifest
 
 
-def _run_units(plan: Plan, workspace: Workspace, options: Options) -> None:
-    """Run the unfinished units, or those of one task, showing progress."""
-    units = plan.units
-    if options.task:
-        number, tasks = map(int, options.task.split("/"))
-        units = units[number - 1 :: tasks]
-    finished = workspace.results(units)
-    waiting = [unit for unit in units if unit.number not in finished]
-    if finished:
-        print(f"Resuming: {len(finished)} of {len(units)} units are finished.")
-    check_disk_space(waiting, workspace)
-    runner = _runner(plan, workspace, options)
-    if waiting:
-        _find_excluded(plan, workspace, units, runner)
-    workspace.remove_staged(waiting)
-    # On a cluster each node publishes its shards; uploads, too, are spread over the workers.
-    by_workers = options.engine != "local" or workspace.folder.remote
-    written = runner(WriteShards(plan, workspace, publish=by_workers), waiting)
-    results = publish_meanwhile(written, workspace)
-    judged = _judged(plan, workspace, list(finished.values()), results, options.max_bad)
-    _show_progress(judged, units, waiting)
+def _check_shards(workspace: Workspace, manifest: Manifest) -> None:
+    """Raise ValueError if a shard of a dataset is missing or damaged."""
+    if faulty := workspace.faulty(manifest.shards):
+        raise ValueError(
+            f"expected all shards in {workspace.folder}, found {len(faulty)} missing or damaged "
+            f"({min(faulty)}, ...): restore them, or run the command that made them again"
+        )
 
 
-def _find_excluded(
-    plan: Plan, workspace: Workspace, units: Sequence[Unit], runner: Runner[Any]
-) -> None:
-    """Store which documents to leave out, by --dedup or because they are validation text."""
-    if plan.dedup:
-        _hash_documents(plan, workspace, HASHES, units, runner)
-        find_duplicates(workspace, units)
-    elif plan.rule.rule == GIVEN and workspace.load_array(f"{HELD_OUT}/hashes") is None:
-        held_out = list(validation_units(plan))
-        _hash_documents(plan, workspace, HELD_OUT, held_out, runner)
-        collect_held_out(plan, workspace, held_out)
+@dataclass(frozen=True)
+class Job:
+    """A plan that is carried out in a workspace."""
 
+    options: Options
+    workspace: Workspace
+    tokenizer: Tokenizer
+    plan: Plan
+    manifest: Manifest | None  # the complete dataset in the folder, if there is one
 
-def _judged(
-    plan: Plan,
-    workspace: Workspace,
-    finished: Sequence[UnitResult],
-    results: Iterable[UnitResult],
-    max_bad: int | None,
-) -> Iterator[UnitResult]:
-    """Yield the results. Raises ValueError as soon as too much is bad, whatever is still to come.
+    def restore(self, manifest: Manifest, touched: set[int]) -> None:
+        """Prepare again what the finished plan lacks, and compare what came from touched files.
 
-    `finished` are the results of earlier runs.
-    """
-    weight = sum(unit.weight for unit in plan.units)
-    bad = list(plan.bad)
-    documents, lost = sum(one.documents for one in bad), sum(one.bytes for one in bad)
-    seen: list[UnitResult] = []
-    for result in chain(finished, results):
-        seen.append(result)
-        documents += sum(one.documents for one in result.bad)
-        lost += sum(one.bytes for one in result.bad)
-        if finish.is_hopeless(documents, lost, weight, max_bad):
-            _check_bad(plan, workspace, seen, max_bad)
-        if len(seen) > len(finished):
+        Raises ValueError if a unit's tokens are no longer those of the manifest.
+        """
+        plan, workspace = self.plan, self.workspace
+        shards: dict[int, list[Shard]] = defaultdict(list)
+        for shard in manifest.shards:
+            if shard.generation == plan.generation:
+                shards[unit_number(shard)].append(shard)
+        faulty = workspace.faulty(chain.from_iterable(shards.values()))
+        numbers = {number for number in shards if any(s.file in faulty for s in shards[number])}
+        numbers |= {
+            unit.number for unit in plan.units if any(part.file in touched for part in unit.slices)
+        }
+        units = [unit for unit in plan.units if unit.number in numbers]
+        if len(units) < len(numbers):
+            _check_shards(workspace, manifest)
+        if units:
+            print(
+                f"Preparing {len(units)} of {len(plan.units)} units again: {len(faulty)} shards "
+                f"are missing or damaged, and {len(touched)} sources have another time."
+            )
+            workspace.remove(ARRAYS)  # those of an append in progress are other ones
+            self._find_exclusions(plan.units)
+            function = RestoreShards(plan, workspace, shards, faulty, touched)
+            self._run_with_progress(function, units, "restore")
+            workspace.remove(ARRAYS)
+        if touched:
+            workspace.store_plan(plan)
+
+    def run_units(self) -> None:
+        """Run the unfinished units, or those of one task, showing progress."""
+        workspace, units = self.workspace, self.plan.units
+        if self.options.task:
+            number, tasks = map(int, self.options.task.split("/"))
+            units = units[number - 1 :: tasks]
+        finished = workspace.results(units)
+        pending = [unit for unit in units if unit.number not in finished]
+        if finished:
+            print(f"Resuming: {len(finished)} of {len(units)} units are finished.")
+        check_disk_space(pending, workspace)
+        if pending:
+            self._find_exclusions(units)
+        # On a cluster each node publishes its shards; uploads, too, are spread over the workers.
+        workers_publish = self.options.engine != "local" or workspace.folder.remote
+        written = self._run(WriteShards(self.plan, workspace, workers_publish), pending)
+        new = publish_in_background(written, workspace)
+        results = self._stop_early(chain(finished.values(), new))
+        _show_progress(islice(results, len(finished), None), units, pending)
+
+    def _run(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[Result]:
+        """Call a function on each unit, here or on a Ray cluster; yield results in any order."""
+        if self.options.engine == "ray":
+            return run_ray(function, units, self.options.address)
+        # An object store's client that was used before a fork may hang after it.
+        remote = self.workspace.folder.remote or any(file.remote for file in self.plan.files)
+        return run_local(function, units, self.options.workers, "spawn" if remote else None)
+
+    def _run_with_progress(
+        self, function: Callable[[Unit], None], units: Sequence[Unit], label: str
+    ) -> None:
+        for _ in tqdm(self._run(function, units), total=len(units), desc=label, unit="unit"):
+            pass
+
+    def _find_exclusions(self, units: Sequence[Unit]) -> None:
+        """Store which documents of the units to leave out."""
+        plan, workspace = self.plan, self.workspace
+        if plan.dedup:
+            # All but the first of equal documents. Validation text is planned first, so it stays.
+            self._hash_documents(HASHES, units)
+            find_duplicates(workspace, units)
+        elif plan.rule.rule == VAL_SOURCE and workspace.load_array(HELD_OUT_HASHES) is None:
+            # Training text that is also validation text, of this generation or an earlier one.
+            held_out = list(validation_units(plan))
+            self._hash_documents(HELD_OUT, held_out)
+            collect_held_out(plan, self.manifest, workspace, held_out)
+        # Otherwise none: an earlier run has stored them, or the split is by content (or position),
+        # where equal documents come into the same split.
+
+    def _hash_documents(self, folder: str, units: Sequence[Unit]) -> None:
+        """Hash the documents of the units that are not hashed yet, showing progress."""
+        hashed = self.workspace.folder.listing(f"{WORK}/{folder}")
+        pending = [unit for unit in units if f"{unit.name}.npy" not in hashed]
+        function = HashDocuments(self.plan, self.workspace, folder)
+        self._run_with_progress(function, pending, "hash")
+
+    def _stop_early(self, results: Iterable[UnitResult]) -> Iterator[UnitResult]:
+        """Yield the results. Raises ValueError once too much is bad, whatever is still to come."""
+        text = sum(unit.weight for unit in self.plan.units)
+        documents = sum(bad.documents for bad in self.plan.bad)
+        lost = sum(bad.bytes for bad in self.plan.bad)
+        seen = [self.plan.inspection()]
+        for result in results:
+            seen.append(result)
+            documents += sum(bad.documents for bad in result.bad)
+            lost += sum(bad.bytes for bad in result.bad)
+            if finish.is_hopeless(documents, lost, text, self.options.max_bad):
+                self._check_bad(seen)
             yield result
 
+    def _check_bad(self, results: Sequence[UnitResult]) -> list[finish.Entry]:
+        """Write quarantine.jsonl and return the entries of this generation.
 
-def _check_bad(
-    plan: Plan, workspace: Workspace, results: Sequence[UnitResult], max_bad: int | None
-) -> list[finish.Entry]:
-    """Write quarantine.jsonl and return the entries of this generation.
+        Raises ValueError if too much of what was read for it is bad.
+        """
+        folder = self.workspace.folder
+        earlier = finish.read_quarantine(folder.read(QUARANTINE) or b"", f"{folder}/{QUARANTINE}")
+        earlier = [entry for entry in earlier if entry.generation < self.plan.generation]
+        entries = finish.quarantine(self.plan, results)
+        lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in earlier + entries]
+        folder.write(QUARANTINE, "".join(lines).encode())
+        documents, text = sum(result.read for result in results), finish.text_bytes(results)
+        try:
+            finish.check_bad(entries, documents, text, self.options.max_bad)
+        except ValueError:
+            print(*finish.losses(entries, text), sep="\n")
+            folder.write(REFUSED, b"")
+            raise
+        return entries
 
-    Raises ValueError if too much of what was read for it is bad.
-    """
-    folder = workspace.folder
-    earlier = finish.read_quarantine(folder.read(QUARANTINE) or b"", f"{folder}/{QUARANTINE}")
-    earlier = [entry for entry in earlier if entry.generation < plan.generation]
-    results = sorted(results, key=lambda result: result.unit)
-    entries = finish.quarantine(plan, results)
-    lines = [json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in earlier + entries]
-    folder.write(QUARANTINE, "".join(lines).encode())
-    documents = sum(one.documents for one in plan.bad) + sum(result.read for result in results)
-    text = finish.text_bytes(results)
-    try:
-        finish.check_bad(entries, documents, text, max_bad)
-    except ValueError:
-        print(*finish.losses(entries, text), sep="\n")
-        folder.write(REFUSED, b"")
-        raise
-    return entries
+    def write_manifest(self, started: float) -> None:
+        """Write quarantine.jsonl, then the manifest, which completes the dataset.
 
-
-def _runner(plan: Plan, workspace: Workspace, options: Options) -> Runner[Any]:
-    """Return the function that runs a task on units, here or on a Ray cluster."""
-    if options.engine == "ray":
-        return lambda task, units: run_ray(task, units, options.address)
-    # An object store's client that was used before a fork may hang after it.
-    remote = workspace.folder.remote or any(file.remote for file in plan.files)
-    method = "spawn" if remote else None
-    return lambda task, units: run_local(task, units, options.workers, method)
-
-
-def _hash_documents(
-    plan: Plan, workspace: Workspace, folder: str, units: Sequence[Unit], runner: Runner[None]
-) -> None:
-    """Hash the documents of the units that are not hashed yet, showing progress."""
-    hashed = set(workspace.folder.names(f"{WORK}/{folder}"))
-    waiting = [unit for unit in units if f"{unit.name}.npy" not in hashed]
-    task = HashDocuments(plan, workspace, folder)
-    for _ in tqdm(runner(task, waiting), total=len(waiting), desc="hash", unit="unit"):
-        pass
+        Raises ValueError if units are missing, too many documents are bad or a split is empty.
+        """
+        plan, workspace = self.plan, self.workspace
+        folder, finished = workspace.folder, workspace.results(plan.units)
+        missing = [unit.number for unit in plan.units if unit.number not in finished]
+        if missing:
+            raise ValueError(
+                f"expected {len(plan.units)} finished units in {folder}, found {len(missing)} "
+                f"missing or damaged (unit {missing[0]}, ...): run the tasks that have not ended"
+            )
+        if self.manifest:
+            _check_shards(workspace, self.manifest)
+        results = [plan.inspection(), *(finished[unit.number] for unit in plan.units)]
+        manifest = finish.build_manifest(plan, results, self.tokenizer, self.manifest)
+        entries = self._check_bad(results)
+        try:
+            finish.check_splits(manifest)
+        except ValueError:
+            workspace.discard_plan(plan)  # every remedy changes the plan
+            raise
+        text = finish.summary(manifest, results, entries, time.perf_counter() - started)
+        workspace.log(*(warning for result in results for warning in result.warnings), text)
+        folder.write(MANIFEST_NAME, to_json(manifest.to_json()))
+        workspace.remove_intermediates()
+        print(text)
+        print(f"The dataset is in {folder}: python -m shards info {folder}")
 
 
 def _show_progress(
-    results: Iterator[UnitResult], units: Sequence[Unit], waiting: Sequence[Unit]
+    results: Iterator[UnitResult], units: Sequence[Unit], pending: Sequence[Unit]
 ) -> None:
-    """Iterate over the results of the waiting units, showing text, tokens/s and time left."""
+    """Iterate over the results of the pending units, showing text, tokens/s and time left."""
     weights = {unit.number: unit.weight for unit in units}
     total, tokens = sum(weights.values()), 0
-    finished = total - sum(unit.weight for unit in waiting)
+    finished = total - sum(unit.weight for unit in pending)
     with tqdm(
         total=total, initial=finished, desc="prepare", unit="B", unit_scale=True, mininterval=0.5
     ) as bar:
@@ -251,36 +277,3 @@ def _show_progress(
             seconds = bar.format_dict["elapsed"] or 1
             bar.set_postfix_str(f"{tokens / seconds / 1e6:.1f}M tokens/s", refresh=False)
             bar.update(weights[result.unit])
-
-
-def _finish(
-    plan: Plan, workspace: Workspace, tokenizer: Tokenizer, max_bad: int | None, started: float
-) -> None:
-    """Write quarantine.jsonl, then the manifest, which completes the dataset.
-
-    Raises ValueError if units are missing, too many documents are bad or a split is empty.
-    """
-    folder, finished = workspace.folder, workspace.results(plan.units)
-    missing = [unit.number for unit in plan.units if unit.number not in finished]
-    if missing:
-        raise ValueError(
-            f"expected {len(plan.units)} finished units in {folder}, found {len(missing)} missing "
-            f"or damaged (unit {missing[0]}, ...): run the tasks that have not ended"
-        )
-    results = [finished[unit.number] for unit in plan.units]
-    base = workspace.manifest() if plan.generation else None
-    manifest = finish.build_manifest(plan, results, tokenizer, base)
-    if base:
-        _check_shards(workspace, base)
-    entries = _check_bad(plan, workspace, results, max_bad)
-    try:
-        finish.check_splits(manifest)
-    except ValueError:
-        workspace.abandon(plan)  # every remedy changes the plan
-        raise
-    text = finish.summary(manifest, results, entries, time.perf_counter() - started)
-    workspace.log(*(warning for result in results for warning in result.warnings), text)
-    folder.write(FILE_NAME, to_json(manifest.to_json()))
-    workspace.close()
-    print(text)
-    print(f"The dataset is in {folder}: python -m shards info {folder}")

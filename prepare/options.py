@@ -59,7 +59,6 @@ class Options:
             raise ValueError(f"expected --workers from 1 to 1024, found {self.workers}")
         if self.max_bad is not None and self.max_bad < 0:
             raise ValueError(f"expected --max-bad of at least 0, found {self.max_bad}")
-        check_val_fraction(self.val_fraction)
         if self.val_source and self.split != "auto":
             raise ValueError(
                 f"expected --split or --val-source, found both: {self.split} would move documents "
@@ -83,12 +82,3 @@ class Options:
                     "expected --task i/n with i from 1 to n, and --finish in a run of its own, "
                     f"found --task {self.task}: --task 1/8 is the first of eight"
                 )
-
-
-def check_val_fraction(fraction: float) -> None:
-    """Raise ValueError unless 0 < fraction < 1."""
-    if not 0 < fraction < 1:
-        raise ValueError(
-            f"expected a --val-fraction between 0 and 1, found {fraction}: 0.1 keeps a tenth of "
-            "the documents for validation"
-        )

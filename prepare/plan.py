@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 from prepare.documents import BadDocuments, Slice, bytes_lost, column_bytes, json_object
 from prepare.options import Options
 from prepare.sources import JSONL, PARQUET, TEXT, InputFile, find_files
-from prepare.split import GIVEN, POSITION, SplitRule, choose_rule, follow_rule
+from prepare.split import POSITION, VAL_SOURCE, SplitRule, choose_rule, follow_rule
 from prepare.text import BROKEN, PIECE_BYTES, READ_BYTES, byte_stream, next_cut, next_line, survey
 from shards import stored_json
-from shards.manifest import Manifest, Shard
+from shards.manifest import SPLITS, Manifest, Shard
 from shards.remote import is_remote
 
 FORMAT, VERSION = "mygpt-plan", 1
@@ -43,11 +43,11 @@ WeightedSlice = tuple[Slice, int]
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of work. `number` names its shards; `weight` is its text in bytes, estimated."""
+    """One piece of work."""
 
     number: int
     slices: tuple[Slice, ...]
-    weight: int
+    weight: int  # estimated bytes of text
 
     @property
     def name(self) -> str:
@@ -57,17 +57,13 @@ class Unit:
 
 @dataclass
 class UnitResult:
-    """Result of one unit: its shards by split, document counts, bad documents and warnings.
-
-    `read` counts all documents; the `empty` ones and the `duplicates` are not written. Stored as
-    JSON beside the shards until the manifest is written.
-    """
+    """Result of one unit, stored as JSON beside the shards until the manifest is written."""
 
     unit: int
-    shards: dict[str, list[Shard]]
-    read: int = 0
-    empty: int = 0
-    duplicates: int = 0
+    shards: dict[str, list[Shard]]  # by split
+    read: int = 0  # all documents
+    empty: int = 0  # of them, not written, as are the bad ones
+    duplicates: int = 0  # of them, not written
     bad: list[BadDocuments] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -77,37 +73,33 @@ class UnitResult:
 
 
 def list_bad(listed: list[BadDocuments], bad: Iterable[BadDocuments]) -> None:
-    """Append bad documents to a list; beyond `MAX_LISTED` only files that are broken.
-
-    The rest is summed up in one entry.
-    """
+    """Append bad documents to a list; beyond `MAX_LISTED`, broken files and a sum of the rest."""
     rest: list[BadDocuments] = []
     for one in bad:
         room = len(listed) < MAX_LISTED or one.reason.startswith(BROKEN)
         (listed if room else rest).append(one)
     if rest:
-        last = listed[MAX_LISTED - 1]
-        documents = last.documents + sum(one.documents for one in rest)
-        size = last.bytes + sum(one.bytes for one in rest)
-        last = replace(last, reason=UNLISTED, documents=documents, bytes=size)
-        listed[MAX_LISTED - 1] = last
+        rest.append(listed[MAX_LISTED - 1])
+        documents, size = sum(one.documents for one in rest), sum(one.bytes for one in rest)
+        listed[MAX_LISTED - 1] = replace(rest[-1], reason=UNLISTED, documents=documents, bytes=size)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All units, the files they read, how documents are split, and documents known to be bad.
-
-    A plan that appends has a later `generation`, and its first file is source `first_source` of the
-    dataset. `dedup`: exact duplicates are dropped.
-    """
+    """All units, the files they read, and how documents are split."""
 
     files: tuple[InputFile, ...]
     rule: SplitRule
     units: tuple[Unit, ...]
-    bad: tuple[BadDocuments, ...]
-    dedup: bool = False
-    generation: int = 0
-    first_source: int = 0
+    bad: tuple[BadDocuments, ...]  # found bad while planning
+    dedup: bool = False  # drop exact duplicates
+    generation: int = 0  # above 0: append to the dataset
+    first_source: int = 0  # index of the first file in the dataset's sources
+
+    def inspection(self) -> UnitResult:
+        """Return what planning found bad, as the result of a unit before the first."""
+        read = sum(one.documents for one in self.bad)
+        return UnitResult(-1, {split: [] for split in SPLITS}, read, bad=list(self.bad))
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `plan.json`."""
@@ -119,7 +111,7 @@ def read_plan(record: dict[str, Any], name: str) -> Plan:
     if "format" not in record:  # as myGPT 0.2 stored it
         record = _upgraded(record, name)
     stored_json.check_version(record, FORMAT, (VERSION,), name, REMEDY)
-    return stored_json.build(Plan, record, name, retired=("format", "version"), remedy=REMEDY)
+    return stored_json.build(Plan, record, name, remedy=REMEDY)
 
 
 def _upgraded(record: dict[str, Any], name: str) -> dict[str, Any]:
@@ -142,9 +134,10 @@ def make_plan(options: Options, base: Manifest | None = None) -> Plan:
     others = [file for file in find_files(options.sources) if file.identity not in known]
     # Validation text first: of duplicates the first is kept.
     files = _outside(options.out, [*val_files, *others])
+    rule = follow_rule(base.split_rule, options, files) if base else choose_rule(options, files)
+    first_unit = max(map(unit_number, base.shards), default=-1) + 1 if base else 0
     with ThreadPoolExecutor(INSPECTED_AT_ONCE) as pool:
         files = list(pool.map(with_column, files, repeat(options.text_column)))
-        rule = follow_rule(base.split_rule, options, files) if base else choose_rule(options, files)
         target = sum(file.text_bytes for file in files) // TARGET_UNITS
         target = min(max(target, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
         inspect = partial(_inspect, rule, target, options.dedup)
@@ -153,18 +146,12 @@ def make_plan(options: Options, base: Manifest | None = None) -> Plan:
     return Plan(
         files=tuple(files),
         rule=rule,
-        units=tuple(_units(slices, target, _next_unit(base))),
+        units=tuple(_units(slices, target, first_unit)),
         bad=tuple(bad for _, of_file in parts for bad in of_file),
         dedup=options.dedup,
         generation=base.generation + 1 if base else 0,
         first_source=len(base.sources) if base else 0,
     )
-
-
-def _next_unit(base: Manifest | None) -> int:
-    """Return the first unit number that no shard of the dataset bears."""
-    shards = [shard for split in base.splits.values() for shard in split.shards] if base else []
-    return max(map(unit_number, shards), default=-1) + 1
 
 
 def unit_number(shard: Shard) -> int:
@@ -174,16 +161,11 @@ def unit_number(shard: Shard) -> int:
 
 def _outside(out: str, files: Sequence[InputFile]) -> list[InputFile]:
     """Return the files that are not in the folder `out`. Raises ValueError if none is left."""
-    if is_remote(out):
-        outside = [file for file in files if not file.path.startswith(f"{out.rstrip('/')}/")]
-    else:
-        real = lru_cache(os.path.realpath)  # of each folder once
-        inside = os.path.join(real(out), "")
-        outside = [
-            file
-            for file in files
-            if file.remote or not f"{real(os.path.dirname(file.path))}/".startswith(inside)
-        ]
+    real = lru_cache(lambda path: path if is_remote(path) else os.path.realpath(path))
+    inside = real(out).rstrip("/") + "/"
+    outside = [
+        file for file in files if not f"{real(os.path.dirname(file.path))}/".startswith(inside)
+    ]
     if not outside:
         raise ValueError(f"expected sources outside --out {out}, found none: give others")
     return outside
@@ -231,7 +213,7 @@ def _inspect_text(
         middle = next_line(file.path, file.compression, middle)
         texts = [Slice(number, 0, middle, "train"), Slice(number, middle, result.size, "val")]
     else:
-        is_val = file.val if rule.rule == GIVEN else rule.is_val(result.digest)[0]
+        is_val = file.val if rule.rule == VAL_SOURCE else rule.is_val(result.digest)[0]
         digest = (int(result.digest[0, 0]), int(result.digest[0, 1]))
         texts = [Slice(number, 0, result.size, "val" if is_val else "train", digest=digest)]
     return [pair for text in texts for pair in _text_ranges(file, text, target)], []

@@ -1,4 +1,4 @@
-"""The same tasks on a Ray cluster, whose nodes all see the sources and the output.
+"""The same functions on a Ray cluster, whose nodes all see the sources and the output.
 
 pip install 'mygpt[ray]'
 ray start --head                 on the first machine; it prints the command for the others
@@ -15,18 +15,18 @@ from prepare.plan import Unit
 
 Result = TypeVar("Result")
 
-# A unit whose node died is run again elsewhere, so many times.
+# Times that a unit is run again elsewhere if its node dies.
 RETRIES = 5
 # Units submitted per core of the cluster, so that no core waits for the next one.
 UNITS_PER_CORE = 2
 
 
 def run_ray(
-    task: Callable[[Unit], Result], units: Sequence[Unit], address: str | None
+    function: Callable[[Unit], Result], units: Sequence[Unit], address: str | None
 ) -> Iterator[Result]:
-    """Call `task` on each unit on the cluster and yield the results in any order.
+    """Call `function` on each unit on the cluster and yield the results in any order.
 
-    Raises what `task` raised, and ValueError if Ray is not installed.
+    Raises what `function` raised, and ValueError if Ray is not installed.
     """
     try:
         import ray
@@ -40,19 +40,19 @@ def run_ray(
 
         @ray.remote(num_cpus=1, max_retries=RETRIES)
         def run_one(unit: Unit) -> Result:
-            return task(unit)
+            return function(unit)
 
         limit = UNITS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
-        waiting = deque(units)
+        pending = deque(units)
         running: list[ray.ObjectRef[Result]] = []
-        while waiting or running:
-            while waiting and len(running) < limit:
-                running = [*running, run_one.remote(waiting.popleft())]
+        while pending or running:
+            while pending and len(running) < limit:
+                running = [*running, run_one.remote(pending.popleft())]
             done, running = ray.wait(running)
             for result in done:
                 try:
                     yield ray.get(result)
                 except ray.exceptions.RayTaskError as error:
-                    raise error.cause from None  # the task's own error, without Ray's traceback
+                    raise error.cause from None  # the function's own error, without Ray's traceback
     finally:
         ray.shutdown()

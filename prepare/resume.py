@@ -1,7 +1,17 @@
-"""A command compared with what is in its folder: a plan that is begun, or a finished generation.
+"""A command compared with what its folder holds: an unfinished plan, or finished generations.
 
 Each generation of a dataset keeps the plan that made it, so that a command that was run before is
-recognized, and one whose sources have changed since is refused.
+recognized, and one whose sources have changed since is refused:
+
+    manifest  stored plans                               the command
+    no        none                                       starts
+    no        its own                                    resumes
+    no        another, and no work would be lost         starts over
+    no        another                                    is refused
+    yes       its own, of a finished generation          restores what is missing; else does nothing
+    yes       its own, of the next generation            resumes an append
+    yes       others, and it appends sources not in them starts the next generation
+    yes       others                                     is refused
 """
 
 from dataclasses import asdict, fields, replace
@@ -15,18 +25,18 @@ from shards.manifest import Manifest
 def start_or_resume(options: Options, workspace: Workspace, plan: Plan) -> Plan:
     """Return the plan to run, stored in the workspace.
 
-    A stored one gives way to another if that loses nothing. Otherwise raises ValueError if they
-    differ, because the options do or a source has changed since.
+    A stored one of the same generation gives way to another if that loses no work. Otherwise raises
+    ValueError if they differ, because the options do or a source has changed since.
     """
     stored = workspace.stored_plan(plan.generation)
-    if stored not in (None, plan) and _by_real_path(stored) != _by_real_path(plan):
+    if stored and (difference := _difference(workspace, stored, plan)):
         if options.task or options.finish or not _may_be_replaced(workspace, stored, plan):
-            _check_same_plan(workspace, stored, plan)
-        print("Starting anew: what other sources or options had begun here is removed.")
-        workspace.abandon(stored)
+            raise ValueError(difference)
+        print("Starting over: what other sources or options had left unfinished here is removed.")
+        workspace.discard_plan(stored)
         stored = None
     if stored is None:
-        workspace.close()  # if the last append was killed right after its manifest
+        workspace.remove_intermediates()  # if the last append was killed right after its manifest
         workspace.store_plan(plan)
         return plan
     workspace.folder.remove_file(REFUSED)
@@ -45,23 +55,23 @@ def _may_be_replaced(workspace: Workspace, stored: Plan, plan: Plan) -> bool:
     return plan.generation > 0 and any(file.status() != (file.size, file.mtime) for file in others)
 
 
-def repeated(
+def finished_plan(
     options: Options, workspace: Workspace, manifest: Manifest, plan: Plan
 ) -> tuple[Plan, set[int]] | None:
-    """Return the plan of the finished generation that a command repeats, if it repeats one.
+    """Return the plan of the finished generation that a command repeats, None if it is a new one.
 
-    With it come the indices of files whose time has changed, though not their size. Raises
+    With it come the indices of touched files, whose time has changed but not their size. Raises
     ValueError if other things have, or if the sources are neither those of the dataset nor new.
     """
     if not options.append:
-        stored = workspace.stored_plan(0)
-        if stored is None:  # copied here without its plan, or made by myGPT 0.2
-            _check_same_sources(workspace, manifest.prefix(0), plan)
-            return plan, set()
-        return _compare(options, workspace, manifest, stored, plan)
+        if stored := workspace.stored_plan(0):
+            return _compare(options, workspace, manifest, stored, plan)
+        # Copied here without its plan, or made by myGPT 0.2.
+        _check_same_sources(workspace, manifest.prefix(0), plan)
+        return plan, set()
     paths = {file.real_path for file in plan.files}
     sizes = [(file.name, file.size) for file in plan.files]
-    present: dict[str, int] = {}
+    generation_of: dict[str, int] = {}
     for generation in range(manifest.generation + 1):
         stored = workspace.stored_plan(generation)
         if stored is None:
@@ -72,12 +82,12 @@ def repeated(
         stored_paths = {file.real_path: generation for file in stored.files}
         if paths == stored_paths.keys():
             return _compare(options, workspace, manifest, stored, plan)
-        present |= stored_paths
+        generation_of |= stored_paths
     for file in plan.files:
-        if file.real_path in present:
+        if file.real_path in generation_of:
             raise ValueError(
                 f"expected sources that are not in {workspace.folder} yet, found {file.name} of "
-                f"generation {present[file.real_path]}: leave it out"
+                f"generation {generation_of[file.real_path]}: leave it out"
             )
     return None
 
@@ -89,56 +99,54 @@ def _compare(
 
     Raises ValueError unless both plans are the same but for the times of files.
     """
-    generation, pairs = stored.generation, list(zip(stored.files, plan.files, strict=False))
-    touched = {
-        index
-        for index, (old, new) in enumerate(pairs)
-        if old.size == new.size and old.mtime != new.mtime
-    }
+    generation = stored.generation
+    pairs = enumerate(zip(stored.files, plan.files, strict=False))
+    touched = {i for i, (old, new) in pairs if old.size == new.size and old.mtime != new.mtime}
     if generation and touched:
         plan = make_plan(options, manifest.prefix(generation - 1))
     elif generation != plan.generation:  # made to be the next one
         first = stored.first_source
         plan = replace(plan, units=stored.units, generation=generation, first_source=first)
-    expected = stored
     if plan.units == stored.units:
-        files = [
-            replace(old, mtime=new.mtime) if old.size == new.size else old for old, new in pairs
-        ]
-        expected = replace(stored, files=(*files, *stored.files[len(files) :]))
-    _check_same_plan(workspace, expected, plan)
+        files = list(stored.files)
+        for i in touched:
+            files[i] = replace(files[i], mtime=plan.files[i].mtime)
+        stored = replace(stored, files=tuple(files))
+    if difference := _difference(workspace, stored, plan):
+        raise ValueError(difference)
     return plan, touched
 
 
-def _by_real_path(plan: Plan) -> Plan:
-    """Return the plan with one path for each file, however it was named."""
-    return replace(plan, files=tuple(replace(file, path=file.real_path) for file in plan.files))
-
-
-def _check_same_plan(workspace: Workspace, stored: Plan, plan: Plan) -> None:
-    """Raise ValueError, naming what differs, unless the two plans are the same."""
+def _difference(workspace: Workspace, stored: Plan, plan: Plan) -> str:
+    """Return an error message that names what differs between two plans; "" if nothing does."""
     if stored == plan:
-        return
-    stored, plan = _by_real_path(stored), _by_real_path(plan)
+        return ""
+    # A file is the same however it was named.
+    stored, plan = (
+        replace(one, files=tuple(replace(file, path=file.real_path) for file in one.files))
+        for one in (stored, plan)
+    )
     if stored == plan:
-        return
-    files = {file.path: (file.size, file.mtime) for file in plan.files}
-    same_paths = [file.path for file in stored.files] == list(files)
-    another = "restore it, rename it to append it as it is" if plan.generation else "restore it"
+        return ""
+    statuses = {file.path: (file.size, file.mtime) for file in plan.files}
+    same_paths = [file.path for file in stored.files] == list(statuses)
+    remedy = "restore it, rename it to append it as it is" if plan.generation else "restore it"
     for file in stored.files:
-        found = files.get(file.path)
-        if found != (file.size, file.mtime) and (same_paths or found is None):
-            actual = "changed" if found else "gone, or not among those given"
-            raise ValueError(
+        is_missing = file.path not in statuses
+        # With other files among the sources, these are what differs.
+        has_changed = same_paths and statuses[file.path] != (file.size, file.mtime)
+        if is_missing or has_changed:
+            actual = "gone, or not among those given" if is_missing else "changed"
+            return (
                 f"expected the source {file.name} as it was when {workspace.folder} was started, "
-                f"found that file {actual}: {another}, or give another --out"
+                f"found that file {actual}: {remedy}, or give another --out"
             )
     names = [field.name for field in fields(Plan) if field.name != "units"]
     differing = [name for name in names if getattr(stored, name) != getattr(plan, name)]
     columns = [" and ".join(sorted({f.column for f in p.files})) for p in (stored, plan)]
     if columns[0] != columns[1]:
         differing.append(f"text column ({columns[1]} instead of {columns[0]})")
-    raise ValueError(
+    return (
         f"expected the sources and options with which {workspace.folder} was started, found other "
         f"{' and '.join(differing) or 'units'}: repeat them, or give another --out"
     )

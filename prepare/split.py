@@ -6,26 +6,27 @@ from typing import Any
 
 import numpy as np
 
-from prepare.options import DEFAULT_VAL_FRACTION, Options, check_val_fraction
+from prepare.options import DEFAULT_VAL_FRACTION, Options
 from prepare.sources import TEXT, InputFile
 
-HASH, POSITION, GIVEN = "hash", "position", "given"
+HASH = "hash"  # by a document's content: `val_fraction` of the documents are validation text
+POSITION = "position"  # the one text file is cut at a line end: its last `val_fraction`
+VAL_SOURCE = "given"  # validation text has sources of its own
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Rule of the split, recorded in the manifest and followed by appends (promise 3).
+    """Rule of the split, recorded in the manifest and followed by appends (promise 3)."""
 
-    `hash`: by the document's content, `val_fraction` of them to validation. `position`: the one
-    text file is cut at a line end, its last `val_fraction` to validation. `given`: validation
-    text comes from sources of its own.
-    """
-
-    rule: str
+    rule: str  # HASH, POSITION or VAL_SOURCE
     val_fraction: float
 
     def __post_init__(self) -> None:
-        check_val_fraction(self.val_fraction)
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(
+                f"expected a --val-fraction between 0 and 1, found {self.val_fraction}: 0.1 keeps "
+                "a tenth of the documents for validation"
+            )
 
     def is_val(self, hashes: np.ndarray) -> np.ndarray:
         """Return which documents are validation text, (n,) bool, by content hash, (n, 2) uint64."""
@@ -36,7 +37,7 @@ def choose_rule(options: Options, files: Sequence[InputFile]) -> SplitRule:
     """Return the split rule of a new dataset. Raises ValueError if the files don't allow it."""
     one_text = len(files) == 1 and files[0].kind == TEXT
     if options.val_source:
-        return SplitRule(GIVEN, options.val_fraction)
+        return SplitRule(VAL_SOURCE, options.val_fraction)
     if options.split == POSITION and not one_text:
         raise ValueError(
             f"expected one plain text file for --split position, found {len(files)} files "
@@ -52,7 +53,7 @@ def follow_rule(stored: dict[str, Any], options: Options, files: Sequence[InputF
 
     Raises ValueError if the options contradict it or the files can't be split by it.
     """
-    if stored.get("rule") not in (HASH, POSITION, GIVEN):
+    if stored.get("rule") not in (HASH, POSITION, VAL_SOURCE):
         raise ValueError(
             f"expected a dataset split by prepare for --append, found {stored}: prepare the new "
             "sources into another --out"
@@ -69,7 +70,7 @@ def follow_rule(stored: dict[str, Any], options: Options, files: Sequence[InputF
             "expected plain text files to append to a dataset that is split by position, found "
             "another type: prepare everything together into another --out"
         )
-    if rule.rule != GIVEN and options.val_source:
+    if rule.rule != VAL_SOURCE and options.val_source:
         raise ValueError(
             f"expected no --val-source for a dataset split by {rule.rule}, found one: append it as "
             "a source, or prepare everything together into another --out"

@@ -8,8 +8,8 @@ import numpy as np
 import xxhash
 from pyarrow import NativeFile
 
+from shards.cuts import SAFE_CUT_BYTES
 from shards.remote import filesystem
-from shards.tokenizer import SAFE_CUT_BYTES
 
 READ_BYTES = 4 << 20
 # A text document above this size is handed on in pieces of about this size.

@@ -10,7 +10,7 @@ import pyarrow as pa
 from prepare.documents import Batch, read
 from prepare.encode import AuditError, Encoded, encode
 from prepare.plan import Plan, Unit, UnitResult, list_bad
-from prepare.split import GIVEN
+from prepare.split import VAL_SOURCE
 from shards.manifest import DTYPE, INDEX_SCHEMA, SPLITS, Shard
 from shards.tokenizer import Tokenizer, string_buffers
 from shards.writer import ShardWriter, open_shard
@@ -106,7 +106,7 @@ def _is_val(plan: Plan, batch: Batch, hashes: np.ndarray) -> np.ndarray:
     """Return which documents of a batch are validation text, (n,) bool."""
     if batch.split is not None:
         return np.full(len(batch.texts), batch.split == "val")
-    if plan.rule.rule == GIVEN:
+    if plan.rule.rule == VAL_SOURCE:
         return np.array([plan.files[source].val for source in batch.sources.tolist()])
     return plan.rule.is_val(hashes)
 

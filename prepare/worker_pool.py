@@ -1,4 +1,4 @@
-"""A pool of worker processes on this machine that runs a task on every unit.
+"""A pool of worker processes on this machine that calls a function on each unit.
 
 Each worker has its own pipe and shares no lock with another, so when one is killed, at any moment,
 nobody waits for it forever (concurrent.futures' pool does if it is killed while shutting down).
@@ -22,27 +22,27 @@ Result = TypeVar("Result")
 
 
 def run_local(
-    task: Callable[[Unit], Result],
+    function: Callable[[Unit], Result],
     units: Sequence[Unit],
     workers: int,
     start_method: str | None = None,
 ) -> Iterator[Result]:
-    """Call `task` on each unit in `workers` processes and yield the results in any order.
+    """Call `function` on each unit in `workers` processes and yield the results in any order.
 
-    `start_method` is multiprocessing's; by default fork on Linux, where workers share what is
-    loaded, and spawn elsewhere. Raises the ValueError or OSError that `task` raised, and
+    `start_method` is multiprocessing's; by default fork on Linux, where workers inherit what is
+    loaded, and spawn elsewhere. Raises the ValueError or OSError that `function` raised, and
     ChildProcessError if a worker died; the other workers finish their units first.
     """
     count = min(workers, len(units))
     if count <= 1:
-        yield from map(task, units)
+        yield from map(function, units)
         return
     method = start_method or ("fork" if sys.platform == "linux" else "spawn")
-    waiting = iter(units)
+    pending = iter(units)
     with ExitStack() as stack:
         busy: list[Connection] = []
-        for unit in islice(waiting, count):
-            busy.append(stack.enter_context(_worker(task, method, busy)))
+        for unit in islice(pending, count):
+            busy.append(stack.enter_context(_worker(function, method, busy)))
             _exchange(busy[-1].send, unit)
         while busy:
             for worker in wait_for(busy):
@@ -50,7 +50,7 @@ def run_local(
                 result = _exchange(worker.recv)
                 if isinstance(result, Exception):
                     raise result
-                following = next(waiting, None)
+                following = next(pending, None)
                 if following is None:
                     busy.remove(worker)
                 else:
@@ -70,13 +70,15 @@ def _exchange(call: Callable[..., Any], *arguments: Unit) -> Any:
 
 
 @contextmanager
-def _worker(task: Callable[[Unit], Any], method: str, others: list[Connection]) -> Iterator[Any]:
+def _worker(
+    function: Callable[[Unit], Any], method: str, others: list[Connection]
+) -> Iterator[Connection]:
     """Start a worker and yield the parent's end of its pipe; on exit join it after its unit."""
     context: Any = multiprocessing.get_context(method)
     ours, theirs = context.Pipe()
     # A forked worker inherits our ends of all pipes; left open in it, they would never read EOF.
     inherited = [*others, ours] if method == "fork" else []
-    process = context.Process(target=_serve, args=(task, theirs, inherited), daemon=True)
+    process = context.Process(target=_serve, args=(function, theirs, inherited), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -86,8 +88,10 @@ def _worker(task: Callable[[Unit], Any], method: str, others: list[Connection]) 
         process.join()
 
 
-def _serve(task: Callable[[Unit], Any], parent: Connection, inherited: list[Connection]) -> None:
-    """Call `task` on each unit that the parent sends, until it closes the pipe."""
+def _serve(
+    function: Callable[[Unit], Any], parent: Connection, inherited: list[Connection]
+) -> None:
+    """Call `function` on each unit that the parent sends, until it closes the pipe."""
     for connection in inherited:
         connection.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
@@ -100,7 +104,7 @@ def _serve(task: Callable[[Unit], Any], parent: Connection, inherited: list[Conn
         except (EOFError, ConnectionError):
             return
         try:
-            outcome: Any = task(unit)
+            outcome: Any = function(unit)
         except (ValueError, OSError) as error:
             outcome = error
         with suppress(ConnectionError):  # the parent has closed the pipe; the next recv ends this

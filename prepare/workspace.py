@@ -1,4 +1,4 @@
-"""The folder of a dataset while it is being made: lock, plan, and the result of each finished unit.
+"""The folder of a dataset while it is being made: lock, plans and the results of finished units.
 
 They lie in `.prepare/` beside the shards. A unit whose result is stored is finished, so running the
 same command again resumes.
@@ -24,21 +24,23 @@ from pyarrow import fs
 from prepare.plan import REMEDY, Plan, Unit, UnitResult, read_plan
 from shards import stored_json
 from shards.files import atomic_file, move_durably, remove_temporaries, sync_folder, to_json
-from shards.manifest import FILE_NAME, Manifest, Shard, checksum
+from shards.manifest import MANIFEST_NAME, Manifest, Shard, npy_header
 from shards.remote import filesystem, is_remote
-from shards.writer import DTYPE, npy_header
 
 WORK = ".prepare"
 PLAN = f"{WORK}/plan.json"
-# Written when a run was refused for its input: a corrected command may start anew.
+# Written when a run was refused for its input: a corrected command may start over.
 REFUSED = f"{WORK}/refused"
 SHARD_FILE = re.compile(r"(train|val)_\d{5,}(_\d+)?(\.npy|\.docs\.parquet)")
 PARQUET_END = b"PAR1"
-# Folders in the work area: results, shards being written, and arrays: content hashes of documents,
-# indices of duplicates, content hashes of validation text that came by --val-source.
-UNITS, STAGING, HASHES, DUPLICATES, HELD_OUT = "units", "staging", "hashes", "drops", "held_out"
+# Folders in the work area.
+UNITS = "units"  # results
+STAGING = "staging"  # shards being written
+HASHES = "hashes"  # arrays: content hashes of documents, for --dedup
+DUPLICATES = "drops"  # arrays: indices of duplicates
+HELD_OUT = "held_out"  # arrays: content hashes of validation text from --val-source
 ARRAYS = {HASHES, DUPLICATES, HELD_OUT}
-WORK_FOLDERS = {UNITS, STAGING} | ARRAYS
+HELD_OUT_HASHES = f"{HELD_OUT}/hashes"
 LOG, QUARANTINE = "prepare.log", "quarantine.jsonl"
 # An ending run releases the lock within moments; so do orphaned workers that inherited it.
 LOCK_SECONDS = 5.0
@@ -95,11 +97,7 @@ class Folder:
         """True if there is a file of that name."""
         return self._system.get_file_info(self._at(name)).type == fs.FileType.File
 
-    def names(self, inside: str = "") -> list[str]:
-        """List the folder, or one inside it, sorted."""
-        return sorted(self.sizes(inside))
-
-    def sizes(self, inside: str = "") -> dict[str, int | None]:
+    def listing(self, inside: str = "") -> dict[str, int | None]:
         """Return the sizes of what is in the folder, or in one inside it, by name."""
         selector = fs.FileSelector(self._at(inside), allow_not_found=True)
         return {info.base_name: info.size for info in self._system.get_file_info(selector)}
@@ -137,7 +135,7 @@ class Workspace:
         path.mkdir(parents=True, exist_ok=True)
         name = f"lock-{task.replace('/', '-of-')}" if task else "lock"
         with self._lock(path / name):
-            # Take the own lock before testing the others, so that two runs can't miss each other.
+            # Acquire the own lock before testing others, so that two runs can't miss each other.
             for other in [path / "lock"] if task else sorted(path.glob("lock-*")):
                 with self._lock(other):
                     pass
@@ -154,26 +152,30 @@ class Workspace:
 
     def check_folder(self) -> None:
         """Raise ValueError if the folder holds files but no dataset."""
-        names = self.folder.names()
-        others = [name for name in names if name not in (QUARANTINE, LOG, WORK)]
-        if others and FILE_NAME not in names and not self.folder.exists(PLAN):
+        others = self.folder.listing().keys() - {QUARANTINE, LOG, WORK}
+        if others and MANIFEST_NAME not in others and not self.folder.exists(PLAN):
             raise ValueError(
                 f"expected a new or empty folder in {self.folder}, found other files there "
-                f"({others[0]}, ...): give another --out"
+                f"({min(others)}, ...): give another --out"
             )
 
     def manifest(self) -> Manifest | None:
         """Return the manifest of the complete dataset in the folder, or None."""
-        content = self.folder.read(FILE_NAME)
+        content = self.folder.read(MANIFEST_NAME)
         return None if content is None else Manifest.parse(content, self.folder.path)
 
     def stored_plan(self, generation: int) -> Plan | None:
         """Return the plan that made a generation, or None. Raises ValueError if it is damaged."""
+        for name, record in self._plans(generation):
+            return read_plan(record, f"{self.folder}/{name}")
+        return None
+
+    def _plans(self, generation: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (file, record) of the stored plan of a generation."""
         for name in (_plan_name(generation), PLAN):  # myGPT 0.2 kept only the last one
             record = self.folder.read_json(name)
             if record is not None and record.get("generation", 0) == generation:
-                return read_plan(record, f"{self.folder}/{name}")
-        return None
+                yield name, record
 
     def store_plan(self, plan: Plan) -> None:
         """Store the plan, so that every later run can be compared with it."""
@@ -184,7 +186,7 @@ class Workspace:
 
         A unit whose result is damaged, or one of whose shards is, is not finished.
         """
-        stored = set(self.folder.names(f"{WORK}/{UNITS}"))
+        stored = self.folder.listing(f"{WORK}/{UNITS}")
         finished = [unit for unit in units if f"{unit.name}.json" in stored]
         with ThreadPoolExecutor(READ_AT_ONCE) as pool:
             results = [result for result in pool.map(self._result, finished) if result]
@@ -203,24 +205,24 @@ class Workspace:
             result = stored_json.build(UnitResult, record, name, retired=("checksum",))
         except ValueError:
             return None
-        intact = record.get("checksum") in (None, checksum(record))  # myGPT 0.2 wrote none
-        return result if intact and result.unit == unit.number else None
+        # myGPT 0.2 wrote no checksum.
+        is_intact = "checksum" not in record or record == stored_json.with_checksum(record)
+        return result if is_intact and result.unit == unit.number else None
 
     def faulty(self, shards: Iterable[Shard]) -> set[str]:
         """Return the files of the shards that are missing or cut, or whose index is.
 
         Their contents are not read, but for the header and the end of the index.
         """
-        sizes = self.folder.sizes()
+        sizes = self.folder.listing()
         return {shard.file for shard in shards if not self._is_whole(shard, sizes)}
 
     def _is_whole(self, shard: Shard, sizes: dict[str, int | None]) -> bool:
-        header = npy_header(shard.tokens)
-        size = len(header) + shard.tokens * DTYPE.itemsize
-        if sizes.get(shard.file) != size or not sizes.get(shard.index):
+        if sizes.get(shard.file) != shard.file_bytes or not sizes.get(shard.index):
             return False
         if self.folder.remote:  # there an object appears whole or not at all
             return True
+        header = npy_header(shard.tokens)
         with open(self.folder.local / shard.file, "rb") as tokens:
             start = tokens.read(len(header))
         with open(self.folder.local / shard.index, "rb") as index:
@@ -233,6 +235,8 @@ class Workspace:
         parent = None if self.folder.remote else self.folder.local / WORK / STAGING
         if parent:
             parent.mkdir(parents=True, exist_ok=True)
+            for left_by_killed_run in parent.glob(f"{unit.name}-*"):
+                shutil.rmtree(left_by_killed_run)
         staged = Path(tempfile.mkdtemp(prefix=f"{unit.name}-", dir=parent))
         try:
             yield staged
@@ -240,21 +244,13 @@ class Workspace:
             shutil.rmtree(staged)
             raise
 
-    def remove_staged(self, units: Sequence[Unit]) -> None:
-        """Remove the staging folders that killed runs left for some units."""
-        unfinished = {unit.name for unit in units}
-        for name in self.folder.names(f"{WORK}/{STAGING}"):
-            if name.partition("-")[0] in unfinished:
-                self.folder.remove(f"{WORK}/{STAGING}/{name}")
-
     def finish_unit(self, result: UnitResult, staged: Path) -> None:
         """Publish a unit's staged shards, then store its result, which marks it as finished."""
         for shard in result.all_shards():
             self.publish(shard, staged)
         if not self.folder.remote:
             sync_folder(self.folder.local)  # a result on disk must not outlive its shards
-        record = asdict(result)
-        record["checksum"] = checksum(record)
+        record = stored_json.with_checksum(asdict(result))
         self.folder.write(f"{WORK}/{UNITS}/{result.unit:05d}.json", to_json(record))
         shutil.rmtree(staged)
 
@@ -280,28 +276,25 @@ class Workspace:
                 "file and run again"
             ) from None
 
-    def abandon(self, plan: Plan) -> None:
+    def discard_plan(self, plan: Plan) -> None:
         """Remove an unfinished plan and everything made by it, so that another may be started."""
-        self.close()
+        self.remove_intermediates()
         manifest = self.manifest()
-        splits = manifest.splits.values() if manifest else ()
-        kept = {name for split in splits for s in split.shards for name in (s.file, s.index)}
-        for name in self.folder.names():
-            if SHARD_FILE.fullmatch(name) and name not in kept:
+        kept = {name for s in manifest.shards for name in (s.file, s.index)} if manifest else set()
+        for name in self.folder.listing().keys() - kept:
+            if SHARD_FILE.fullmatch(name):
                 self.folder.remove_file(name)
-        for name in (_plan_name(plan.generation), PLAN):
-            record = self.folder.read_json(name)
-            if record is not None and record.get("generation", 0) == plan.generation:
-                self.folder.remove_file(name)
+        for name, _ in self._plans(plan.generation):
+            self.folder.remove_file(name)
 
     def remove(self, folders: set[str]) -> None:
         """Remove some folders of the work area."""
-        for name in set(self.folder.names(WORK)) & folders:
+        for name in self.folder.listing(WORK).keys() & folders:
             self.folder.remove(f"{WORK}/{name}")
 
-    def close(self) -> None:
+    def remove_intermediates(self) -> None:
         """Remove results and arrays, once the manifest holds them; the plan stays for reruns."""
-        self.remove(WORK_FOLDERS)
+        self.remove({UNITS, STAGING} | ARRAYS)
         self.folder.remove_file(REFUSED)
         if not self.folder.remote:
             for path in (self.folder.local, self.folder.local / WORK):

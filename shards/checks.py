@@ -24,7 +24,7 @@ def verify(manifest: Manifest) -> Iterator[tuple[Shard, list[str]]]:
     A remote dataset is read from its store, not from the cache. Hashing and NumPy release the
     interpreter's lock, so as many threads read as there are cores.
     """
-    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    shards = manifest.shards
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from zip(shards, pool.map(partial(faults, manifest), shards), strict=True)
 

@@ -27,7 +27,7 @@ from shards.files import to_json, write_json
 FORMAT, VERSION = "mygpt-shards", 2
 # The file may change its version; what the fingerprint covers stays, or checkpoints lose their data
 IDENTITY_VERSION = 1
-FILE_NAME = "manifest.json"
+MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val")
 DTYPE = np.dtype("<u2")  # of token ids in a shard
 INDEX_SCHEMA = pa.schema(
@@ -151,7 +151,7 @@ class Manifest:
         """
         location = str(folder)
         is_remote = remote.is_remote(location)
-        content = remote.read(location, FILE_NAME) if is_remote else _read_local(Path(folder))
+        content = remote.read(location, MANIFEST_NAME) if is_remote else _read_local(Path(folder))
         manifest = cls.parse(content, location)
         return manifest if generation is None else manifest.prefix(generation)
 
@@ -159,7 +159,7 @@ class Manifest:
     def parse(cls, content: bytes, location: str) -> "Manifest":
         """Return the manifest of the bytes of its file. Raises ValueError as `load` does."""
         uri = location.rstrip("/") if remote.is_remote(location) else ""
-        path = f"{uri}/{FILE_NAME}" if uri else Path(location, FILE_NAME)
+        path = f"{uri}/{MANIFEST_NAME}" if uri else Path(location, MANIFEST_NAME)
         with _without_garbage_collection():
             raw = stored_json.parse(content, path, REMEDY)
             stored_json.check_version(raw, FORMAT, (VERSION,), path, "prepare the dataset again")
@@ -197,6 +197,16 @@ class Manifest:
             },
         }
         return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards of both splits."""
+        return [shard for split in self.splits.values() for shard in split.shards]
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the documents of both splits."""
+        return sum(split.text_bytes for split in self.splits.values())
 
     @property
     def location(self) -> str:
@@ -237,15 +247,15 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, all or nothing."""
-        write_json(folder / FILE_NAME, self.to_json())
+        write_json(folder / MANIFEST_NAME, self.to_json())
 
 
 def _read_local(folder: Path) -> bytes:
-    path = folder / FILE_NAME
+    path = folder / MANIFEST_NAME
     if not path.is_file():  # a FIFO would be waited for
         found = "another kind of file" if path.exists() else "none"
         raise FileNotFoundError(
-            f"expected a dataset with {FILE_NAME} in {folder}, found "
+            f"expected a dataset with {MANIFEST_NAME} in {folder}, found "
             f"{found if folder.is_dir() else 'no such folder'}: make one with "
             f"`python -m prepare SOURCE --out {folder}` (an unfinished one: the same command again)"
         )

@@ -13,7 +13,6 @@ import importlib.util
 import json
 import mmap
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -29,21 +28,13 @@ import tiktoken
 import tiktoken.load
 from tiktoken_ext import openai_public
 
+from shards.cuts import SAFE_CUT_BYTES, cut
 from shards.files import write_json
 from shards.manifest import TokenizerIdentity
 
 END_OF_TEXT = "<|endoftext|>"
 # tiktoken builds a Python list of ints, so it gets pieces of about this many characters.
 PIECE = 1 << 20
-# A cut before an ASCII white-space character that follows another character changes no token: in
-# GPT-2's pattern no pre-token spans the two.
-SAFE_CUT = re.compile(r"(?<=\S)(?=[ \t\n\r\f\v])")
-# The same on UTF-8 bytes. Before the cut stands a printing ASCII character or the last byte of a
-# character that is not Unicode white space.
-SAFE_CUT_BYTES = re.compile(
-    rb"(?<=[!-~\x80-\xbf])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe1\xa0\x8e)"
-    rb"(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?=[ \t\n\r\f\v])"
-)
 # gigatoken gets about this many bytes at a time, and may make the process grow by this much.
 PART_BYTES = 8 << 20
 MAX_GROWTH_BYTES = 256 << 20
@@ -204,16 +195,6 @@ def repair_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def cut(text: str, size: int) -> Iterator[str]:
-    """Cut `text` into pieces of at least `size` characters without changing its tokens."""
-    start = 0
-    while start < len(text):
-        found = SAFE_CUT.search(text, start + size) if start + size < len(text) else None
-        end = found.start() if found else len(text)
-        yield text[start:end]
-        start = end
 
 
 def _reference_encoding() -> tiktoken.Encoding:

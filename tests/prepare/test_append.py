@@ -154,7 +154,7 @@ def test_an_append_that_cannot_be_finished_gives_way(
         assert "the source b.jsonl as it was" in error
         assert "rename it" in error
     outcome = run(tmp_path / "c.jsonl", "--out", base, "--append")
-    assert "Starting anew" in outcome.out, outcome.err
+    assert "Starting over" in outcome.out, outcome.err
     held(base)
     assert Manifest.load(base).fingerprint == Manifest.load(reference).fingerprint
 

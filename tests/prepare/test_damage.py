@@ -121,7 +121,7 @@ def test_a_complete_dataset(
     assert contents(out) == whole
     assert others.stat().st_mtime_ns == before
     assert {path.name for path in (out / ".prepare").iterdir()} <= {"lock", "plan.json"}
-    assert "anew" not in run(corpus, "--out", out).out
+    assert "again" not in run(corpus, "--out", out).out
 
 
 def test_a_complete_dataset_that_came_without_its_plan(
@@ -213,7 +213,7 @@ class TestTouched:
         assert "1 sources have another time" in outcome.out, outcome.err
         assert "nothing to do" in outcome.out
         assert contents(out) == whole
-        assert "anew" not in run(corpus, "--out", out).out
+        assert "again" not in run(corpus, "--out", out).out
 
     @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
     def test_other_content(self, kind: str, corpus: Path, tmp_path: Path) -> None:

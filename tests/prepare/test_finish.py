@@ -143,11 +143,11 @@ def test_most_of_a_corpus_does_not_vanish(mostly_latin: Path, tmp_path: Path) ->
     held(out)
 
 
-def test_a_mended_source_starts_anew(mostly_latin: Path, tmp_path: Path) -> None:
+def test_a_mended_source_starts_over(mostly_latin: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(mostly_latin, "--out", out).code == 2
     (mostly_latin / "b.txt").write_text("many words " * 10_000)
-    assert "Starting anew" in run(mostly_latin, "--out", out).out
+    assert "Starting over" in run(mostly_latin, "--out", out).out
     held(out)
 
 

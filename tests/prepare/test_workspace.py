@@ -175,7 +175,7 @@ def test_the_first_command_again_leaves_a_begun_append_alone(
     out = make(tmp_path / "out", corpus)
     write_jsonl(tmp_path / "more.jsonl", texts(150, 3))
     with monkeypatch.context() as patch:
-        patch.setattr("prepare.job._finish", lambda *_: None)  # as if killed before the end
+        patch.setattr("prepare.job.Job.write_manifest", lambda *_: None)  # as if killed there
         make(out, tmp_path / "more.jsonl", "--append")
     units = sorted(path.name for path in (out / ".prepare/units").iterdir())
     assert len(units) > 3
@@ -271,7 +271,7 @@ def test_out_may_lie_in_the_source(
         source.symlink_to(folder)
     out = folder / "data/out"
     with monkeypatch.context() as patch:
-        patch.setattr("prepare.job._finish", lambda *_: None)  # as if killed before the end
+        patch.setattr("prepare.job.Job.write_manifest", lambda *_: None)  # as if killed there
         make(out, source)
     for _ in range(2):
         make(out, source)
@@ -294,7 +294,7 @@ def test_one_file_under_another_path(
             assert "nothing to do" in run(path, "--out", out, *flags).out
             assert contents(out) == before
     with monkeypatch.context() as patch:  # so it is resumed
-        patch.setattr("prepare.job._finish", lambda *_: None)
+        patch.setattr("prepare.job.Job.write_manifest", lambda *_: None)
         make(tmp_path / "other", "corpus.jsonl")
     assert "1 of 1 units are finished" in run("deep/../corpus.jsonl", "--out", "../other").out
 
@@ -310,7 +310,7 @@ class TestACorrectedCommand:
         out = tmp_path / "out"
         assert "bad documents" in run(source, "--out", out, "--text-column", "title").error
         outcome = run(source, "--out", out, "--text-column", "body")
-        assert "Starting anew" in outcome.out, outcome.err
+        assert "Starting over" in outcome.out, outcome.err
         assert contents(out) == contents(make(tmp_path / "whole", source, "--text-column", "body"))
 
     def test_no_unit_was_finished(
@@ -329,7 +329,7 @@ class TestACorrectedCommand:
     ) -> None:
         out = tmp_path / "out"
         with monkeypatch.context() as patch:
-            patch.setattr("prepare.job._finish", lambda *_: None)
+            patch.setattr("prepare.job.Job.write_manifest", lambda *_: None)
             make(out, corpus)
         error = run(corpus, "--out", out, "--text-column", "id").error
         assert "found other" in error

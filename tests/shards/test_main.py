@@ -13,7 +13,7 @@ import pytest
 
 from shards import inspect, tokenizer
 from shards.__main__ import COMMANDS, main
-from shards.manifest import FILE_NAME, Manifest, Source, TokenizerIdentity
+from shards.manifest import MANIFEST_NAME, Manifest, Source, TokenizerIdentity
 from tests.shards.support import (
     arange_dataset,
     text_dataset,
@@ -383,7 +383,7 @@ def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("command", ["info", "show", "verify"])
 def test_a_folder_without_a_dataset(tmp_path: Path, answer: Answer, command: str) -> None:
     refused(answer, "found no such folder", command, tmp_path / "nowhere")
-    (tmp_path / FILE_NAME).write_text("{")
+    (tmp_path / MANIFEST_NAME).write_text("{")
     refused(answer, "expected a JSON object", command, tmp_path)
 
 

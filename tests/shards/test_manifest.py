@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shards import remote
 from shards.checks import check, verify
-from shards.manifest import FILE_NAME, Manifest, Shard, Source, Split, checksum
+from shards.manifest import MANIFEST_NAME, Manifest, Shard, Source, Split, checksum
 from tests.shards.support import arange_dataset, grown
 
 
@@ -23,7 +23,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 
 def edit(manifest: Manifest, change: Callable[[dict[str, Any]], object]) -> None:
-    path = manifest.folder / FILE_NAME
+    path = manifest.folder / MANIFEST_NAME
     raw = json.loads(path.read_text("utf-8"))
     change(raw)
     path.write_text(json.dumps(raw), "utf-8")
@@ -43,7 +43,7 @@ def as_version_1(raw: dict[str, Any]) -> None:
 def refused(manifest: Manifest, words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         Manifest.load(manifest.folder)
-    assert "\n" not in str(caught.value) and FILE_NAME in str(caught.value)
+    assert "\n" not in str(caught.value) and MANIFEST_NAME in str(caught.value)
 
 
 def test_what_is_saved_is_loaded(manifest: Manifest, tmp_path: Path) -> None:
@@ -60,15 +60,15 @@ def test_what_is_saved_is_loaded(manifest: Manifest, tmp_path: Path) -> None:
     assert loaded == full
     assert loaded.folder == again and loaded.path("x.npy") == again / "x.npy"
     assert Manifest.load(str(again)) == full
-    first = (again / FILE_NAME).read_bytes()
+    first = (again / MANIFEST_NAME).read_bytes()
     loaded.save(again)
-    assert (again / FILE_NAME).read_bytes() == first
+    assert (again / MANIFEST_NAME).read_bytes() == first
 
 
 def test_totals_are_those_of_the_shards(manifest: Manifest) -> None:
     train = manifest.splits["train"]
     assert (train.tokens, train.documents) == (137, 3)
-    raw = json.loads((manifest.folder / FILE_NAME).read_text("utf-8"))
+    raw = json.loads((manifest.folder / MANIFEST_NAME).read_text("utf-8"))
     assert raw["splits"]["train"]["tokens"] == 137 and raw["dtype"] == "uint16"
     assert raw["fingerprint"] == manifest.fingerprint
 
@@ -90,12 +90,12 @@ def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", '{"format": 1', "\ufffd", "[]", "null", "3", '"x"'])
 def test_what_is_no_manifest(manifest: Manifest, content: str) -> None:
-    (manifest.folder / FILE_NAME).write_text(content, "utf-8")
+    (manifest.folder / MANIFEST_NAME).write_text(content, "utf-8")
     refused(manifest, "expected a JSON object|expected format mygpt-shards version 2")
 
 
 def test_bytes_that_are_not_text(manifest: Manifest) -> None:
-    (manifest.folder / FILE_NAME).write_bytes(b'{"format": "\xff"}')
+    (manifest.folder / MANIFEST_NAME).write_bytes(b'{"format": "\xff"}')
     refused(manifest, "expected a JSON object")
 
 
@@ -173,7 +173,7 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_damage_anywhere_is_refused_in_words(manifest: Manifest, signed: bool) -> None:
-    raw = json.loads((manifest.folder / FILE_NAME).read_text("utf-8"))
+    raw = json.loads((manifest.folder / MANIFEST_NAME).read_text("utf-8"))
     for *way, last in list(paths(raw))[1:]:
         for other in ("absent", None, 5, -1.5, "text", [], {}, [1], True):
             damaged = json.loads(json.dumps(raw))
@@ -186,11 +186,11 @@ def test_damage_anywhere_is_refused_in_words(manifest: Manifest, signed: bool) -
                 inside[last] = other
             if signed and last != "checksum":
                 sign(damaged)
-            (manifest.folder / FILE_NAME).write_text(json.dumps(damaged), "utf-8")
+            (manifest.folder / MANIFEST_NAME).write_text(json.dumps(damaged), "utf-8")
             try:
                 loaded = Manifest.load(manifest.folder)
             except ValueError as error:
-                assert FILE_NAME in str(error) and "\n" not in str(error)
+                assert MANIFEST_NAME in str(error) and "\n" not in str(error)
             else:  # what the fingerprint does not cover, by somebody who signs it
                 assert signed or json.dumps(damaged) == json.dumps(raw)
                 assert loaded.fingerprint == manifest.fingerprint
@@ -267,14 +267,14 @@ def test_a_hash_that_is_a_path_touches_no_file(
 ) -> None:
     edit(manifest, lambda raw: raw["splits"]["val"]["shards"][0].update(sha256="../victim"))
     edit(manifest, sign)
-    content = (manifest.folder / FILE_NAME).read_bytes()
+    content = (manifest.folder / MANIFEST_NAME).read_bytes()
     monkeypatch.setattr(remote, "read", lambda folder, name: content)
     with pytest.raises(ValueError, match=r"hashes of 64 hex digits in s3://.*'\.\./victim'"):
         Manifest.load("s3://bucket/data")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
-@pytest.mark.parametrize("name", [FILE_NAME, "train_00001.npy", "train_00001.docs.parquet"])
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "train_00001.npy", "train_00001.docs.parquet"])
 def test_a_fifo_is_refused_not_waited_for(manifest: Manifest, name: str) -> None:
     path = manifest.folder / name
     path.unlink()

@@ -17,10 +17,10 @@ from pyarrow import fs
 
 from shards import cache, inspect, remote
 from shards.checks import verify
-from shards.loader import BatchReader, TokenLoader
-from shards.manifest import FILE_NAME, Manifest
+from shards.loader import BackgroundCheck, BatchReader, TokenLoader
+from shards.manifest import MANIFEST_NAME, Manifest
 from shards.mixture import Mixture
-from shards.reader import BackgroundCheck, EvalWindows, open_tokens, read_index, token_counts
+from shards.reader import EvalWindows, open_tokens, read_index, token_counts
 from tests.prepare.proxy import FAULTS, Proxy
 from tests.s3 import s3_server
 from tests.shards.support import arange_dataset, text_dataset
@@ -154,12 +154,14 @@ def test_an_outage_ends_in_one_line(uri: str, proxy: Proxy) -> None:
         next(loader)
     assert "\n" not in str(caught.value) and "run the command again" in str(caught.value)
     proxy.choose = lambda method, path: "400"
-    with pytest.raises(OSError, match=f"{uri}/{FILE_NAME}, found in 6 attempts"):
+    with pytest.raises(OSError, match=f"{uri}/{MANIFEST_NAME}, found in 6 attempts"):
         Manifest.load(uri)
 
 
 def test_what_is_not_there(uri: str, bucket: fs.FileSystem) -> None:
-    with pytest.raises(FileNotFoundError, match=f"{uri}-no/{FILE_NAME}, found no such file") as got:
+    with pytest.raises(
+        FileNotFoundError, match=f"{uri}-no/{MANIFEST_NAME}, found no such file"
+    ) as got:
         TokenLoader([f"{uri}-no"], "train", 8, BLOCK)
     assert "\n" not in str(got.value)
     name = uri.removeprefix("s3://")

@@ -24,7 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import tokenizer
-from shards.tokenizer import Tokenizer, VocabularyNotFoundError, cut, repair_surrogates
+from shards.cuts import cut
+from shards.tokenizer import Tokenizer, VocabularyNotFoundError, repair_surrogates
 
 gpt2 = tokenizer.load()
 needs_gigatoken = pytest.mark.skipif(

@@ -1,0 +1,159 @@
+"""The functions that are run on units: write or restore their shards, or hash their documents.
+
+Each is a small picklable value called with a unit, on whatever process or machine runs it.
+"""
+
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from prepare.documents import read
+from prepare.encode import content_hashes
+from prepare.plan import Plan, Unit, UnitResult
+from prepare.unit import Exclusions, check_unchanged, run_unit
+from prepare.workspace import DUPLICATES, HELD_OUT_HASHES, Workspace
+from shards import tokenizer
+from shards.manifest import Shard
+from shards.remote import retried
+from shards.tokenizer import string_buffers
+
+Result = TypeVar("Result")
+
+# Units whose files are fsynced concurrently; a file system does several nearly as fast as one.
+PUBLISHERS = 8
+
+
+@dataclass(frozen=True)
+class UnitFunction(Generic[Result]):
+    """Function of a unit. If it fails, nothing of the unit is left."""
+
+    plan: Plan
+    workspace: Workspace
+
+    def __call__(self, unit: Unit) -> Result:
+        """Run on one unit. Raises ValueError for a changed source, OSError for failing I/O.
+
+        Retries what a network may have broken; errors of a local file system are final.
+        """
+        files = [self.plan.files[part.file] for part in unit.slices]
+        if not self.workspace.folder.remote and not any(file.remote for file in files):
+            return self.run(unit)
+        action = f"read and write unit {unit.number} ({files[0].name} ...)"
+        remedy = "finished units are kept; run the command again"
+        return retried(lambda: self.run(unit), action, remedy)
+
+    def run(self, unit: Unit) -> Result:
+        """Run on one unit, once."""
+        raise NotImplementedError
+
+    @contextmanager
+    def staged_shards(self, unit: Unit) -> Iterator[tuple[UnitResult, Path]]:
+        """Yield a unit's result and the folder where its shards are staged, gone on an error."""
+        exclusions = Exclusions(
+            indices=self.workspace.load_array(f"{DUPLICATES}/{unit.name}"),
+            hashes=self.workspace.load_array(HELD_OUT_HASHES),
+        )
+        with self.workspace.staging(unit) as staged:
+            yield run_unit(self.plan, unit, staged, tokenizer.load(), exclusions), staged
+
+
+class Written(NamedTuple):
+    """A unit's result and the folder where its shards are staged; None if they are published."""
+
+    result: UnitResult
+    staged: Path | None
+
+
+@dataclass(frozen=True)
+class WriteShards(UnitFunction[Written]):
+    """Turn a unit into shards."""
+
+    publish: bool  # if False, that is left to `publish_in_background`
+
+    def run(self, unit: Unit) -> Written:
+        """Write one unit."""
+        with self.staged_shards(unit) as (result, staged):
+            if self.publish:
+                self.workspace.finish_unit(result, staged)
+        return Written(result, None if self.publish else staged)
+
+
+@dataclass(frozen=True)
+class RestoreShards(UnitFunction[None]):
+    """Prepare a unit of a complete dataset again, compare, and publish its faulty files."""
+
+    shards: dict[int, list[Shard]]  # by unit, those of the manifest, which the new ones must equal
+    faulty: set[str]  # files to publish
+    touched: set[int]  # indices of the input files to name first if the tokens are others
+
+    def run(self, unit: Unit) -> None:
+        """Restore one unit."""
+        with self.staged_shards(unit) as (result, staged):
+            stored = self.shards.get(unit.number, [])
+            if list(map(self._identity, result.all_shards())) != list(map(self._identity, stored)):
+                indices = [part.file for part in unit.slices]
+                source = min(indices, key=lambda index: index not in self.touched)
+                raise ValueError(
+                    f"expected the tokens of unit {unit.number} again from "
+                    f"{self.plan.files[source].name}, found others: a source changed, or tiktoken "
+                    "or pyarrow is of another version; restore it, or give another --out"
+                )
+            for shard in stored:
+                if shard.file in self.faulty:
+                    self.workspace.publish(shard, staged)
+            shutil.rmtree(staged)
+
+    def _identity(self, shard: Shard) -> tuple[str, ...]:
+        """Return what must be the same; an index differs from version to version of pyarrow."""
+        index = (shard.index_sha256,) if shard.file in self.faulty else ()
+        return (shard.file, shard.sha256, *index)
+
+
+@dataclass(frozen=True)
+class HashDocuments(UnitFunction[None]):
+    """Store the content hash of each document of a unit, (n, 2) uint64."""
+
+    folder: str  # of the work area
+
+    def run(self, unit: Unit) -> None:
+        """Hash one unit."""
+        parts = [np.empty((0, 2), np.uint64)]
+        for batch in read(self.plan.files, unit.slices):
+            if batch.continued:
+                continue
+            hashes = content_hashes(batch.texts) if batch.hashes is None else batch.hashes
+            # Zero: no duplicate of any other. An empty document is dropped anyway, and a part of
+            # the one text that is split by position is no document of its own.
+            skipped = np.diff(string_buffers(batch.texts)[0]) == 0
+            skipped |= batch.split is not None and batch.hashes is None
+            parts.append(np.where(skipped[:, None], np.uint64(0), hashes))
+        check_unchanged(self.plan, unit)
+        self.workspace.save_array(f"{self.folder}/{unit.name}", np.concatenate(parts))
+
+
+def publish_in_background(written: Iterator[Written], workspace: Workspace) -> Iterator[UnitResult]:
+    """Publish each written unit on a thread while more are being written; yield the results.
+
+    fsync takes a fifth of the time and no core, so the workers don't wait for it.
+    """
+
+    def publish(unit: Written) -> UnitResult:
+        if unit.staged:
+            workspace.finish_unit(unit.result, unit.staged)
+        return unit.result
+
+    with ThreadPoolExecutor(PUBLISHERS) as pool:
+        pending: deque[Future[UnitResult]] = deque()
+        for unit in written:
+            pending.append(pool.submit(publish, unit))
+            while pending and (pending[0].done() or len(pending) > 2 * PUBLISHERS):
+                yield pending.popleft().result()
+        for future in pending:
+            yield future.result()
