@@ -37,7 +37,7 @@ END_OF_TEXT = "<|endoftext|>"
 PIECE = 1 << 20
 # gigatoken gets about this many bytes at a time, and may make the process grow by this much.
 PART_BYTES = 8 << 20
-MAX_GROWTH_BYTES = 256 << 20
+MAX_GROWTH_BYTES = 128 << 20
 # A character in contexts where its class (letter or number, white space, other) shows in the
 # tokens: before "'s", which is one token after a letter and two after a symbol.
 PROBE = "{0}'s {0}"

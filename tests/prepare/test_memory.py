@@ -127,7 +127,10 @@ def test_one_text_of_any_size(
 
 @pytest.mark.parametrize(
     ("text", "megabytes"),
-    [(random_words, 120), pytest.param(long_tail, 3000, marks=SLOW)],
+    [
+        (random_words, 120),
+        pytest.param(long_tail, 3000, marks=[SLOW, pytest.mark.timeout(1800)]),
+    ],
 )
 def test_words_that_never_repeat(
     text: Callable[[int], Iterator[bytes]], megabytes: int, tmp_path: Path
