@@ -104,12 +104,17 @@ def assemble(
     )
     if shard == "optimizer":
         sharding.shard_optimizers(optimizers, ranks)
+    ddp = None
+    if ranks.world_size > 1 and shard != "full":
+        own_gpu = [ranks.local_rank] if device.type == "cuda" else None
+        # Gradients are views of the all-reduce buckets instead of copies beside them.
+        ddp = DistributedDataParallel(model, device_ids=own_gpu, gradient_as_bucket_view=True)
     flops, peak = model.flops_per_token() * config.total_batch_size, peak_flops(device)
     return TrainState(
         record=record,
         ranks=ranks,
         model=model,
-        ddp=_data_parallel(model, ranks) if ranks.world_size > 1 and shard != "full" else None,
+        ddp=ddp,
         optimizers=optimizers,
         scaler=torch.amp.GradScaler(device.type, enabled=compute_dtype(device) == torch.float16),
         loader=loader,
@@ -124,12 +129,6 @@ def _initial_model(config: TrainConfig, init_weights: bool) -> GPT:
         return from_pretrained(config.init_from, config.model.block_size, config.model.dropout)
     torch.manual_seed(config.seed)
     return GPT(config.model)
-
-
-def _data_parallel(model: GPT, ranks: Ranks) -> DistributedDataParallel:
-    own_gpu = [ranks.local_rank] if ranks.device.type == "cuda" else None
-    # Gradients are views of the all-reduce buckets instead of copies beside them.
-    return DistributedDataParallel(model, device_ids=own_gpu, gradient_as_bucket_view=True)
 
 
 def _loader(config: TrainConfig, dataset: Mixture, ranks: Ranks) -> TokenLoader:
