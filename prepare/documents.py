@@ -45,49 +45,37 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Slice:
-    """Part of a file: row groups of parquet, else bytes of (decompressed) text; end -1: the rest.
+    """Part of a file: row groups of parquet, else bytes of (decompressed) text."""
 
-    file: index into the plan's files; split: set if it does not depend on the documents;
-    continued: the slice continues the document of the slice before; digest: content hash, two
-    uint64, of a text that is one document in several slices.
-    """
-
-    file: int
+    file: int  # index into the plan's files
     start: int = 0
-    end: int = -1
-    split: str | None = None
-    continued: bool = False
-    digest: tuple[int, int] | None = None
+    end: int = -1  # -1: to the end of the file
+    split: str | None = None  # set if it does not depend on the documents
+    continued: bool = False  # continues the document of the slice before
+    digest: tuple[int, int] | None = None  # content hash of a document in several slices
 
 
 @dataclass(frozen=True)
 class BadDocuments:
-    """A document, or `documents` of them from `position` on, that could not be read as text.
-
-    bytes: the text lost with them, estimated if the file is compressed.
-    """
+    """A document, or several from `position` on, that could not be read as text."""
 
     source: int
     position: int
     reason: str
     documents: int = 1
-    bytes: int = 0
+    bytes: int = 0  # of text lost, estimated if the file is compressed
 
 
 @dataclass
 class Batch:
-    """n documents in order: `texts` without nulls, each at `rows[i]` of file `sources[i]`.
-
-    If `continued`, `texts` is one piece that continues the document before. `hashes`, (n, 2)
-    uint64, are the content hashes where a text is only a piece of its document.
-    """
+    """n documents in order: `texts` without nulls, each at `rows[i]` of file `sources[i]`."""
 
     texts: pa.Array = field(default_factory=lambda: pa.array([], pa.large_string()))
     sources: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     split: str | None = None
-    continued: bool = False
-    hashes: np.ndarray | None = None
+    continued: bool = False  # `texts` is one piece, which continues the document before
+    hashes: np.ndarray | None = None  # (n, 2) uint64, if a text is only a piece of its document
     bad: list[BadDocuments] = field(default_factory=list)
 
 
@@ -151,7 +139,10 @@ def _read_text(file: InputFile, part: Slice) -> Iterator[Batch]:
 
 def _read_jsonl(file: InputFile, part: Slice) -> Iterator[Batch]:
     """Read the lines that begin in a byte range, one JSON object each; blank lines don't count."""
-    texts, rows, bad, size, offset = list[str](), list[int](), list[BadDocuments](), 0, part.start
+    texts: list[str] = []
+    rows: list[int] = []
+    bad: list[BadDocuments] = []
+    size, offset = 0, part.start
     try:
         for offset, length, line in _lines(file, part):
             try:
@@ -199,7 +190,8 @@ def _lines(file: InputFile, part: Slice) -> Iterator[tuple[int, int, bytes]]:
                 break
             if 0 <= part.end <= offset:  # the line goes on, beyond the slice
                 return
-    held, size = list[bytes](), 0
+    held: list[bytes] = []
+    size = 0
     for block in chain([rest], blocks):
         first, newline, rest = block.partition(b"\n")
         size += len(first)

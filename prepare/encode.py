@@ -15,8 +15,8 @@ from shards.manifest import DTYPE
 from shards.tokenizer import Tokenizer, string_buffers
 from shards.writer import to_uint16
 
-# One document in so many, chosen by its hash, and the first of each unit are encoded by tiktoken
-# too; of a long one only the head. At a tenth of the encoder's speed this costs some two percent.
+# One document in 512, chosen by its hash, and the first of each unit are encoded by tiktoken too;
+# of a long one only the head. At a tenth of the encoder's speed this costs some two percent.
 AUDITED_ONE_IN = 512
 AUDITED_CHARACTERS = 1 << 12
 MAX_AUDITED_BYTES = 1 << 16

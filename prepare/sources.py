@@ -30,20 +30,16 @@ STDLIB_LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file to read. `name`, relative to its SOURCE, is what the manifest calls it.
+    """One file to read."""
 
-    size: bytes as stored; mtime: nanoseconds, to notice a change between two runs; kind: text,
-    jsonl or parquet; val: it came by --val-source; column: the column or field with the text.
-    """
-
-    name: str
+    name: str  # relative to its SOURCE, as in the manifest
     path: str
-    size: int
-    mtime: int
-    kind: str
+    size: int  # bytes as stored
+    mtime: int  # nanoseconds, to notice a change between two runs
+    kind: str  # TEXT, JSONL or PARQUET
     compression: str | None = None
-    val: bool = False
-    column: str = "text"
+    val: bool = False  # from --val-source
+    column: str = "text"  # column or field with the text
 
     @property
     def text_bytes(self) -> int:
