@@ -36,7 +36,10 @@ def start_or_resume(options: Options, workspace: Workspace, plan: Plan) -> Plan:
         workspace.discard_plan(stored)
         stored = None
     if stored is None:
-        workspace.remove_intermediates()  # if the last append was killed right after its manifest
+        # If the generation before was killed right after its manifest. A first one has nothing to
+        # remove but what another task, started at the same moment, is writing.
+        if plan.generation:
+            workspace.remove_intermediates()
         workspace.store_plan(plan)
         return plan
     workspace.folder.remove_file(REFUSED)
