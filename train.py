@@ -72,7 +72,7 @@ from shards.files import write_json
 from shards.mixture import Mixture
 from shards.tokenizer import Tokenizer, open_tokenizer
 
-ALMOST_DONE = 0.9  # a step that has come this far is finished when the run is asked to stop
+ALMOST_DONE = 0.9  # a step that has come this far is finished on a stop request
 SAMPLE_TOKENS = 64
 
 
@@ -144,7 +144,7 @@ def train(record: RunRecord, dataset: Mixture, ranks: Ranks, stop: Stop) -> int:
 def train_loop(
     state: TrainState, last: int, tokenizer: Tokenizer | None, stop: Stop, log: RunLog
 ) -> None:
-    """Train to step `last`. Raises `Stopped` at a step boundary if asked to stop."""
+    """Train to step `last`. Raises `Stopped` at a step boundary on a stop request."""
     config, max_steps = state.config, state.config.max_steps
     meter = Meter(config.total_batch_size, state.ideal_seconds, lambda: state.loader.wait_seconds)
     with trackers.open_trackers(config, state.step, enabled=state.ranks.is_main) as track:
@@ -177,7 +177,7 @@ def train_loop(
 def train_step(state: TrainState, stop: Stop) -> StepResult:
     """Take one optimizer step: forward and backward passes, clip, update.
 
-    If asked to stop, drop the step with its data and raise `Stopped`. A step whose loss or gradient
+    On a stop request, drop the step with its data, raise `Stopped`. A step whose loss or gradient
     norm is not finite, or that `state.spikes` rejects, reads its data and counts, but leaves
     weights and optimizer state unchanged.
     """
@@ -246,7 +246,7 @@ def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
 def validate(state: TrainState, stop: Stop) -> Loss:
     """Return the loss on the fixed validation subset, the same on all ranks.
 
-    Raises `Stopped` if asked to stop.
+    Raises `Stopped` on a stop request.
     """
     batch_size = default_batch_size(state.config.model.block_size, state.ranks.device)
     # One batch per rank and iteration: stop.check() is collective, all must call it equally often.

@@ -51,7 +51,7 @@ def resolve(
 ) -> RunRecord:
     """Return the record with micro-batch, number of steps and intervals resolved.
 
-    Raises `Stopped` if asked to stop while measuring, and ValueError if no micro-batch fits.
+    Raises `Stopped` on a stop request while measuring, and ValueError if no micro-batch fits.
     """
     record = resolve_micro_batch(record, dataset, ranks, log)
     config = record.config

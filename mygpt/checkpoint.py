@@ -43,7 +43,7 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_checkpoint_wrapped_mo
 
 @dataclass(frozen=True)
 class _Spikes:
-    """What state.json must hold of `mygpt.spikes.Spikes`."""
+    """State of `mygpt.spikes.Spikes` in state.json."""
 
     norms: list[float]
     in_a_row: int
@@ -146,7 +146,7 @@ def agree_on_newest(run: Path, ranks: Ranks) -> tuple[int, list[str]]:
 
 
 def set_aside(run: Path, after: int) -> None:
-    """Rename the checkpoints of steps later than `after`, so that these steps can be saved anew."""
+    """Rename the checkpoints of steps later than `after`: these steps can be saved again."""
     for step in steps(run):
         if step > after:
             folder = folder_of(run, step)

@@ -73,7 +73,7 @@ GPT2_SHAPES = {
 
 
 class OptimizerTraits(NamedTuple):
-    """What checkpoints and --shard must know of an optimizer."""
+    """Properties of an optimizer that checkpoints and --shard depend on."""
 
     state: tuple[str, ...]  # keys of its state of one parameter: all but "step" have its shape
     elementwise: bool  # no element's update reads another: so any shard can be updated by itself

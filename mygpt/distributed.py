@@ -248,7 +248,7 @@ def main() -> None:
 
     "auto" means GPUs here: several ranks on a CPU are hardly what was meant.
     """
-    parser = argparse.ArgumentParser(description="Check that so many ranks can start here.")
+    parser = argparse.ArgumentParser(description="Check that this many ranks can start here.")
     parser.add_argument("ranks", type=int)
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     args = parser.parse_args()

@@ -57,7 +57,7 @@ def stream(
     used.
 
     A text may outgrow the block. Its last half block then becomes the context: positions are
-    absolute, so the tokens that move are computed anew.
+    absolute, so the tokens that move are computed again.
 
     Raises ValueError for prompts without tokens or with unknown ones.
     """

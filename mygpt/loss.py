@@ -205,7 +205,7 @@ def _columns(targets: Tensor) -> Tensor:
 
 
 def _set_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Set out = a @ b, without a temporary if the dtypes allow it: a CPU would page it in anew."""
+    """Set out = a @ b, without a temporary if the dtypes allow it: a CPU would page it in again."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:

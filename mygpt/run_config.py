@@ -1,4 +1,4 @@
-"""What a run records, resumes and refuses: `RUN/config.json` and the rules for going on with it.
+"""`RUN/config.json`: the settings and datasets of a run, and what a resume may change.
 
     {"format": "mygpt-run", "version": 2, "fingerprint": "0a1b...", "generations": {"web": 0},
      "earlier": [], "config": {"max_steps": 700, "seed": 1337, ..., "model": {"n_layers": 4, ...}},

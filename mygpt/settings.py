@@ -118,7 +118,7 @@ class TrainConfig:
     val_tokens: int = 2**20  # tokens of the fixed validation subset
     checkpoint_interval: int = 0  # steps between checkpoints, plus each best one; 0: a tenth
     keep: int = 2  # newest checkpoints to keep, besides the best one by validation
-    keep_every: int = 0  # also keep the checkpoints of every so many steps; 0: none
+    keep_every: int = 0  # also keep a checkpoint every N steps; 0: none
     sample_interval: int = 0  # steps between samples drawn from the model; 0: none
     sample_prompt: Repeated = ()  # prompt of such samples; may be repeated
     tensorboard: bool = False  # also write RUN/tensorboard
@@ -350,15 +350,15 @@ def fits_micro_batch(config: TrainConfig, world_size: int) -> bool:
 
 
 def grad_accum_steps(config: TrainConfig, world_size: int) -> int:
-    """Return total_batch_size / (micro_batch * block_size * world_size), the micro-steps of a step.
+    """Return total_batch_size / (micro_batch * block_size * world_size): micro-batches per step.
 
     Raises ValueError with the nearest valid values if this is not an integer.
     """
     sequence_tokens = config.model.block_size * world_size
     micro_tokens = config.micro_batch * sequence_tokens
-    micro_steps, rest = divmod(config.total_batch_size, micro_tokens)
+    steps, rest = divmod(config.total_batch_size, micro_tokens)
     if not rest:
-        return micro_steps
+        return steps
     below = config.total_batch_size - rest
     nearest = f"{below} or {below + micro_tokens}" if below else f"{micro_tokens}"
     message = (

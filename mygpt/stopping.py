@@ -1,6 +1,6 @@
 """Stop requests: signals and --max-time, polled often and honoured by all ranks at the same point.
 
-SIGINT, SIGTERM and SIGUSR1 only set a flag. `Stop.asked` is called before every micro-step and
+SIGINT, SIGTERM and SIGUSR1 only set a flag. `Stop.requested` is called before every micro-step and
 between the batches of a validation, equally often on all ranks, and returns the same on all.
 """
 

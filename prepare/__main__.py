@@ -30,7 +30,7 @@ REMEDIES = {
 
 def main() -> None:
     """Parse the flags and run the job."""
-    with one_line_errors(": finished work is kept, the same command goes on"):
+    with one_line_errors(": finished work is kept, the same command resumes"):
         options = tyro.cli(Options, prog="python -m prepare")
         from prepare.job import run  # NumPy and Arrow are loaded only after --help has answered
 

@@ -15,7 +15,7 @@ from shards.manifest import DTYPE, INDEX_SCHEMA, SPLITS, Shard
 from shards.tokenizer import Tokenizer, string_buffers
 from shards.writer import ShardWriter, open_shard
 
-# A stream of unknown length (a compressed file) continues in a further shard after these tokens.
+# A stream of unknown length (a compressed file) continues in another shard after this many tokens.
 MAX_SHARD_TOKENS = 1 << 27
 
 

@@ -14,7 +14,7 @@ from shards.tokenizer import open_tokenizer
 
 LARGEST_SOURCES = 5
 QUANTILES = (0, 0.1, 0.5, 0.9, 0.99, 1)
-# Lengths come from the indexes of at most so many shards per split, evenly spaced.
+# Lengths come from the indexes of at most this many shards per split, evenly spaced.
 INDEXES_READ = 256
 COLORS = {"train": "#4C78A8", "val": "#E45756"}
 NO_MATPLOTLIB = "expected matplotlib for --plot, found none: pip install 'mygpt[plots]'"

@@ -141,7 +141,7 @@ def _check_cache(readers: list[ShardReader], shuffle_shards: int) -> None:
     for reader in readers:
         if reader.manifest.uri:
             sizes = sorted((2 * shard.tokens for shard in reader.shards), reverse=True)
-            # A group being read, and the next one being fetched meanwhile.
+            # The group being read and the next one, which is being fetched.
             needed += sum(sizes[: 2 * shuffle_shards] if shuffle_shards else sizes)
     if needed and needed > cache.limit_bytes():
         raise ValueError(

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from shards import cache
 from shards.manifest import DTYPE, INDEX_SCHEMA, Manifest, Shard, npy_header
 
-# At most so many maps are open at once; each holds a file descriptor.
+# Maps open at once at most; each holds a file descriptor.
 MAX_OPEN = 4096
 # Pages of a map that were read count as memory of this process. Of a split of more tokens they are
 # released from time to time; the operating system still has them in its page cache.

@@ -70,7 +70,7 @@ class Completer:
     """A text that the user and the model write in turns.
 
     The cache keeps keys and values of the text, so only new tokens are computed, until the text
-    outgrows the block: then its last half block is computed anew, as in `mygpt.generate.stream`.
+    outgrows the block: then its last half block is computed again, as in `mygpt.generate.stream`.
     """
 
     def __init__(self, model: GPT, sampling: Sampling) -> None:

@@ -23,7 +23,7 @@ Rows = list[tuple[str, ...]]  # of a table, the header first
 
 @dataclass(frozen=True, kw_only=True)
 class _Metrics:
-    """What `metrics.of_documents` returned; None for a number that is not finite."""
+    """Result of `metrics.of_documents`; None for a number that is not finite."""
 
     loss: float | None
     perplexity: float | None

@@ -38,7 +38,7 @@ class _ModelArgs:
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """What is read of `ckpt.pt` beside the weights."""
+    """Fields of `ckpt.pt` beside the weights."""
 
     model_args: _ModelArgs
     iter_num: int | None = None
@@ -63,7 +63,7 @@ def load(path: Path) -> Imported:
     tensors = pretrained.our_names(raw["model"], wrapper="_orig_mod.")
     if torch.is_tensor(loss := raw.get("best_val_loss")) and loss.numel() == 1:
         raw["best_val_loss"] = loss.item()
-    about = stored_json.build(_Checkpoint, raw, path, ignore_unknown=True, remedy="save it anew")
+    about = stored_json.build(_Checkpoint, raw, path, ignore_unknown=True, remedy="save it again")
     args = about.model_args
     config = GPTConfig(
         block_size=args.block_size,

@@ -205,7 +205,7 @@ def test_ctrl_c_is_one_line(corpus: Path, tmp_path: Path, monkeypatch: pytest.Mo
         patch.setattr("prepare.job._show_progress", interrupted)
         outcome = run(corpus, "--out", out)
     assert outcome.code == 130
-    assert "interrupted: finished work is kept, the same command goes on" in outcome.err
+    assert "interrupted: finished work is kept, the same command resumes" in outcome.err
     held(make(out, corpus))
 
 
