@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,13 @@ class Metric:
     chart: str = ""  # title of its chart in the report; "": none
     unit: str = ""
     log_scale: bool = False
+    style: Literal["plain", "smoothed"] = "smoothed"  # of its curve
     is_timing: bool = False  # depends on the machine: differs between equal runs
 
 
 METRICS = (
     Metric("loss", "loss", ".6f", unit="nats per token"),  # the report draws it beside validation
-    Metric("lr", "lr", ".3e", "Learning rate"),
+    Metric("lr", "lr", ".3e", "Learning rate", style="plain"),
     Metric("norm", "norm", ".4f", "Gradient norm", "before clipping", log_scale=True),
     Metric("ms", "ms", ".1f", is_timing=True),  # per step
     Metric("tokens_per_second", "tok/s", ".0f", "Throughput", "tokens per second", is_timing=True),

@@ -135,7 +135,7 @@ def _curves(about: RunSummary) -> str:
         chart(
             metric.chart,
             metric.unit,
-            [Line(metric.label, "first", history.of(metric), "smoothed")],
+            [Line(metric.label, "first", history.of(metric), metric.style)],
             is_log=metric.log_scale,
             marks=history.skipped,
         )
