@@ -71,7 +71,7 @@ def ours(work: Workload, compiled: bool) -> Step:
         max_lr=LEARNING_RATE,
         min_lr=LEARNING_RATE,
         warmup_steps=1,
-        max_steps=2**31,
+        max_steps=10**9,
         weight_decay=WEIGHT_DECAY,
         beta1=BETAS[0],
         beta2=BETAS[1],

@@ -153,7 +153,7 @@ def test_every_preset_can_be_tried_on_a_gpu(
     [
         (["--micro-batch", "auto", "--shard", "full", "--optimizer", "adamw"], "give a number"),
         (["--optimizer", "muon", "--shard", "full"], "muon needs whole matrices"),
-        (["--micro-batch", "-1"], "--micro-batch must be 0 or more"),
+        (["--micro-batch", "-1"], "--micro-batch must be 0 to"),
     ],
 )
 def test_what_cannot_go_together_is_refused(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from mygpt import checkpoint
 from mygpt.doctor import verify_resume
@@ -37,6 +38,13 @@ def test_the_command_finds_no_difference(data: Path) -> None:
     ]
 
 
+def replace_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """As if they had been trained: the checkpoint is whole."""
+    optimizer, state = checkpoint.load_optimizer(folder), checkpoint.read_state(folder)
+    shutil.rmtree(folder)
+    checkpoint.save(folder.parents[1], state["step"], tensors, optimizer, state)
+
+
 def test_the_first_difference_is_named(
     data: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -54,7 +62,7 @@ def test_the_first_difference_is_named(
         if "--stop-at" in flags:
             tensors = checkpoint.load_weights(folder)
             tensors["ln_f.weight"] *= 2
-            checkpoint.save_file(tensors, folder / "model.safetensors")
+            replace_weights(folder, tensors)
 
     monkeypatch.setattr(verify_resume, "train", train)
     flags = ["tiny", "--data", str(data), *FLAGS, "--steps", "2"]
@@ -77,7 +85,7 @@ def test_what_no_loss_shows_is_found_in_the_checkpoint(data: Path, tmp_path: Pat
     folder = checkpoint.find(other)
     tensors = checkpoint.load_weights(folder)
     tensors["ln_f.weight"][3] += 1e-7
-    checkpoint.save_file(tensors, folder / "model.safetensors")
+    replace_weights(folder, tensors)
     assert first_bit_difference(one, other).startswith("ln_f.weight differs in the last checkpoint")
     start(data, other, "--stop-at", "3")
     assert first_loss_difference(one, other) == "only one of them has step 3"

@@ -130,7 +130,7 @@ def test_a_young_run_without_its_dataset(data: Manifest, tmp_path: Path) -> None
     text = "".join(parsed(html).text)
     assert "at step 0" in text
     assert "Not in the log." in text
-    assert "The dataset could not be opened: expected a dataset with manifest.json in" in text
+    assert "The dataset could not be opened: expected the run's dataset" in text
     assert "Not evaluated on the whole validation split yet" in text
     assert data.fingerprint in text
     assert sorted(path.name for path in run.glob("*.html")) == ["report.html"]
