@@ -33,7 +33,7 @@ RANGES = {
     "val_tokens": (1, 2**62),
     "total_batch_size": (1, 2**31),
     "micro_batch": (0, 2**20),
-    "max_lr": (0, 1000),
+    "max_lr": (0, 1e30),
     "weight_decay": (0, 1000),
     "grad_clip": (0, 1e30),
     "seed": (0, 2**63 - 1),
