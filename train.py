@@ -101,12 +101,12 @@ def train(record: RunRecord, dataset: Mixture, ranks: Ranks, stop: Stop) -> int:
     """Train from the newest checkpoint, or from the initial weights, to the last step."""
     run_config.check_ranks_agree(record, ranks)
     run_dir, log = record.config.log_dir, RunLog(record.config.log_dir, enabled=ranks.is_main)
+    tokenizer = open_tokenizer(dataset.tokenizer) if record.config.sample_interval else None
     try:
         record = autotune.resolve(record, dataset, ranks, log, stop, train_step, validate)
     except Stopped as stopped:
         log.write(f"stopped by {stopped} before the first step: the same command starts again")
         return EXIT_STOPPED
-    tokenizer = open_tokenizer(dataset.tokenizer) if record.config.sample_interval else None
     max_steps = record.config.max_steps
     last = min(max_steps, record.config.stop_at or max_steps)
     newest, faults = checkpoint.agree_on_newest(run_dir, ranks)

@@ -186,6 +186,9 @@ def test_samples_are_written_and_change_nothing(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(data, tmp_path / "none", "--sample-interval", "5")  # its tokens are of no text
+    budget = ("--max-steps", "0", "--time-budget", "60")
+    refused(data, tmp_path / "none", "--sample-interval", "5", *budget)
+    assert "measuring" not in capsys.readouterr().out  # refused before any work
     gpt2 = tokenizer.load("gpt2")
     identity = TokenizerIdentity(gpt2.name, gpt2.n_vocab, gpt2.eot, gpt2.hash)
     words = write_dataset(tmp_path / "words", tokenizer=identity).folder
