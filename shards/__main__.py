@@ -22,8 +22,8 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
-from shards import explain, inspect, interop
 from shards.checks import verify
+from shards.commands import explain, inspect, interop
 from shards.manifest import Manifest
 
 EXIT_WRONG = 1

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards import inspect, tokenizer
+from shards import tokenizer
 from shards.__main__ import COMMANDS, main
+from shards.commands import inspect
 from shards.manifest import MANIFEST_NAME, Manifest, Source, TokenizerIdentity
 from tests.shards.support import (
     arange_dataset,

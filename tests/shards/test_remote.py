@@ -15,8 +15,9 @@ import pytest
 from filelock import FileLock
 from pyarrow import fs
 
-from shards import cache, inspect, remote
+from shards import cache, remote
 from shards.checks import verify
+from shards.commands import inspect
 from shards.loader import BackgroundCheck, BatchReader, TokenLoader
 from shards.manifest import MANIFEST_NAME, Manifest
 from shards.mixture import Mixture

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import interop, tokenizer
+from shards import tokenizer
 from shards.checks import verify
-from shards.inspect import find_document
-from shards.interop import export, import_files
+from shards.commands import interop
+from shards.commands.inspect import find_document
+from shards.commands.interop import export, import_files
 from shards.manifest import Manifest
 from tests.shards.support import arange_dataset, text_dataset
 
