@@ -90,7 +90,7 @@ if __name__ == "__main__":  # answer --help and wrong flags before the imports, 
     with one_line_errors():
         parse(sys.argv[1:])
 
-from mygpt.distributed import Ranks, compute_dtype, init_distributed
+from mygpt.distributed import DistributedContext, compute_dtype, init_distributed
 from mygpt.eval import metrics, multiple_choice, summary, target
 from mygpt.eval.completion import Completer, continuations, converse
 from mygpt.eval.multiple_choice import Question
@@ -186,7 +186,7 @@ def find_tokenizer(config: EvalConfig, own: Target, data: Mixture | None) -> Tok
     return open_tokenizer(data.tokenizer) if data else load_tokenizer()
 
 
-def evaluate(inputs: Inputs, ranks: Ranks) -> None:
+def evaluate(inputs: Inputs, ranks: DistributedContext) -> None:
     """Measure on all ranks; on the main rank print, sample and write the files."""
     data, reference = inputs.data, inputs.reference
     n_vocab = data.tokenizer.n_vocab if data else 0
@@ -218,7 +218,11 @@ def evaluate(inputs: Inputs, ranks: Ranks) -> None:
 
 
 def measure(
-    model: GPT, block_size: int, windows: DocumentWindows | None, inputs: Inputs, ranks: Ranks
+    model: GPT,
+    block_size: int,
+    windows: DocumentWindows | None,
+    inputs: Inputs,
+    ranks: DistributedContext,
 ) -> tuple[Losses | None, dict[str, Any]]:
     """Evaluate the windows and the questions: the losses, and the results as in eval.json.
 
@@ -282,7 +286,7 @@ def draw_samples(report: dict[str, Any], model: GPT, inputs: Inputs) -> list[dic
     return samples
 
 
-def talk(inputs: Inputs, ranks: Ranks) -> None:
+def talk(inputs: Inputs, ranks: DistributedContext) -> None:
     """Complete what is typed, until the input ends."""
     if ranks.world_size > 1 or inputs.tokenizer is None:
         raise ValueError("--interactive is for one process: start eval.py without torchrun")

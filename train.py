@@ -43,7 +43,7 @@ from contextlib import nullcontext
 import torch
 
 from mygpt import autotune, checkpoint, plot, run_config, sharding, trackers
-from mygpt.distributed import EXIT_LOST, Ranks, RanksLost, autocast, init_distributed
+from mygpt.distributed import EXIT_LOST, DistributedContext, RanksLost, autocast, init_distributed
 from mygpt.evaluate import Loss, default_batch_size, evaluate
 from mygpt.generate import Sampling, generate
 from mygpt.log import (
@@ -97,7 +97,7 @@ def main(args: list[str] | None = None) -> int:
         return EXIT_LOST
 
 
-def train(record: RunRecord, dataset: Mixture, ranks: Ranks, stop: Stop) -> int:
+def train(record: RunRecord, dataset: Mixture, ranks: DistributedContext, stop: Stop) -> int:
     """Train from the newest checkpoint, or from the initial weights, to the last step."""
     run_config.check_ranks_agree(record, ranks)
     run_dir, log = record.config.log_dir, RunLog(record.config.log_dir, enabled=ranks.is_main)

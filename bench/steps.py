@@ -19,7 +19,7 @@ from torch.utils.benchmark import Timer
 from bench import feeds
 from bench.plain import PlainGPT
 from mygpt.config import GPTConfig
-from mygpt.distributed import Ranks, autocast, compute_dtype
+from mygpt.distributed import DistributedContext, autocast, compute_dtype
 from mygpt.model import GPT
 from mygpt.run_config import RunRecord
 from mygpt.settings import PRESETS
@@ -78,7 +78,7 @@ def ours(work: Workload, compiled: bool) -> Step:
         grad_clip=GRAD_CLIP,
         compile=False,
     )
-    ranks = Ranks(0, 0, 1, torch.device(work.device))
+    ranks = DistributedContext(0, 0, 1, torch.device(work.device))
     state = assemble(RunRecord(config, "", {}), ranks, work.batches(), [])
     if compiled:
         state.model.compile()

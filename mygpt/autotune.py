@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mygpt import optim, settings
-from mygpt.distributed import Ranks, autocast
+from mygpt.distributed import DistributedContext, autocast
 from mygpt.log import RunLog
 from mygpt.model import GPT
 from mygpt.run_config import RunRecord
@@ -43,7 +43,7 @@ SHARE_OF_MEMORY = 0.9
 def resolve(
     record: RunRecord,
     dataset: Mixture,
-    ranks: Ranks,
+    ranks: DistributedContext,
     log: RunLog,
     stop: Stop,
     train_step: Callable[[TrainState, Stop], object],
@@ -74,7 +74,7 @@ def resolve(
 
 
 def resolve_micro_batch(
-    record: RunRecord, dataset: Mixture, ranks: Ranks, log: RunLog
+    record: RunRecord, dataset: Mixture, ranks: DistributedContext, log: RunLog
 ) -> RunRecord:
     """Return the record with `--micro-batch auto` replaced by the largest that fits every rank."""
     config = record.config
@@ -117,7 +117,7 @@ def by_trying(
     model: GPT,
     optimizers: Sequence[Optimizer],
     sizes: Sequence[int],
-    ranks: Ranks,
+    ranks: DistributedContext,
     own: Collection[Tensor] | None = None,
 ) -> int:
     """Return the largest of ascending sizes with which no rank runs out of memory.

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mygpt.distributed import Ranks
+from mygpt.distributed import DistributedContext
 from shards import stored_json
 from shards.files import atomic_file, atomic_folder, sync_folder
 
@@ -133,7 +133,7 @@ def newest_intact(run: Path) -> tuple[int, list[str]]:
     return -1, faults
 
 
-def agree_on_newest(run: Path, ranks: Ranks) -> tuple[int, list[str]]:
+def agree_on_newest(run: Path, ranks: DistributedContext) -> tuple[int, list[str]]:
     """Return what `newest_intact` finds on the main rank, on all ranks.
 
     Raises ValueError, on all of them, if there are checkpoints and all are damaged.

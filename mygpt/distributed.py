@@ -47,7 +47,7 @@ _PEAK_FLOPS = {
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
     """This process's rank, as numbered by torchrun, and its collectives.
 
     With a world size of 1 every collective returns its argument.
@@ -155,7 +155,7 @@ class RanksLost(ConnectionError):
 @contextmanager
 def init_distributed(
     device: str = "auto", deterministic: bool = False, timeout: timedelta = TIMEOUT
-) -> Iterator[Ranks]:
+) -> Iterator[DistributedContext]:
     """Join torchrun's process group for the duration of the block, if it started this process.
 
     Device: "auto", "cuda" (NCCL), "mps" or "cpu" (gloo). `deterministic` requests bitwise
@@ -170,7 +170,9 @@ def init_distributed(
         torch.use_deterministic_algorithms(True)
     if os.environ.get("RANK") is None:
         # cuda:0, not cuda: some functions of torch need the index.
-        yield Ranks(0, 0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind))
+        yield DistributedContext(
+            0, 0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
+        )
         return
     rank, local_rank, world_size = (
         int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -188,7 +190,7 @@ def init_distributed(
             device_id=here if kind == "cuda" else None,
         )
         control = dist.new_group(backend="gloo", timeout=timeout)
-        yield Ranks(rank, local_rank, world_size, here, control)
+        yield DistributedContext(rank, local_rank, world_size, here, control)
     except RuntimeError as error:
         if not _is_network_error(error):
             raise

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mygpt.distributed import Ranks, autocast
+from mygpt.distributed import DistributedContext, autocast
 from mygpt.loss import IGNORED
 from mygpt.model import GPT
 from shards.reader import DocumentWindows
@@ -73,7 +73,7 @@ class Losses:
 def evaluate(
     model: GPT,
     windows: Windows,
-    ranks: Ranks,
+    ranks: DistributedContext,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Loss:
@@ -93,7 +93,7 @@ def evaluate(
 def evaluate_documents(
     model: GPT,
     windows: DocumentWindows,
-    ranks: Ranks,
+    ranks: DistributedContext,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Losses:
@@ -119,7 +119,7 @@ def evaluate_documents(
 def token_losses(
     model: GPT,
     windows: Windows,
-    ranks: Ranks,
+    ranks: DistributedContext,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[range, np.ndarray, np.ndarray]]:
@@ -145,7 +145,7 @@ def token_losses(
 
 
 def _launch(
-    model: GPT, windows: Windows, batches: Iterable[range], ranks: Ranks
+    model: GPT, windows: Windows, batches: Iterable[range], ranks: DistributedContext
 ) -> Iterator[tuple[range, Tensor, np.ndarray]]:
     """Yield the same with losses on the device, possibly not yet computed."""
     room, was_training = None, model.training

@@ -33,7 +33,7 @@ from shards import stored_json
 from shards.mixture import Mixture
 
 if TYPE_CHECKING:
-    from mygpt.distributed import Ranks
+    from mygpt.distributed import DistributedContext
 
 FORMAT, VERSION = "mygpt-run", 2
 OTHER_RUN = "take another --log-dir"
@@ -206,7 +206,7 @@ def _refusal(
     )
 
 
-def check_ranks_agree(record: RunRecord, ranks: "Ranks") -> None:
+def check_ranks_agree(record: RunRecord, ranks: "DistributedContext") -> None:
     """Raise ValueError on all ranks, naming the first difference, if their records differ.
 
     Every rank has parsed its flags, config.json and manifests by itself; ranks with another seed or

@@ -19,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mygpt.distributed import Ranks, compute_dtype
+from mygpt.distributed import DistributedContext, compute_dtype
 from mygpt.model import GPT
 
 
-def shard_optimizers(optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
+def shard_optimizers(optimizers: Sequence[Optimizer], ranks: DistributedContext) -> None:
     """Let each rank update its part of the parameters and hold only that part's state (ZeRO-1).
 
     ZeRO's first stage (arXiv 1910.02054), as two hooks of the step. Unlike with torch's
@@ -36,7 +36,7 @@ def shard_optimizers(optimizers: Sequence[Optimizer], ranks: Ranks) -> None:
         optimizer.register_step_post_hook(partial(_broadcast_parameters, owners))
 
 
-def own_parameters(optimizers: Iterable[Optimizer], ranks: Ranks) -> set[Tensor]:
+def own_parameters(optimizers: Iterable[Optimizer], ranks: DistributedContext) -> set[Tensor]:
     """Return the parameters that this rank updates under `shard_optimizers`."""
     owners = [_owners(optimizer, ranks.world_size) for optimizer in optimizers]
     return {p for each in owners for p, owner in each.items() if owner == ranks.rank}
@@ -65,7 +65,7 @@ def _broadcast_parameters(owners: Mapping[Tensor, int], *_: Any) -> None:
         work.wait()
 
 
-def shard_model(model: GPT, ranks: Ranks) -> None:
+def shard_model(model: GPT, ranks: DistributedContext) -> None:
     """Shard every parameter over the ranks in place with FSDP2, one group per block.
 
     Gradients are reduce-scattered block by block in every backward pass. A model on the CPU moves
@@ -103,7 +103,7 @@ def unsharded(model: GPT) -> Iterator[None]:
             part.reshard()
 
 
-def full_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def full_tensors(tensors: Mapping[str, Tensor], ranks: DistributedContext) -> dict[str, Tensor]:
     """Gather all ranks' tensors on the main rank, in full and on the CPU; others get nothing.
 
     Collective: all ranks must call it. A name on several ranks is a sharded tensor, or the same

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from mygpt.distributed import Ranks
+from mygpt.distributed import DistributedContext
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: nothing is wrong, run the same command again
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows lacks the last one
@@ -59,7 +59,7 @@ class Stop:
     `max_seconds` counts from `since`, a value of `time.monotonic()`; 0 is no limit.
     """
 
-    def __init__(self, ranks: Ranks, max_seconds: float = 0, since: float = 0) -> None:
+    def __init__(self, ranks: DistributedContext, max_seconds: float = 0, since: float = 0) -> None:
         self._ranks = ranks
         self._deadline = since + max_seconds if max_seconds else None
         self._interrupt = Interrupt()

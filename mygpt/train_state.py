@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mygpt import checkpoint, optim, run_config, settings, sharding
-from mygpt.distributed import Ranks, compute_dtype, peak_flops
+from mygpt.distributed import DistributedContext, compute_dtype, peak_flops
 from mygpt.evaluate import unigram_loss
 from mygpt.log import baseline_line
 from mygpt.model import GPT
@@ -32,7 +32,7 @@ class TrainState:
     """A model in training after `step` finished steps."""
 
     record: RunRecord
-    ranks: Ranks
+    ranks: DistributedContext
     model: GPT
     ddp: DistributedDataParallel | None  # the same model, averaging gradients over the ranks
     optimizers: list[torch.optim.Optimizer]
@@ -68,7 +68,7 @@ class TrainState:
 
 
 def build_train_state(
-    record: RunRecord, dataset: Mixture, ranks: Ranks, init_weights: bool = True
+    record: RunRecord, dataset: Mixture, ranks: DistributedContext, init_weights: bool = True
 ) -> TrainState:
     """Return the state before the first step, the same on all ranks but for the data they read.
 
@@ -81,7 +81,7 @@ def build_train_state(
 
 def assemble(
     record: RunRecord,
-    ranks: Ranks,
+    ranks: DistributedContext,
     loader: TokenLoader,
     val_windows: Sequence[np.ndarray],
     init_weights: bool = True,
@@ -131,7 +131,7 @@ def _initial_model(config: TrainConfig, init_weights: bool) -> GPT:
     return GPT(config.model)
 
 
-def _loader(config: TrainConfig, dataset: Mixture, ranks: Ranks) -> TokenLoader:
+def _loader(config: TrainConfig, dataset: Mixture, ranks: DistributedContext) -> TokenLoader:
     return TokenLoader(
         dataset,
         "train",

@@ -411,11 +411,11 @@ def test_a_shorter_context(run: Path, data: Path, capsys: pytest.CaptureFixture[
 
 
 def loss_in_windows(model: GPT, data: Path, block_size: int) -> Loss:
-    from mygpt.distributed import Ranks
+    from mygpt.distributed import DistributedContext
     from shards.reader import EvalWindows
 
     windows = EvalWindows(Manifest.load(data), "val", block_size)
-    return evaluate(model, windows, Ranks(0, 0, 1, torch.device("cpu")))
+    return evaluate(model, windows, DistributedContext(0, 0, 1, torch.device("cpu")))
 
 
 def test_what_is_no_model_is_said(

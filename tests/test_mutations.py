@@ -20,7 +20,7 @@ import torch
 
 import eval as evaluation
 from mygpt import checkpoint, pretrained, run_config
-from mygpt.distributed import Ranks
+from mygpt.distributed import DistributedContext
 from mygpt.eval import multiple_choice
 from mygpt.hub import export
 from mygpt.report import __main__ as report
@@ -221,7 +221,7 @@ def questions(folder: Path) -> Kind:
 
 
 def items(folder: Path) -> Kind:
-    one = Ranks(0, 0, 1, torch.device("cpu"))
+    one = DistributedContext(0, 0, 1, torch.device("cpu"))
     spans = [slice(2 * n, 2 * n + 2) for n in range(4)]
     path = next((folder / "run").glob("eval.quiz.*.jsonl"))
     return Kind(path, lambda path: multiple_choice._stored(path, spans, one), is_log=True)

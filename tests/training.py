@@ -14,7 +14,7 @@ import torch
 
 import train
 from mygpt import checkpoint, plot, run_config, settings
-from mygpt.distributed import Ranks
+from mygpt.distributed import DistributedContext
 from mygpt.train_state import TrainState
 from tests.dataset import VOCABULARY
 
@@ -24,7 +24,7 @@ BATCH = "--total-batch-size 128 --micro-batch 4 --device cpu"  # two micro-steps
 WHEN = "--max-steps 20 --val-interval 5 --checkpoint-interval 10 --log-interval 4"
 OPTIMIZER = "--optimizer adamw --schedule cosine --max-lr 3e-3 --min-lr 1.5e-4"
 FLAGS = f"{MODEL} {BATCH} {WHEN} {OPTIMIZER} --dropout 0.2".split()
-ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 0, 1, torch.device("cpu"))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import xxhash
 
-from mygpt.distributed import Ranks, compute_dtype
+from mygpt.distributed import DistributedContext, compute_dtype
 from mygpt.evaluate import default_batch_size, progress_bar, token_losses
 from mygpt.model import GPT
 from shards import stored_json
@@ -124,7 +124,7 @@ def answer(
     model: GPT,
     questions: list[Question],
     tokenizer: Tokenizer,
-    ranks: Ranks,
+    ranks: DistributedContext,
     block_size: int,
     items: Path | None = None,
     progress: bool = False,
@@ -201,14 +201,14 @@ def _log_probabilities(
     ids = [window for window, _ in windows]
     size = default_batch_size(max(map(len, ids)), device)
     found = []
-    for batch, losses, _ in token_losses(model, ids, Ranks(0, 0, 1, device), size):
+    for batch, losses, _ in token_losses(model, ids, DistributedContext(0, 0, 1, device), size):
         for i, nats in zip(batch, losses, strict=True):
             last = len(ids[i]) - 1
             found.append(-float(nats[last - windows[i][1] : last].sum()))
     return found
 
 
-def _stored(items: Path | None, spans: list[slice], ranks: Ranks) -> np.ndarray:
+def _stored(items: Path | None, spans: list[slice], ranks: DistributedContext) -> np.ndarray:
     """The scores in the main rank's items file, NaN where there is none; the same on all ranks."""
     scores = np.full(spans[-1].stop, math.nan)
     by_item = dict(enumerate(spans))

@@ -13,14 +13,14 @@ import torch
 import train
 from mygpt import autotune, checkpoint, optim, run_config, settings
 from mygpt.config import GPTConfig
-from mygpt.distributed import Ranks
+from mygpt.distributed import DistributedContext
 from mygpt.log import RunLog
 from mygpt.model import GPT
 from mygpt.run_config import RunRecord
 from shards.mixture import Mixture
 from tests.dataset import VOCABULARY, write_dataset
 
-ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 0, 1, torch.device("cpu"))
 
 
 def model_with_room(monkeypatch: pytest.MonkeyPatch, rows: int) -> tuple[GPT, list[int]]:
@@ -80,8 +80,10 @@ def test_no_room_for_what_the_optimizers_remember_is_refused(
     model, tried = model_with_room(monkeypatch, 100)
     optimizers = optim.configure_optimizers(model)
     if room:
-        ranks, answers = Ranks(0, 0, 2, torch.device("cpu")), iter(room)
-        monkeypatch.setattr(Ranks, "all_reduce_sum", lambda self, values: [next(answers)])
+        ranks, answers = DistributedContext(0, 0, 2, torch.device("cpu")), iter(room)
+        monkeypatch.setattr(
+            DistributedContext, "all_reduce_sum", lambda self, values: [next(answers)]
+        )
     else:
         ranks = ALONE
         for name in ("zeros_like", "Tensor.new_zeros"):
@@ -99,8 +101,8 @@ def test_the_rank_with_least_room_decides(monkeypatch: pytest.MonkeyPatch) -> No
     """This one has room for everything; of the other it hears that it has none beyond 4 rows."""
     model, tried = model_with_room(monkeypatch, 100)
     answers: Iterator[float] = iter([2, 2, 2, 2, 2, 1])  # the first of them of the state
-    ranks = Ranks(0, 0, 2, torch.device("cpu"))
-    monkeypatch.setattr(Ranks, "all_reduce_sum", lambda self, values: [next(answers)])
+    ranks = DistributedContext(0, 0, 2, torch.device("cpu"))
+    monkeypatch.setattr(DistributedContext, "all_reduce_sum", lambda self, values: [next(answers)])
     assert (
         autotune.by_trying(model, optim.configure_optimizers(model), [1, 2, 4, 8, 16], ranks) == 4
     )
@@ -142,7 +144,7 @@ def test_every_preset_can_be_tried_on_a_gpu(
     monkeypatch.setattr(autotune, "by_trying", lambda model, optimizers, sizes, *_: sizes[-1])
     config = settings.parse([preset, "--micro-batch", "auto"], "")
     record = RunRecord(config, "", {})
-    ranks, run = Ranks(0, 0, 1, torch.device("cuda", 0)), RunLog(tmp_path)
+    ranks, run = DistributedContext(0, 0, 1, torch.device("cuda", 0)), RunLog(tmp_path)
     dataset = Mixture.load([str(write_dataset(tmp_path / "data").folder)])
     found = autotune.resolve_micro_batch(record, dataset, ranks, run).config
     assert found == replace(config, micro_batch=config.total_batch_size // config.model.block_size)

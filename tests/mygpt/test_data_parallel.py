@@ -12,7 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import train
 from mygpt import autotune, run_config, settings
-from mygpt.distributed import Ranks
+from mygpt.distributed import DistributedContext
 from mygpt.stopping import Stop
 from mygpt.train_state import TrainState
 from tests.dataset import VOCABULARY
@@ -37,7 +37,7 @@ with init_distributed("cpu") as ranks:
 """
 
 
-def two_steps(ranks: Ranks, flags: list[str]) -> dict[str, Any]:
+def two_steps(ranks: DistributedContext, flags: list[str]) -> dict[str, Any]:
     """Of two steps of a run: what is logged, what the optimizer is given, who talked when."""
     record, dataset = run_config.start_or_resume(settings.parse(flags, "Train."))
     record = replace(record, config=record.config.resolved(20))
@@ -98,7 +98,7 @@ def test_four_ranks_take_the_steps_of_one(data: Path, tmp_path: Path) -> None:
 
 
 def compare(world_size: int, data: Path, tmp_path: Path) -> None:
-    alone = two_steps(Ranks(0, 0, 1, torch.device("cpu")), flags(data, tmp_path, 16))
+    alone = two_steps(DistributedContext(0, 0, 1, torch.device("cpu")), flags(data, tmp_path, 16))
     shared = flags(data, tmp_path, 8 // world_size)
     run_ranks(world_size, SCRIPT, str(tmp_path), json.dumps(shared))
     for rank in range(world_size):

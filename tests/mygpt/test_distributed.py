@@ -10,7 +10,7 @@ import torch
 
 from mygpt import distributed
 from mygpt.distributed import (
-    Ranks,
+    DistributedContext,
     RanksLost,
     check_room,
     compute_dtype,
@@ -25,7 +25,7 @@ def test_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ancestor asked os.environ.get(['RANK']), a TypeError on every start."""
     monkeypatch.delenv("RANK", raising=False)
     with init_distributed("cpu") as ranks:
-        assert ranks == Ranks(0, 0, 1, torch.device("cpu"))
+        assert ranks == DistributedContext(0, 0, 1, torch.device("cpu"))
         assert ranks.is_main
         assert ranks.all_reduce_sum([1.5, 2]) == [1.5, 2]
         assert ranks.broadcast_object(7) == 7

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from mygpt.config import GPTConfig
-from mygpt.distributed import Ranks
+from mygpt.distributed import DistributedContext
 from mygpt.evaluate import Loss, evaluate, evaluate_documents, token_losses, unigram_loss
 from mygpt.model import GPT
 from tests.mygpt.support import decided
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 0, 1, torch.device("cpu"))
 SHAPE = GPTConfig(block_size=8, vocab_size=19, n_layers=2, n_heads=2, n_embed=16, dropout=0.5)
 
 
@@ -63,9 +63,11 @@ def test_the_loss_is_exact_in_any_batch(model: GPT, batch_size: int | None) -> N
 def test_ranks_share_the_windows_and_lose_none(
     model: GPT, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Ranks, "all_reduce_sum", lambda self, values: list(values))
+    monkeypatch.setattr(DistributedContext, "all_reduce_sum", lambda self, values: list(values))
     shares = [
-        evaluate(model, WINDOWS, Ranks(rank, rank, world_size, ALONE.device), batch_size=2)
+        evaluate(
+            model, WINDOWS, DistributedContext(rank, rank, world_size, ALONE.device), batch_size=2
+        )
         for rank in range(world_size)
     ]
     whole = evaluate(model, WINDOWS, ALONE)

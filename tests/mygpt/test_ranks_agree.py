@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mygpt import run_config, settings
-from mygpt.distributed import Ranks
+from mygpt.distributed import DistributedContext
 from mygpt.run_config import RunRecord
 from tests.ranks import ends_of_ranks
 from tests.training import ALONE, arguments
@@ -38,7 +38,7 @@ def check(first: RunRecord, second: RunRecord, monkeypatch: pytest.MonkeyPatch) 
     """What the second of two ranks finds when both have said what they are about to do."""
     said: list[Any] = []
     monkeypatch.setattr(
-        Ranks, "all_gather_object", lambda _, value: said.append(value) or list(said)
+        DistributedContext, "all_gather_object", lambda _, value: said.append(value) or list(said)
     )
     run_config.check_ranks_agree(first, ALONE)
     run_config.check_ranks_agree(second, ALONE)

@@ -13,7 +13,7 @@ import torch
 import train
 from mygpt import checkpoint, log, optim, sharding
 from mygpt.config import GPTConfig
-from mygpt.distributed import Ranks
+from mygpt.distributed import DistributedContext
 from mygpt.evaluate import evaluate
 from mygpt.model import GPT
 from shards.manifest import Manifest
@@ -281,7 +281,7 @@ def test_a_sharded_run_goes_on_alone(folder: Path, data: Manifest) -> None:
     checkpoint.load_model(halves, model)
     windows = EvalWindows(data, "val", 16)
     subset = [windows[i] for i in windows.spread(160)]
-    loss = evaluate(model, subset, Ranks(0, 0, 1, torch.device("cpu"))).mean
+    loss = evaluate(model, subset, DistributedContext(0, 0, 1, torch.device("cpu"))).mean
     assert loss == pytest.approx(log.read(folder / "halves").val[8], abs=2e-6)
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mygpt import stopping
-from mygpt.distributed import Ranks
+from mygpt.distributed import DistributedContext
 from mygpt.stopping import Interrupt, Stop, Stopped
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("number", SIGNALS)

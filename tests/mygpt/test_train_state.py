@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mygpt import optim
-from mygpt.distributed import Ranks
+from mygpt.distributed import DistributedContext
 from mygpt.train_state import load_checkpoint
 from tests.training import one_job
 
@@ -19,7 +19,7 @@ def test_each_rank_restores_only_what_it_will_move(
     """Together they have all; that one of them could not hold it is why there are several."""
     job, kept = one_job(data, straight, "--shard", "optimizer"), []
     for rank in range(world_size):
-        ranks = Ranks(rank, rank, world_size, torch.device("cpu"))
+        ranks = DistributedContext(rank, rank, world_size, torch.device("cpu"))
         for optimizer in job.optimizers:
             optimizer.state.clear()
         load_checkpoint(replace(job, ranks=ranks), 20)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mygpt.config import GPTConfig
-from mygpt.distributed import Ranks
+from mygpt.distributed import DistributedContext
 from mygpt.eval import metrics, multiple_choice
 from mygpt.eval.multiple_choice import Answers, Question
 from mygpt.model import GPT
@@ -19,7 +19,7 @@ from tests.mygpt.support import decided
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 0, 1, torch.device("cpu"))
 SHAPE = GPTConfig(block_size=32, vocab_size=50257, n_layers=2, n_heads=2, n_embed=8)
 QUESTIONS = [
     Question("A man sits down. He", ("opens a book.", "flies.", "is a very tall 東京 tower"), 0),
@@ -130,11 +130,13 @@ def test_ranks_share_the_questions(
     model: GPT, gpt2: tokenizer.Tokenizer, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each rank's own scores, the others' being zeros: together they are all, each once."""
-    monkeypatch.setattr(Ranks, "all_reduce_sum", lambda self, values: list(values))
+    monkeypatch.setattr(DistributedContext, "all_reduce_sum", lambda self, values: list(values))
     monkeypatch.setattr(multiple_choice, "QUESTIONS_PER_ROUND", {"cpu": 1})
     shares = [
         np.concatenate(
-            answered(model, gpt2, ranks=Ranks(rank, rank, world_size, ALONE.device)).scores
+            answered(
+                model, gpt2, ranks=DistributedContext(rank, rank, world_size, ALONE.device)
+            ).scores
         )
         for rank in range(world_size)
     ]
