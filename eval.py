@@ -93,16 +93,15 @@ if __name__ == "__main__":  # answer --help and wrong flags before the imports, 
 from mygpt.distributed import DistributedContext, compute_dtype, init_distributed
 from mygpt.eval import metrics, multiple_choice, summary, target
 from mygpt.eval.completion import Completer, continuations, converse
+from mygpt.eval.documents import DocumentWindows, Losses, evaluate_documents
 from mygpt.eval.multiple_choice import Question
 from mygpt.eval.quantize import with_weights
 from mygpt.eval.target import Target
-from mygpt.evaluate import Losses, evaluate_documents
 from mygpt.generate import Sampling
 from mygpt.model import GPT
 from mygpt.settings import only_dataset
 from shards.files import atomic_file, write_json
 from shards.mixture import Mixture
-from shards.reader import DocumentWindows
 from shards.tokenizer import Tokenizer, open_tokenizer
 from shards.tokenizer import load as load_tokenizer
 

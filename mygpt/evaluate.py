@@ -3,7 +3,7 @@
 A window is an array of 2 to block_size + 1 token ids: all but the last are inputs, all but the
 first are targets.
 
-Shapes: B windows of a batch, T block size, D documents.
+Shapes: B windows of a batch, T block size.
 """
 
 import math
@@ -19,10 +19,8 @@ from tqdm import tqdm
 from mygpt.distributed import DistributedContext, autocast
 from mygpt.loss import IGNORED
 from mygpt.model import GPT
-from shards.reader import DocumentWindows
 
 Item = TypeVar("Item")
-Windows = Sequence[np.ndarray] | DocumentWindows
 
 
 @dataclass(frozen=True)
@@ -47,32 +45,9 @@ class Loss:
         return self.nats / math.log(2) / text_bytes
 
 
-@dataclass(frozen=True)
-class Losses:
-    """Nats and targets per document, (D,), and per position in the context, (T,).
-
-    Targets at position t have t + 1 tokens before them. Nats are float64, counts int64.
-    """
-
-    nats: np.ndarray
-    tokens: np.ndarray
-    position_nats: np.ndarray
-    position_tokens: np.ndarray
-
-    @property
-    def total(self) -> Loss:
-        """Loss over all documents."""
-        return Loss(float(self.nats.sum()), int(self.tokens.sum()))
-
-    def part(self, documents: np.ndarray) -> "Losses":
-        """Return the losses of some documents, without positions."""
-        nothing = np.empty(0)
-        return Losses(self.nats[documents], self.tokens[documents], nothing, nothing)
-
-
 def evaluate(
     model: GPT,
-    windows: Windows,
+    windows: Sequence[np.ndarray],
     ranks: DistributedContext,
     batch_size: int | None = None,
     progress: bool = False,
@@ -90,35 +65,9 @@ def evaluate(
     return Loss(total_nats, round(total_tokens))
 
 
-def evaluate_documents(
-    model: GPT,
-    windows: DocumentWindows,
-    ranks: DistributedContext,
-    batch_size: int | None = None,
-    progress: bool = False,
-) -> Losses:
-    """Like `evaluate`, per document and per position in the context."""
-    nats, tokens = np.zeros((2, windows.n_documents))
-    position_nats, position_tokens = np.zeros((2, windows.block_size))
-    for batch, losses, counted in token_losses(model, windows, ranks, batch_size, progress):
-        owners = np.concatenate([windows.documents(i) for i in batch])
-        first = owners[0]  # consecutive windows hold consecutive documents
-        document_nats = np.bincount(owners - first, weights=losses[counted])
-        nats[first : first + len(document_nats)] += document_nats
-        tokens[first : first + len(document_nats)] += np.bincount(owners - first)
-        position_nats[: losses.shape[1]] += losses.sum(0)
-        position_tokens[: losses.shape[1]] += counted.sum(0)
-    parts = (nats, tokens, position_nats, position_tokens)
-    sums = np.array(ranks.all_reduce_sum(np.concatenate(parts).tolist()))
-    nats, tokens, position_nats, position_tokens = np.split(
-        sums, np.cumsum([len(part) for part in parts[:-1]])
-    )
-    return Losses(nats, tokens.astype(np.int64), position_nats, position_tokens.astype(np.int64))
-
-
 def token_losses(
     model: GPT,
-    windows: Windows,
+    windows: Sequence[np.ndarray],
     ranks: DistributedContext,
     batch_size: int | None = None,
     progress: bool = False,
@@ -145,7 +94,7 @@ def token_losses(
 
 
 def _launch(
-    model: GPT, windows: Windows, batches: Iterable[range], ranks: DistributedContext
+    model: GPT, windows: Sequence[np.ndarray], batches: Iterable[range], ranks: DistributedContext
 ) -> Iterator[tuple[range, Tensor, np.ndarray]]:
     """Yield the same with losses on the device, possibly not yet computed."""
     room, was_training = None, model.training

@@ -1,14 +1,13 @@
 """Reading of shards: memory maps, document indexes, and the exact cover of a split for evaluation.
 
-B windows of up to T + 1 tokens, D documents. Anything not as the manifest says is a ValueError.
+Anything not as the manifest says is a ValueError.
 """
 
 import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
 from typing import IO
 
 import numpy as np
@@ -201,7 +200,7 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-class EvalWindows:
+class EvalWindows(Sequence[np.ndarray]):
     """Consecutive windows of a split in which each target occurs exactly once (promise 9).
 
     Window i holds 2 to `block_size` + 1 token ids, uint16; all but the first are targets. The first
@@ -218,10 +217,7 @@ class EvalWindows:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
         shard, start = self.locate(index)
         self._reader.fetch_ahead(range(shard + 1, min(shard + 2, len(self._ends))))
         return self._reader.tokens(shard)[start : start + self.block_size + 1]
@@ -230,7 +226,7 @@ class EvalWindows:
         """Return (shard, first token) of window `index`."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        shard, window = _locate(self._ends, index)
+        shard, window = locate_part(self._ends, index)
         return shard, window * self.block_size
 
     def spread(self, n_tokens: int) -> list[int]:
@@ -238,77 +234,7 @@ class EvalWindows:
         return evenly_spaced(len(self), max(1, n_tokens // self.block_size))
 
 
-class DocumentWindows:
-    """The `EvalWindows` of one or several datasets, one after the other, with their documents.
-
-    A target belongs to the document of the token before it, so a document scores its text and the
-    `<|endoftext|>` that ends it. A document that continues in the next shard is one, although the
-    first token there is no target.
-
-    Attributes: `n_documents`; `text_bytes`, int64 (D,); `dataset`, int64 (D,), an index into
-    `manifests`; `source`, int64 (D,), an index into the sources of all manifests, concatenated.
-    Raises FileNotFoundError or ValueError as `open_tokens` and `read_index` do.
-    """
-
-    def __init__(self, manifests: Sequence[Manifest], split: str, block_size: int) -> None:
-        self.block_size = block_size
-        self._parts = [_DatasetDocuments(manifest, split, block_size) for manifest in manifests]
-        self._ends = np.cumsum([len(part.windows) for part in self._parts])
-        sizes = [len(part.source) for part in self._parts]
-        self._first_documents = np.cumsum([0, *sizes])
-        self.n_documents = int(self._first_documents[-1])
-        self.text_bytes = np.concatenate([part.text_bytes for part in self._parts])
-        self.dataset = np.repeat(np.arange(len(sizes)), sizes)
-        first_sources = np.cumsum([0, *(len(manifest.sources) for manifest in manifests)])
-        self.source = np.concatenate([part.source for part in self._parts])
-        self.source = self.source + first_sources[self.dataset]
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return chain.from_iterable(part.windows for part in self._parts)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        part, window = _locate(self._ends, index)
-        return self._parts[part].windows[window]
-
-    def documents(self, index: int) -> np.ndarray:
-        """Return the document of each target of window `index`, int64, ascending."""
-        part, window = _locate(self._ends, index)
-        return self._first_documents[part] + self._parts[part].documents(window)
-
-
-class _DatasetDocuments:
-    """The windows of one dataset and their documents, counted from 0."""
-
-    def __init__(self, manifest: Manifest, split: str, block_size: int) -> None:
-        self.windows = EvalWindows(manifest, split, block_size)
-        indexes = [read_index(manifest, shard) for shard in manifest.splits[split].shards]
-        self._row_ends = np.cumsum([0, *map(len, indexes)])
-        columns = {
-            name: np.concatenate([index[name].to_numpy() for index in indexes])
-            for name in ("offset", "source", "text_bytes", "continued")
-        }
-        self._offsets = columns["offset"]
-        is_start = ~columns["continued"]
-        is_start[:1] = True
-        self._documents = np.cumsum(is_start) - 1
-        self.source = columns["source"][is_start]
-        self.text_bytes = np.bincount(self._documents, columns["text_bytes"]).astype(np.int64)
-
-    def documents(self, index: int) -> np.ndarray:
-        """Return the document of each target of one window."""
-        shard, start = self.windows.locate(index)
-        rows = slice(int(self._row_ends[shard]), int(self._row_ends[shard + 1]))
-        contexts = np.arange(start, start + len(self.windows[index]) - 1)
-        found = np.searchsorted(self._offsets[rows], contexts, side="right") - 1
-        return self._documents[rows][found]
-
-
-def _locate(ends: np.ndarray, index: int) -> tuple[int, int]:
+def locate_part(ends: np.ndarray, index: int) -> tuple[int, int]:
     """Return (part, index within it) of an index into parts that end at `ends`, (n_parts,)."""
     part = int(np.searchsorted(ends, index, side="right"))
     return part, index - (int(ends[part - 1]) if part else 0)

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from mygpt.eval.documents import DocumentWindows, Losses
 from mygpt.eval.multiple_choice import Answers
-from mygpt.evaluate import Loss, Losses, unigram_loss
+from mygpt.evaluate import Loss, unigram_loss
 from shards.manifest import Split
 from shards.mixture import Mixture
-from shards.reader import DocumentWindows, token_counts
+from shards.reader import token_counts
 
 MAX_GROUPS = 1000  # of more sources than that, the smallest are merged
 OTHERS = "(others)"

@@ -10,7 +10,8 @@ import torch
 
 from mygpt.config import GPTConfig
 from mygpt.distributed import DistributedContext
-from mygpt.evaluate import Loss, evaluate, evaluate_documents, token_losses, unigram_loss
+from mygpt.eval.documents import evaluate_documents
+from mygpt.evaluate import Loss, evaluate, token_losses, unigram_loss
 from mygpt.model import GPT
 from tests.mygpt.support import decided
 

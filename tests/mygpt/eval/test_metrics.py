@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mygpt.eval import metrics
-from mygpt.evaluate import Losses
+from mygpt.eval.documents import Losses
 
 NOWHERE = np.empty(0)
 

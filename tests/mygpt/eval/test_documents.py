@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mygpt.eval.documents import DocumentWindows
 from shards.manifest import Manifest
-from shards.reader import DocumentWindows, EvalWindows
+from shards.reader import EvalWindows
 from tests.sources import DOCUMENTS, write_sources
 
 

@@ -1,0 +1,118 @@
+"""Losses per document, and per position in the context.
+
+T block size, D documents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from mygpt.distributed import DistributedContext
+from mygpt.evaluate import Loss, token_losses
+from mygpt.model import GPT
+from shards.manifest import Manifest
+from shards.reader import EvalWindows, locate_part, read_index
+
+
+class DocumentWindows(Sequence[np.ndarray]):
+    """The `EvalWindows` of one or several datasets, one after the other, with their documents.
+
+    A target belongs to the document of the token before it, so a document scores its text and the
+    `<|endoftext|>` that ends it. A document that continues in the next shard is one, although the
+    first token there is no target.
+
+    Attributes: `n_documents`; `text_bytes`, int64 (D,); `dataset`, int64 (D,), an index into
+    `manifests`; `source`, int64 (D,), an index into the sources of all manifests, concatenated.
+    Raises FileNotFoundError or ValueError as `open_tokens` and `read_index` do.
+    """
+
+    def __init__(self, manifests: Sequence[Manifest], split: str, block_size: int) -> None:
+        self.block_size = block_size
+        self._datasets = [EvalWindows(manifest, split, block_size) for manifest in manifests]
+        self._ends = np.cumsum([len(windows) for windows in self._datasets])
+        shards = [(one, shard) for one in manifests for shard in one.splits[split].shards]
+        indexes = [read_index(*pair) for pair in shards]
+        # Of the shards and of the rows of their indexes, all datasets together.
+        sizes = [len(manifest.splits[split].shards) for manifest in manifests]
+        self._first_shards = np.cumsum([0, *sizes])
+        self._first_rows = np.cumsum([0, *map(len, indexes)])
+        first_rows = self._first_rows[self._first_shards]  # of each dataset
+        rows = pa.concat_tables(indexes)
+        self._offsets = rows["offset"].to_numpy()
+        is_start = ~rows["continued"].to_numpy()
+        is_start[first_rows[:-1]] = True
+        self._documents = np.cumsum(is_start) - 1  # of each row
+        self.n_documents = int(self._documents[-1]) + 1
+        self.text_bytes = np.bincount(self._documents, rows["text_bytes"]).astype(np.int64)
+        self.dataset = np.repeat(np.arange(len(manifests)), np.diff(first_rows))[is_start]
+        first_sources = np.cumsum([0, *(len(manifest.sources) for manifest in manifests)])
+        self.source = rows["source"].to_numpy()[is_start] + first_sources[self.dataset]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        dataset, window = locate_part(self._ends, index)
+        return self._datasets[dataset][window]
+
+    def documents(self, index: int) -> np.ndarray:
+        """Return the document of each target of window `index`, int64, ascending."""
+        dataset, window = locate_part(self._ends, index)
+        shard, start = self._datasets[dataset].locate(window)
+        shard += int(self._first_shards[dataset])
+        rows = slice(int(self._first_rows[shard]), int(self._first_rows[shard + 1]))
+        contexts = np.arange(start, start + len(self[index]) - 1)
+        return self._documents[rows][np.searchsorted(self._offsets[rows], contexts, "right") - 1]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Nats and targets per document, (D,), and per position in the context, (T,).
+
+    Targets at position t have t + 1 tokens before them. Nats are float64, counts int64.
+    """
+
+    nats: np.ndarray
+    tokens: np.ndarray
+    position_nats: np.ndarray
+    position_tokens: np.ndarray
+
+    @property
+    def total(self) -> Loss:
+        """Loss over all documents."""
+        return Loss(float(self.nats.sum()), int(self.tokens.sum()))
+
+    def part(self, documents: np.ndarray) -> "Losses":
+        """Return the losses of some documents, without positions."""
+        nothing = np.empty(0)
+        return Losses(self.nats[documents], self.tokens[documents], nothing, nothing)
+
+
+def evaluate_documents(
+    model: GPT,
+    windows: DocumentWindows,
+    ranks: DistributedContext,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Losses:
+    """Like `evaluate`, per document and per position in the context."""
+    nats, tokens = np.zeros((2, windows.n_documents))
+    position_nats, position_tokens = np.zeros((2, windows.block_size))
+    for batch, losses, counted in token_losses(model, windows, ranks, batch_size, progress):
+        owners = np.concatenate([windows.documents(i) for i in batch])
+        first = owners[0]  # consecutive windows hold consecutive documents
+        document_nats = np.bincount(owners - first, weights=losses[counted])
+        nats[first : first + len(document_nats)] += document_nats
+        tokens[first : first + len(document_nats)] += np.bincount(owners - first)
+        position_nats[: losses.shape[1]] += losses.sum(0)
+        position_tokens[: losses.shape[1]] += counted.sum(0)
+    parts = (nats, tokens, position_nats, position_tokens)
+    sums = np.array(ranks.all_reduce_sum(np.concatenate(parts).tolist()))
+    nats, tokens, position_nats, position_tokens = np.split(
+        sums, np.cumsum([len(part) for part in parts[:-1]])
+    )
+    return Losses(nats, tokens.astype(np.int64), position_nats, position_tokens.astype(np.int64))
