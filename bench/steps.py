@@ -1,18 +1,22 @@
 """Training steps to be measured: train.py's own, and those it is compared with.
 
 Each maker returns a step: a call trains on the next batch and returns the loss before the update.
-All read the same batches in the same order, and ours and the plain one start from the same weights.
+All train on the same batches in the same order, which lie on the device before the clock starts;
+ours and the plain one start from the same weights.
 B: sequences of a batch, T: block size.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.utils.benchmark import Timer
 
@@ -29,10 +33,12 @@ from shards.loader import TokenLoader
 from train import train_step
 
 Step = Callable[[], float]
-BATCHES = 8  # of an epoch: they come again, so the loss falls
+BATCHES = 8  # that come again and again, so the loss falls
 LEARNING_RATE, WEIGHT_DECAY, BETAS, GRAD_CLIP = 6e-4, 0.1, (0.9, 0.95), 1.0
 SEED = 1337
 PROFILED_STEPS = 3
+LONGEST_KERNELS = 40
+SUSTAINED_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,23 @@ class Workload:
         """Write the dataset: random tokens, just enough for `BATCHES` batches."""
         feeds.build(self.data, BATCHES * self.tokens + 1, 1, self.model.vocab_size)
 
-    def batches(self) -> TokenLoader:
+    def batches(self) -> "HeldBatches":
         """The batches (x, y), each (B, T), without end."""
-        return TokenLoader(
+        return HeldBatches(
             self.data, "train", self.micro_batch_size, self.model.block_size, device=self.device
         )
+
+
+class HeldBatches(TokenLoader):
+    """A loader that has read its first `BATCHES` batches and serves them in turn, without end."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._held = cycle([TokenLoader.__next__(self) for _ in range(BATCHES)])
+        self.wait_seconds = 0.0
+
+    def __next__(self) -> feeds.Batch:
+        return next(self._held)
 
 
 def ours(work: Workload, compiled: bool) -> Step:
@@ -76,11 +94,11 @@ def ours(work: Workload, compiled: bool) -> Step:
         beta1=BETAS[0],
         beta2=BETAS[1],
         grad_clip=GRAD_CLIP,
-        compile=False,
+        compile=compiled,
     )
     ranks = DistributedContext(0, 0, 1, torch.device(work.device))
     state = assemble(RunRecord(config, "", {}), ranks, work.batches(), [])
-    if compiled:
+    if compiled and work.device == "cpu":  # which train.py never does
         state.model.compile()
     stop = Stop(ranks)
     return lambda: train_step(state, stop).loss
@@ -161,17 +179,20 @@ def _step(
     return step
 
 
-def matmul_flops(device: str, size: int) -> float:
+def product_rates(device: str, size: int, seconds: float = SUSTAINED_SECONDS) -> dict[str, float]:
     """FLOP/s of one square matrix product, in bf16 on a GPU that has it, else in fp32.
 
-    The best of three measurements, since other programs can only slow it down.
+    "burst": the best of three short measurements. "sustained": over so many seconds without a
+    pause, as in training, where a GPU's power limit lowers its clock.
     """
     a = torch.randn(size, size, device=device).to(compute_dtype(torch.device(device)))
     timer = Timer(
         "a @ b", globals={"a": a, "b": a.T.contiguous()}, num_threads=torch.get_num_threads()
     )
-    seconds = min(timer.timeit(3 if device == "cpu" else 30).mean for _ in range(3))
-    return 2 * float(size) ** 3 / seconds
+    few, flops = 3 if device == "cpu" else 30, 2 * float(size) ** 3
+    shortest = min(timer.timeit(few).mean for _ in range(3))
+    sustained = timer.timeit(math.ceil(seconds / shortest)).mean
+    return {"burst": flops / shortest, "sustained": flops / sustained}
 
 
 HEAD_PRODUCTS, HEAD_LOSS = "head: matrix products", "head: softmax, loss, gradient"
@@ -180,8 +201,12 @@ NORMS, OPTIMIZER, CLIPPING = "blocks: norms, GELU, sums", "AdamW", "norm of the 
 OTHER = "everything else"
 
 
-def profile(work: Workload, compiled: bool) -> list[dict[str, Any]]:
-    """Milliseconds and share of each part of our step, by torch's profiler, longest first."""
+def profile(work: Workload, compiled: bool) -> dict[str, list[dict[str, Any]]]:
+    """Milliseconds of our step by torch's profiler, longest first.
+
+    "parts": each part of the step and its share; "kernels": the longest kernels of a GPU, or
+    operators of a CPU, with their calls per step.
+    """
     on_gpu = work.device == "cuda"
     step = ours(work, compiled)
     for _ in range(PROFILED_STEPS):
@@ -194,19 +219,44 @@ def profile(work: Workload, compiled: bool) -> list[dict[str, Any]]:
     ) as profiler:
         for _ in range(PROFILED_STEPS):
             step()
+    return {
+        "parts": _parts(profiler, on_gpu, work.model),
+        "kernels": _longest_kernels(profiler, on_gpu),
+    }
+
+
+def _parts(profiler: Any, on_gpu: bool, shape: GPTConfig) -> list[dict[str, Any]]:
     spent: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages(group_by_input_shape=True):
-        if event.device_type != torch.autograd.DeviceType.CPU:
+        if event.device_type != DeviceType.CPU:
             continue  # a GPU's kernel: its time is counted with the operator that launched it
-        micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         sizes = {n for dims in event.input_shapes if isinstance(dims, list) for n in dims}
-        part = part_of_step(event.key.lower(), sizes, work.model)
-        spent[part] += micros / 1000 / PROFILED_STEPS
+        spent[part_of_step(event.key.lower(), sizes, shape)] += _step_ms(event, on_gpu)
     total = sum(spent.values())
     return [
         {"part": name, "ms": round(ms, 1), "share": round(ms / total, 3)}
         for name, ms in sorted(spent.items(), key=lambda item: -item[1])
     ]
+
+
+def _longest_kernels(profiler: Any, on_gpu: bool) -> list[dict[str, Any]]:
+    where = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    events = [event for event in profiler.key_averages() if event.device_type == where]
+    events.sort(key=lambda event: -_step_ms(event, on_gpu))
+    return [
+        {
+            "kernel": event.key,
+            "calls": round(event.count / PROFILED_STEPS, 1),
+            "ms": round(_step_ms(event, on_gpu), 3),
+        }
+        for event in events[:LONGEST_KERNELS]
+    ]
+
+
+def _step_ms(event: Any, on_gpu: bool) -> float:
+    """Milliseconds per step that an event took itself, on the GPU or on the CPU."""
+    micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    return micros / 1000 / PROFILED_STEPS
 
 
 def part_of_step(operator: str, sizes: set[int], shape: GPTConfig) -> str:

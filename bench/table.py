@@ -43,14 +43,21 @@ def command(
         sys.exit(1)
 
 
+def to_stderr(line: Record) -> None:
+    """Print a record at once, so that an interrupted benchmark leaves what it had measured."""
+    print(json.dumps(line), file=sys.stderr, flush=True)
+
+
 def alternately(
-    contenders: Mapping[Key, Callable[[], Record]], rounds: int
+    contenders: Mapping[Key, Callable[[], Record]],
+    rounds: int,
+    note: Callable[[Record], None] = to_stderr,
 ) -> tuple[dict[Key, list[Record]], dict[str, str]]:
     """Measure each contender once per round: its records in order, and the failures by name.
 
     A contender that raises ValueError or OSError is left out from then on, and so are its earlier
-    records. Each record is printed to stderr at once, as a line of JSON, so that an interrupted
-    benchmark leaves what it had measured.
+    records. `note` gets each record when it is there, with "round" and "contender" or, of one that
+    failed, "failed"; `records_of` takes them back.
     """
     records: dict[Key, list[Record]] = {key: [] for key in contenders}
     failed: dict[str, str] = {}
@@ -66,7 +73,17 @@ def alternately(
                 del records[key]
                 record = {"failed": str(error)}
                 failed[name_of(key)] = str(error)
-            print(json.dumps(line | dict(record)), file=sys.stderr, flush=True)
+            note(line | dict(record))
+    return records, failed
+
+
+def records_of(lines: Sequence[Record]) -> tuple[dict[str, list[Record]], dict[str, str]]:
+    """Return what `alternately` does, by name, from what it noted, up to a kill perhaps."""
+    failed = {line["contender"]: line["failed"] for line in lines if "failed" in line}
+    records: dict[str, list[Record]] = {}
+    for line in lines:
+        if line["contender"] not in failed:
+            records.setdefault(line["contender"], []).append(line)
     return records, failed
 
 
@@ -81,10 +98,10 @@ def column(records: Sequence[Record], name: str) -> list[float]:
 
 
 def ratio(these: Sequence[float], others: Sequence[float]) -> float | None:
-    """The median over the rounds of these values by those; None if either was not measured."""
+    """The median, over the rounds of both, of these values by those; None if one has no round."""
     if not these or not others:
         return None
-    return round(statistics.median(a / b for a, b in zip(these, others, strict=True)), 3)
+    return round(statistics.median(a / b for a, b in zip(these, others, strict=False)), 3)
 
 
 def spread(values: Sequence[float], digits: int = 1) -> dict[str, Any]:

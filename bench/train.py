@@ -4,13 +4,15 @@
     python -m bench.train --preset small --profile       profile our step by its parts
 
 All contenders train the same model on the same batches with AdamW, each in a process of its own.
+On a GPU the plain uncompiled step is measured alone, once: its logits need most of the memory.
 """
 
+import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +36,8 @@ HEADERS = (
     *("of datasheet", "start, s", "loss"),
 )
 NOTES = """\
-CPU time: relative to the plain step's; other programs on the machine hardly change it.
-MiB: {memory}. Of products: model FLOP/s relative to a large matrix product's.
+× plain, CPU time: relative to {baseline}; other programs on the machine hardly change the latter.
+MiB: {memory}. Of products: model FLOP/s relative to a large matrix product's over two seconds.
 Start: seconds until the first step is done, compilation included.
 Loss: after {steps} steps; Hugging Face's starts from other weights."""
 
@@ -70,32 +72,77 @@ def main() -> None:
     table.command("train", Options, run, as_text, __doc__ or "")
 
 
-def run(options: Options) -> dict[str, Any]:
-    """Everything that was measured, as JSON. Raises ValueError if the device is not there."""
+def run(options: Options, note: Callable[[Record], None] = table.to_stderr) -> dict[str, Any]:
+    """Everything that was measured, as JSON. Raises ValueError if the device is not there.
+
+    `note` gets each record as soon as it is measured.
+    """
     check_room(1, options.device)
+    records: dict[str, list[Record]] = {}
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = workload(options, Path(folder))
         work.build_data()
         if options.profile:
             return {"profile": steps.profile(work, options.compile or options.device == "cuda")}
-        makers: dict[str, tuple[Any, ...]] = {PRODUCT: (product, options.device)}
-        for name, (maker, compiled) in variants(options).items():
-            makers[name] = (contender, work, options.seconds, maker, compiled)
-        records, failed = worker.measure(makers, options.rounds)
-    products = records.pop(PRODUCT, [])
+        for makers, rounds in groups(options, work):
+            measured, missing = worker.measure(makers, rounds, note)
+            records |= measured
+            failed |= missing
+    return about(options, work) | comparison(about(options, work), records, failed)
+
+
+def about(options: Options, work: Workload) -> dict[str, Any]:
+    """What is measured, and on which machine."""
     with torch.device("meta"):
         flops_per_token = GPT(work.model).flops_per_token()
     return {
         "machine": table.machine("train", PACKAGES),
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "device": device_name(options.device),
         "preset": options.preset,
         "batch": [work.micro_batch_size, work.model.block_size],
         "rounds": options.rounds,
         "flops_per_token": flops_per_token,
-        "tflops_of_products": table.spread([one["flops"] / 1e12 for one in products], 3),
-        "rows": [row(name, records, products, work.tokens, flops_per_token) for name in records],
+        "baseline": PLAIN + COMPILED if options.device == "cuda" else PLAIN,
+    }
+
+
+def device_name(device: str) -> str:
+    """The GPU with the versions of CUDA and cuDNN, or "cpu"."""
+    if device == "cpu":
+        return device
+    gpu, cudnn = torch.cuda.get_device_name(), torch.backends.cudnn.version()
+    return f"{gpu}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
+
+
+def comparison(
+    about: Mapping[str, Any], records: Mapping[str, Sequence[Record]], failed: Mapping[str, str]
+) -> dict[str, Any]:
+    """The rows of those contenders that did not fail."""
+    products, tokens = records.get(PRODUCT, []), math.prod(about["batch"])
+    steps_of = {name: own for name, own in records.items() if name != PRODUCT}
+    rates = {name: [one[name] / 1e12 for one in products] for name in ("sustained", "burst")}
+    return {
+        "tflops_of_products": {name: table.spread(own, 3) for name, own in rates.items() if own},
+        "rows": [
+            row(name, steps_of, products, tokens, about["flops_per_token"], about["baseline"])
+            for name in steps_of
+        ],
         "failed": failed,
     }
+
+
+def groups(options: Options, work: Workload) -> Iterator[tuple[dict[str, tuple[Any, ...]], int]]:
+    """Contenders that are measured in turn, and for how many rounds."""
+    makers: dict[str, tuple[Any, ...]] = {PRODUCT: (product, options.device)}
+    for name, (maker, compiled) in variants(options).items():
+        makers[name] = (contender, work, options.seconds, maker, compiled)
+    if options.device == "cpu":
+        yield makers, options.rounds
+        return
+    alone = {PLAIN: makers.pop(PLAIN)}
+    yield makers, options.rounds
+    yield alone, 1
 
 
 def workload(options: Options, folder: Path) -> Workload:
@@ -123,6 +170,7 @@ def variants(options: Options) -> dict[str, tuple[str, bool]]:
 def contender(work: Workload, seconds: float, maker: str, compiled: bool) -> worker.Turn:
     """Make a contender's step in its process, take the first one, and return its turns."""
     start = time.perf_counter()
+    torch.set_float32_matmul_precision("high")  # as train.py and nanoGPT do
     step = getattr(steps, maker)(work, compiled)
     losses = [step()]
     start_seconds = time.perf_counter() - start
@@ -156,7 +204,7 @@ def product(device: str) -> worker.Turn:
     """Return turns that measure a large matrix product, and give the datasheet's peak."""
     peak = peak_flops(torch.device(device))
     size = 8192 if device == "cuda" else 2048
-    return lambda: {"flops": steps.matmul_flops(device, size), "datasheet": peak}
+    return lambda: steps.product_rates(device, size) | {"datasheet": peak}
 
 
 def row(
@@ -165,9 +213,10 @@ def row(
     products: Sequence[Record],
     tokens: int,
     flops_per_token: float,
+    baseline: str = PLAIN,
 ) -> dict[str, Any]:
     """A row of the table: rates, memory, shares of what the machine could do, and the loss."""
-    own, beside = records[name], records.get(PLAIN, [])
+    own, beside = records[name], records.get(baseline, [])
     rates = [tokens / seconds for seconds in table.column(own, "seconds")]
     plain_rates = [tokens / seconds for seconds in table.column(beside, "seconds")]
     flops = [rate * flops_per_token for rate in rates]
@@ -184,9 +233,10 @@ def row(
         ),
         "megabytes": round(own[-1]["megabytes"]),
         "memory_of_plain": table.ratio(
-            table.column(own, "megabytes")[-1:], table.column(beside, "megabytes")[-1:]
+            table.column(own, "megabytes")[-1:],
+            table.column(records.get(PLAIN, []), "megabytes")[-1:],
         ),
-        "of_products": table.ratio(flops, table.column(products, "flops")),
+        "of_products": table.ratio(flops, table.column(products, "sustained")),
         "of_datasheet": peak and round(statistics.median(flops) / peak, 3),
         "start_seconds": round(own[0]["start"], 1),
         "steps": count,
@@ -197,20 +247,37 @@ def row(
 def as_text(results: Mapping[str, Any]) -> str:
     """The results of `run` for people."""
     if "profile" in results:
-        parts = results["profile"]
-        cells_of_part = [(p["part"], f"{p['ms']:,.1f}", f"{p['share']:.0%}") for p in parts]
-        return table.as_text(("", "ms per step", "share"), cells_of_part)
+        return profile_as_text(results["profile"])
     batch, rows = results["batch"], results["rows"]
+    rates = results["tflops_of_products"]
+    shown_rates = [f"{rate['median']:.3g} TFLOP/s {name}" for name, rate in rates.items()]
     memory = "torch's peak allocation" if results["device"] != "cpu" else "peak resident memory"
     return table.page(
         results,
         f"on {results['device']}; {results['preset']}: steps of {batch[0]} × {batch[1]} tokens, "
-        f"{results['flops_per_token'] / 1e6:.0f} MFLOP per token; a large matrix product runs at "
-        f"{results['tflops_of_products']['median']:.3g} TFLOP/s; medians of {results['rounds']} "
-        "rounds",
+        f"{results['flops_per_token'] / 1e6:.0f} MFLOP per token; a large matrix product: "
+        f"{', '.join(shown_rates) or 'not measured'}; medians of {results['rounds']} rounds",
         HEADERS,
         [cells(one) for one in rows],
-        [NOTES.format(memory=memory, steps=rows[0]["steps"] if rows else 0)],
+        [
+            NOTES.format(
+                memory=memory, steps=rows[0]["steps"] if rows else 0, baseline=results["baseline"]
+            )
+        ],
+    )
+
+
+def profile_as_text(profile: Mapping[str, Any]) -> str:
+    """The parts of a step and its longest kernels as two tables."""
+    parts = [(p["part"], f"{p['ms']:,.1f}", f"{p['share']:.0%}") for p in profile["parts"]]
+    kernels = [
+        (kernel["kernel"][:80].replace("|", "/"), f"{kernel['calls']:g}", f"{kernel['ms']:,.2f}")
+        for kernel in profile["kernels"]
+    ]
+    return (
+        table.as_text(("", "ms per step", "share"), parts)
+        + "\n\n"
+        + table.as_text(("longest kernels", "calls per step", "ms per step"), kernels)
     )
 
 

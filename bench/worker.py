@@ -53,13 +53,15 @@ class Worker:
 
 
 def measure(
-    makers: Mapping[Key, tuple[Any, ...]], rounds: int
+    makers: Mapping[Key, tuple[Any, ...]],
+    rounds: int,
+    note: Callable[[Record], None] = table.to_stderr,
 ) -> tuple[dict[Key, list[Record]], dict[str, str]]:
     """`table.alternately` over contenders given as (make, *args), each in its own process."""
     workers = {key: Worker(table.name_of(key), *maker) for key, maker in makers.items()}
     try:
         turns = {key: worker.turn for key, worker in workers.items()}
-        return table.alternately(turns, rounds)
+        return table.alternately(turns, rounds, note)
     finally:
         for worker in workers.values():
             worker.end()

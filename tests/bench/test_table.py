@@ -50,6 +50,10 @@ def test_one_that_fails_loses_only_its_own(capsys: pytest.CaptureFixture[str]) -
     assert lines[0] == {"round": 1, "contender": "b, 2", "rate": 1}
     assert [line["contender"] for line in lines] == ["b, 2", "a", "b, 2", "a", "a"]
     assert lines[2]["failed"] == "no memory"
+    assert table.records_of(lines) == (
+        {"a": [{"round": number, "contender": "a", "rate": 3} for number in (1, 2, 3)]},
+        failed,
+    )
 
 
 def test_a_failure_is_an_exit_code(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import steps, train, worker
+from bench import steps, table, train, worker
 from bench.steps import Workload
 from bench.train import OURS, PEER, PLAIN, Options
 from mygpt.config import GPTConfig
@@ -31,7 +31,8 @@ def found() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "Worker", InThisProcess)
         patch.setitem(train.PRESETS, "tiny", ("small", TrainConfig(SHAPE)))
-        patch.setattr(steps, "matmul_flops", lambda device, size: 1e10)
+        rates = {"burst": 2e10, "sustained": 1e10}
+        patch.setattr(steps, "product_rates", lambda device, size: rates)
         return train.run(SMALL)
 
 
@@ -59,7 +60,7 @@ def test_a_row_compares_within_each_round() -> None:
         OURS: [turn(0.5, 100, [5.0, 4.0]), turn(5, 200, [3.0])],
         PLAIN: [turn(1, 300, [5.1]), turn(10, 400, [4.1])],
     }
-    products = [{"flops": 1e6, "datasheet": 5e6}] * 2
+    products = [{"sustained": 1e6, "burst": 2e6, "datasheet": 5e6}] * 2
     expected = {
         "what": OURS,
         "tokens_s": {"median": 110.0, "low": 20.0, "high": 200.0, "runs": [200.0, 20.0]},
@@ -83,8 +84,44 @@ def test_a_row_compares_within_each_round() -> None:
 
 def test_the_text(found: Any) -> None:
     text = train.as_text(found)
-    for name in (OURS, PLAIN, PEER, "× plain", "0.01 TFLOP/s"):
+    rates = "0.01 TFLOP/s sustained, 0.02 TFLOP/s burst"
+    for name in (OURS, PLAIN, PEER, "× plain", rates, "relative to plain;"):
         assert name in text
+
+
+def test_a_contender_that_fails_loses_only_its_own_row(
+    found: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every single one, the product that the others are divided by included."""
+    noted: list[Any] = []
+    monkeypatch.setattr(worker, "Worker", InThisProcess)
+    monkeypatch.setitem(train.PRESETS, "tiny", ("small", TrainConfig(SHAPE)))
+
+    def out_of_memory(*_: Any) -> Any:
+        raise ValueError("expected it to run, found no memory")
+
+    monkeypatch.setattr(steps, "product_rates", out_of_memory)
+    monkeypatch.setattr(steps, "plain", out_of_memory)
+    left = train.run(SMALL, noted.append)
+    assert list(left["failed"]) == [train.PRODUCT, PLAIN]
+    assert [row["what"] for row in left["rows"]] == [OURS, PEER]
+    assert all(row["of_plain"] is row["of_products"] is None for row in left["rows"])
+    text = train.as_text(left)
+    assert "product: not measured" in text and "failed: plain: expected it to run" in text
+    # What was noted on the way gives the same table.
+    assert train.comparison(left, *table.records_of(noted)) == {
+        name: left[name] for name in ("tflops_of_products", "rows", "failed")
+    }
+
+
+def test_on_a_gpu_the_plain_step_is_measured_alone(work: Workload) -> None:
+    (together, rounds), (alone, once) = train.groups(Options(device="cuda", rounds=3), work)
+    compiled = [f"{PLAIN}, compiled", f"{PEER}, compiled"]
+    assert (list(together), rounds) == ([train.PRODUCT, OURS, *compiled], 3)
+    assert (list(alone), once) == ([PLAIN], 1)
+    assert [list(makers) for makers, _ in train.groups(Options(), work)] == [
+        [train.PRODUCT, OURS, PLAIN, PEER]
+    ]
 
 
 def test_what_is_measured_where() -> None:
@@ -118,12 +155,42 @@ def test_the_same_batches_for_everyone(work: Workload) -> None:
         assert x.shape == (4, 8) and torch.equal(x[:, 1:], y[:, :-1])
         assert all(map(torch.equal, (x, y), next(others)))
     first, second = (torch.cat([x for x, _ in part]) for part in (seen[:8], seen[8:]))
-    epochs = [sorted(map(tuple, part.tolist())) for part in (first, second)]
-    assert epochs[0] == epochs[1] and not torch.equal(first, second)
+    assert torch.equal(first, second)
+    assert len({tuple(row.tolist()) for row in first}) == 4 * steps.BATCHES
+
+
+def test_batches_lie_in_memory_before_the_clock_starts(work: Workload) -> None:
+    batches = work.batches()
+    for path in work.data.glob("train_*"):
+        path.unlink()
+    position = batches.state_dict()
+    assert [len(x) for x, _ in (next(batches) for _ in range(20))] == [4] * 20
+    assert batches.wait_seconds == 0 and batches.state_dict() == position
+
+
+def test_our_step_is_compiled_by_train_py_itself_on_a_gpu(
+    work: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that whatever train.py does for a GPU when it compiles is measured too."""
+    calls: list[bool] = []
+
+    class Assembled(Exception):
+        pass
+
+    def assemble(record: Any, *_: Any) -> Any:
+        calls.append(record.config.compile)
+        raise Assembled
+
+    monkeypatch.setattr(steps, "assemble", assemble)
+    for compiled in (True, False):
+        with pytest.raises(Assembled):
+            steps.ours(work, compiled)
+    assert calls == [True, False]
 
 
 def test_the_rate_of_products() -> None:
-    assert 1e7 < steps.matmul_flops("cpu", 64) < 1e13
+    rates = steps.product_rates("cpu", 64, seconds=0.01)
+    assert 1e7 < rates["sustained"] < 1e13 and 1e7 < rates["burst"] < 1e13
 
 
 @pytest.mark.parametrize(
@@ -144,10 +211,15 @@ def test_parts(operator: str, sizes: set[int], expected: str) -> None:
 
 
 def test_a_profile_adds_up(work: Workload) -> None:
-    parts = steps.profile(work, compiled=False)
+    found = steps.profile(work, compiled=False)
+    parts, kernels = found["parts"], found["kernels"]
     assert sum(part["share"] for part in parts) == pytest.approx(1, abs=0.01)
     assert {part["part"] for part in parts} >= {steps.HEAD_PRODUCTS, steps.OPTIMIZER}
-    assert steps.HEAD_LOSS in train.as_text({"profile": parts})
+    assert len(kernels) == steps.LONGEST_KERNELS
+    assert [k["ms"] for k in kernels] == sorted((k["ms"] for k in kernels), reverse=True)
+    assert "aten::addmm" in {kernel["kernel"] for kernel in kernels}
+    text = train.as_text({"profile": found})
+    assert steps.HEAD_LOSS in text and "aten::addmm" in text
 
 
 def test_the_command_profiles(
