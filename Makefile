@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN_PYTHON := $(VENV)/bin/python
+# Not --quiet: pip shows what it downloads and how far it is.
+INSTALL := $(RUN_PYTHON) -m pip install --disable-pip-version-check -c constraints.txt
 
 # One's own text: a file, folder, glob or URI. Without one: input.txt if there is one, else the
 # embedded corpus, the source text of Python's standard library.
@@ -21,7 +23,7 @@ ARGS ?=
 data_flag = $(if $(DATA),--data $(DATA))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor data demo train-small train-gpu4 eval report export verify-resume test test-all lint
+.PHONY: help setup doctor data demo train-small train-gpu4 eval sample report export verify-resume test test-all lint
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -32,15 +34,19 @@ $(VENV)/core: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: expected Python 3.11 or newer, found $$($(PYTHON) --version): make setup PYTHON=python3.12, say"; exit 2; }
 	test -x $(RUN_PYTHON) || $(PYTHON) -m venv $(VENV)
-	$(RUN_PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,plots]'
+	@echo "packages: torch is most of the download; without a GPU take its CPU build, see README.md, Install"
+	$(INSTALL) -e '.[offline,plots]'
 	@touch $@
+	@echo "ready: make demo, or source $(VENV)/bin/activate and type commands yourself"
 
 $(VENV)/dev: $(VENV)/core
-	$(RUN_PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,plots,dev]'
+	@echo "packages: what the tests need"
+	$(INSTALL) -e '.[offline,plots,dev]'
 	@touch $@
 
 $(VENV)/all: $(VENV)/dev
-	$(RUN_PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,plots,dev,ray,lm-eval,bench]'
+	@echo "packages: Ray, lm-eval and the projects that the benchmarks compare with"
+	$(INSTALL) -e '.[offline,plots,dev,ray,lm-eval,bench]'
 	@# litdata brings torchvision, made for the index's build of torch. Beside another build it fails to
 	@# be imported, and transformers with it; without it both do what is asked of them here.
 	@$(RUN_PYTHON) -c 'import torchvision' 2>/dev/null || $(RUN_PYTHON) -m pip uninstall --quiet --yes torchvision
@@ -55,7 +61,7 @@ data: $(VENV)/core ## prepare a dataset: INPUT=file|folder|glob|uri, NAME=... (A
 demo: $(VENV)/core ## text to trained, evaluated model on this machine, in at most ten minutes
 	$(RUN_PYTHON) -m prepare stdlib --out data/stdlib
 	$(RUN_PYTHON) train.py tiny --data data/stdlib --log-dir log/demo
-	$(RUN_PYTHON) eval.py log/demo --prompt class --prompt def --num-samples 1 --temperature 0.9 --top-k 50
+	$(RUN_PYTHON) eval.py log/demo --loss --prompt class --prompt def --num-samples 1 --temperature 0.9 --top-k 50
 	@echo
 	@echo "picture     log/demo/loss.png"
 	@echo "log         log/demo/log.txt"
@@ -73,6 +79,9 @@ train-gpu4: $(VENV)/core ## train GPT-2 124M on four GPUs: NPROC=n, DEVICE=cpu, 
 
 eval: $(VENV)/core ## evaluate and sample from the newest checkpoint: RUN=log/NAME (ARGS=... more flags)
 	$(RUN_PYTHON) eval.py $(RUN) $(data_flag) $(ARGS)
+
+sample: $(VENV)/core ## a text from the newest checkpoint, within seconds: RUN=log/NAME PROMPT='Once upon'
+	$(RUN_PYTHON) eval.py $(RUN) --no-loss $(if $(PROMPT),--prompt '$(PROMPT)') --num-samples 1 $(ARGS)
 
 report: $(VENV)/core ## write RUN/report.html, everything about a run on one page: RUN=log/NAME
 	$(RUN_PYTHON) -m mygpt.report $(or $(RUN),$(error give the run: make report RUN=log/NAME)) $(ARGS)

@@ -3,21 +3,22 @@
     python eval.py                       the newest run under log/
     python eval.py log/demo --best       its best checkpoint by validation
     python eval.py log/demo/checkpoints/step_00000100
-    python eval.py log/demo --prompt 'import os' --num-samples 3 --temperature 0.8
-    python eval.py log/demo --interactive
+    python eval.py log/demo --prompt 'import os' --num-samples 3      only samples, in seconds
+    python eval.py log/demo --prompt 'import os' --loss               samples and the loss
+    python eval.py log/demo --interactive                             completes what you type
     python eval.py log/gpt2 --reference gpt2 --hellaswag hellaswag_val.jsonl
     python eval.py gpt2 --data data/web  Hugging Face's format: a folder, or a name on its hub
     torchrun --standalone --nproc_per_node=4 eval.py log/gpt2
 
-Every token that has a predecessor in its shard is a target exactly once (promise 9). Bits per byte
-are all nats, those of <|endoftext|> included, over ln 2 and the UTF-8 bytes of the text. Results go
-to eval.json and eval.md in the run's folder; docs/EVALUATION.md explains each.
+Every token that has a predecessor in its shard is a target exactly once. Bits per byte are all
+nats, those of <|endoftext|> included, over ln 2 and the UTF-8 bytes of the text. Results go to
+eval.json and eval.md in the run's folder; docs/EVALUATION.md explains each.
 """
 
 import os
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +54,7 @@ class EvalConfig:
     best: bool = False  # take the best checkpoint by validation, not the newest
     reference: str | None = None  # another model on the same tokens: gpt2, say, or another run
     block_size: int = 0  # tokens of context, at most the model's; 0: the model's
-    loss: bool = True  # without it: only samples and questions, which need no dataset
+    loss: bool = True  # score the validation split; not by default if only a prompt is given
     hellaswag: Path | None = None  # HellaSwag's jsonl file: ctx, endings, label
     choices: UseAppendAction[tuple[Path, ...]] = ()  # more questions in that format; repeatable
     out: Path | None = None  # FILE.md, with FILE.json beside it; else eval.md in the run's folder
@@ -73,8 +74,16 @@ class EvalConfig:
 
 
 def parse(args: list[str] | None) -> EvalConfig:
-    """Read the flags. Raises ValueError for impossible values."""
+    """Read the flags. Raises ValueError for impossible values.
+
+    A prompt alone asks for samples, which take seconds; the loss then needs --loss, or a flag that
+    says where results go or what to compare them with.
+    """
+    args = sys.argv[1:] if args is None else args
     config = tyro.cli(EvalConfig, args=args, prog="eval.py", description=__doc__)
+    if config.prompt or config.prompt_file:
+        has_results = config.json or config.out or config.reference or "--loss" in args
+        config = replace(config, loss=config.loss and bool(has_results))
     check_ranges(config, RANGES)
     if not 0 < config.top_p <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1, got {config.top_p}")
@@ -97,7 +106,7 @@ from mygpt.eval.documents import DocumentWindows, Losses, evaluate_documents
 from mygpt.eval.multiple_choice import Question
 from mygpt.eval.quantize import with_weights
 from mygpt.eval.target import Target
-from mygpt.generate import Sampling
+from mygpt.generate import Sampling, trailing_space_note
 from mygpt.model import GPT
 from mygpt.settings import only_dataset
 from shards.files import atomic_file, write_json
@@ -266,6 +275,8 @@ def draw_samples(report: dict[str, Any], model: GPT, inputs: Inputs) -> list[dic
     config, tokenizer = inputs.config, inputs.tokenizer
     if tokenizer is None or not config.num_samples:
         return []
+    if note := trailing_space_note(inputs.prompts):
+        print(note, file=sys.stderr)
     generator = with_weights(model, config.weights)
     live = sys.stdout.isatty() and config.num_samples == 1 and not config.json
     labels = {key: report[key] for key in ("checkpoint", "step")}

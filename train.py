@@ -20,7 +20,7 @@ Shapes: B sequences of a micro-batch, T block size.
 import os
 import sys
 
-from shards.cli import end_on_interrupt, end_with, one_line_errors
+from shards.cli import end_on_interrupt, end_with, one_line_errors, printable_text
 
 if __name__ == "__main__":
     end_on_interrupt()
@@ -45,7 +45,7 @@ import torch
 from mygpt import autotune, checkpoint, plot, run_config, sharding, trackers
 from mygpt.distributed import EXIT_LOST, DistributedContext, RanksLost, autocast, init_distributed
 from mygpt.evaluate import Loss, default_batch_size, evaluate
-from mygpt.generate import Sampling, generate
+from mygpt.generate import Sampling, generate, trailing_space_note
 from mygpt.log import (
     Meter,
     RunLog,
@@ -115,6 +115,8 @@ def train(record: RunRecord, dataset: Mixture, ranks: DistributedContext, stop: 
         reached = "is finished" if newest >= max_steps else "has reached --stop-at"
         log.write(f"nothing left to do: {run_dir} {reached}, step {newest} of {max_steps}")
         return 0
+    if tokenizer and (note := trailing_space_note(record.config.sample_prompt)):
+        log.show(note)
     state = build_train_state(record, dataset, ranks, init_weights=newest < 0)
     try:
         resume_or_init(state, newest, dataset, stop, log)
@@ -134,6 +136,9 @@ def train(record: RunRecord, dataset: Mixture, ranks: DistributedContext, stop: 
         log.write(f"log         {run_dir / 'log.txt'}")
         log.write(f"picture     {plot.draw_or_explain(run_dir)}")
         log.write(f"checkpoint  {checkpoint.find(run_dir)}")
+        if tokenizer:
+            log.write(f"samples     {run_dir / 'samples.jsonl'}")
+        log.write(f"sample      python eval.py {run_dir} --prompt TEXT")
         log.write(f"next        python eval.py {run_dir}")
     return 0
 
@@ -168,7 +173,7 @@ def train_loop(
                 val_loss, is_best = validate_and_log(state, stop, log)
                 track(step, {"val_loss": val_loss})
             if tokenizer and step % config.sample_interval == 0:
-                sample_and_log(state, tokenizer)
+                sample_and_log(state, tokenizer, log)
             if is_best or step == last or step % config.checkpoint_interval == 0:
                 save_checkpoint(state, config.log_dir, val_loss)
                 log.write(checkpoint_line(step, max_steps, is_best))
@@ -280,10 +285,10 @@ def lacks_validation(config: TrainConfig, step: int) -> bool:
     return checkpoint.read_state(checkpoint.folder_of(config.log_dir, step))["val_loss"] is None
 
 
-def sample_and_log(state: TrainState, tokenizer: Tokenizer) -> None:
-    """Append a continuation of each --sample-prompt (by default a new document) to samples.jsonl.
+def sample_and_log(state: TrainState, tokenizer: Tokenizer, log: RunLog) -> None:
+    """Show a continuation of each --sample-prompt (by default a new document).
 
-    Deterministic: the same weights write the same text.
+    They are appended to samples.jsonl. Deterministic: the same weights write the same text.
     """
     prompts = state.config.sample_prompt or ("",)
     # On all ranks: the forward pass of a sharded model needs every rank.
@@ -302,6 +307,8 @@ def sample_and_log(state: TrainState, tokenizer: Tokenizer) -> None:
     ]
     if state.ranks.is_main:
         run_config.write_samples(state.config.log_dir, state.step, samples)
+    for sample in samples:
+        log.show(f"sample {state.step}  {printable_text(sample['text'])}")
 
 
 # --- before the first step

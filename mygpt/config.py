@@ -16,11 +16,11 @@ class GPTConfig:
 
     block_size: int = 1024  # tokens of context = learned positions
     vocab_size: int = 50257  # GPT-2's 50,000 merges, 256 bytes and <|endoftext|>
-    n_layers: int = 12
-    n_heads: int = 12
+    n_layers: int = 12  # blocks, each of attention and MLP
+    n_heads: int = 12  # attention heads of each block; they share n_embed
     n_embed: int = 768  # width of the residual stream
     n_hidden: int = 0  # width of the MLP; 0 is replaced by 4 * n_embed
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of activations zeroed in training
     bias: bool = True  # in linear layers and layer norms, as in GPT-2
 
     def __post_init__(self) -> None:

@@ -250,9 +250,12 @@ def main() -> None:
 
     "auto" means GPUs here: several ranks on a CPU are hardly what was meant.
     """
-    parser = argparse.ArgumentParser(description="Check that this many ranks can start here.")
-    parser.add_argument("ranks", type=int)
-    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    parser = argparse.ArgumentParser(
+        "python -m mygpt.distributed", description="Check that this many ranks can start here."
+    )
+    parser.add_argument("ranks", type=int, help="how many ranks: one per GPU")
+    devices = ("auto", "cuda", "mps", "cpu")
+    parser.add_argument("--device", choices=devices, default="auto", help="auto: GPUs")
     args = parser.parse_args()
     check_room(args.ranks, "cuda" if args.device == "auto" else args.device)
 

@@ -33,6 +33,17 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
+def trailing_space_note(prompts: Sequence[str]) -> str:
+    """Return a line of advice if a prompt ends in a space, else ""."""
+    for prompt in prompts:
+        if prompt.endswith(" "):
+            return (
+                f"note: the prompt {prompt!r} ends in a space. GPT-2's BPE keeps a space with the "
+                "word after it, so texts hardly ever continue so: leave the space out"
+            )
+    return ""
+
+
 def generate(
     model: GPT, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: int | None = None
 ) -> list[list[int]]:

@@ -138,6 +138,11 @@ class RunLog:
                     "again, it resumes from the last checkpoint"
                 ) from error
 
+    def show(self, line: str) -> None:
+        """Print a line on the terminal only."""
+        if self.enabled:
+            _print(line)
+
 
 def _print(line: str) -> None:
     """Print a line. A run outlives the reader of its output (`| head`): log.txt has every line."""

@@ -113,8 +113,11 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
 @one_line_errors()
 def main() -> int:
     """Draw the runs named on the command line."""
-    parser = argparse.ArgumentParser(description="Draw the losses of runs into one picture.")
-    parser.add_argument("run", type=Path, nargs="*", default=[Path("log")])
+    parser = argparse.ArgumentParser(
+        "python -m mygpt.plot", description="Draw the losses of runs into one picture."
+    )
+    runs = "folders of runs; by default the newest under log/"
+    parser.add_argument("run", type=Path, nargs="*", default=[Path("log")], help=runs)
     parser.add_argument("--out", type=Path, help="the picture; else loss.png in the runs' folder")
     options = parser.parse_args()
     try:

@@ -504,6 +504,40 @@ def test_samples_of_a_run_need_no_dataset_but_its_tokenizer(
 # --- samples
 
 
+def test_a_prompt_alone_asks_for_samples_only(
+    gpt2_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored: list[bool] = []
+    measure = script.evaluate_documents
+
+    def counted(*args: Any) -> Any:
+        scored.append(True)
+        return measure(*args)
+
+    monkeypatch.setattr(script, "evaluate_documents", counted)
+    flags = [str(gpt2_run), "--prompt", "def f", "--max-new-tokens", "2", "--device", "cpu"]
+    assert script.main(flags) == 0
+    text = capsys.readouterr().out
+    assert not scored and "nats per token" not in text and "def f" in text
+    assert script.main([*flags, "--loss"]) == 0
+    assert scored and "nats per token" in capsys.readouterr().out
+    for more in (["--json"], ["--reference", str(gpt2_run)], ["--out", str(gpt2_run / "x.md")]):
+        assert script.parse([*flags, *more]).loss
+        assert not script.parse([*flags, *more, "--no-loss"]).loss
+    assert script.parse([str(gpt2_run)]).loss
+
+
+def test_a_prompt_that_ends_in_a_space_is_noted_once(
+    gpt2_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [str(gpt2_run), "--max-new-tokens", "1", "--device", "cpu", "--prompt", "def"]
+    assert script.main(flags) == 0
+    assert capsys.readouterr().err == ""
+    assert script.main([*flags, "--prompt", "The ", "--prompt", "def "]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("note: the prompt 'The ' ends in a space") and error.count("\n") == 1
+
+
 def test_a_sample_on_a_terminal_is_the_sample_of_the_report(
     gpt2_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

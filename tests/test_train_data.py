@@ -196,14 +196,20 @@ def test_samples_are_written_and_change_nothing(
     prompts = ("--sample-interval", "2", "--sample-prompt", "def", "--sample-prompt", "é")
     start(words, tmp_path / "plain", *flags)
     start(words, tmp_path / "told", *flags, *prompts, "--stop-at", "3")
-    start(words, tmp_path / "told", *flags, *prompts)
+    capsys.readouterr()
+    start(words, tmp_path / "told", *flags, *prompts, "--sample-prompt", "a ")
+    shown = capsys.readouterr().out
+    assert "note: the prompt 'a ' ends in a space" in shown
+    assert shown.count("\nsample 4  def") == shown.count("\nsample 4  é") == 1
+    assert f"\nsamples     {tmp_path / 'told' / 'samples.jsonl'}\n" in shown
+    assert f"\nsample      python eval.py {tmp_path / 'told'} --prompt TEXT\n" in shown
     assert final_bytes(tmp_path / "told") == final_bytes(tmp_path / "plain")
     samples = run_config.read_samples(tmp_path / "told")
     assert [(one["step"], one["prompt"]) for one in samples] == [
-        (step, prompt) for step in (2, 4) for prompt in ("def", "é")
+        *((2, "def"), (2, "é"), (4, "def"), (4, "é"), (4, "a ")),
     ]
     assert all(one["text"].startswith(one["prompt"]) for one in samples)
-    assert len({one["text"] for one in samples if one["step"] == 4}) == 2
+    assert len({one["text"] for one in samples if one["step"] == 4}) == 3
     assert run_config.read_samples(tmp_path / "plain") == []
 
 

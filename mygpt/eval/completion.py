@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mygpt.generate import Sampling, noise, sample, stream
+from mygpt.generate import Sampling, noise, sample, stream, trailing_space_note
 from mygpt.model import GPT, KeyValueCache
 from mygpt.stopping import Interrupt
 from shards.cli import printable_text
@@ -131,6 +131,7 @@ def converse(
     """
     print(HELP)
     vocabulary, start = tokenizer.vocabulary(), [tokenizer.eot]
+    noted = False
     while True:
         try:
             typed = read("\n> ")
@@ -141,6 +142,9 @@ def converse(
             completer.clear()
             start = [tokenizer.eot]
             continue
+        if not noted and (note := trailing_space_note([typed])):
+            noted = True
+            print(note)
         text, written = TextStream(vocabulary), 0
         # A flag and not an exception, which could leave the cache half updated.
         with Interrupt().watch() as interrupt:

@@ -9,15 +9,11 @@ from typing import Any
 from shards import stored_json
 
 MAX_GROUPS = 12  # rows per table; eval.json has all of them
-LOSS_NOTE = (
-    "± one standard error, over documents. Bits per byte: all nats, those of <|endoftext|> "
-    "included, over the UTF-8 bytes of the text."
+BITS_NOTE = (
+    "Bits per byte: all nats, those of <|endoftext|> included, over the UTF-8 bytes of the text."
 )
 POSITION_NOTE = "Windows start anywhere in a document: a short context is often the middle of one."
-CHOICE_NOTE = (
-    "± one standard error, over questions. Normalised: the log-probability of an ending divided by "
-    "its characters."
-)
+CHOICE_NOTE = "Normalised: the log-probability of an ending divided by its characters."
 Rows = list[tuple[str, ...]]  # of a table, the header first
 
 
@@ -132,6 +128,11 @@ def number(value: float | None, spec: str = ".4f") -> str:
     return format(math.nan if value is None else value, spec)
 
 
+def counted(count: int, noun: str) -> str:
+    """Format a count with its noun: 1 document, 2,000 documents."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def text(report: Mapping[str, Any]) -> str:
     """Format a report, but for its samples, for a terminal."""
     width = max(len(name) for name, _ in _identity(report)) + 2
@@ -176,7 +177,7 @@ def _identity(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield (
             "data",
             f"{report['data']} ({report['fingerprint'][:12]}), whole validation split: "
-            f"{report['tokens']:,} targets, {report['documents']:,} documents, "
+            f"{report['tokens']:,} targets, {counted(report['documents'], 'document')}, "
             f"{report['text_bytes']:,} bytes",
         )
     yield "context", f"{report['block_size']:,} tokens"
@@ -192,14 +193,20 @@ def _model(identity: Mapping[str, Any]) -> str:
 def tables(report: Mapping[str, Any]) -> Iterator[tuple[Rows, str]]:
     """Yield the tables of a report (an eval.json), losses first, each with the note below it."""
     if "loss" in report:
-        yield _losses(report), LOSS_NOTE
+        yield _with_note(_losses(report), "documents", BITS_NOTE)
         for key in ("components", "sources"):
             # Sources of one document each, such as source files, say little one by one.
             if any(group["documents"] > 1 for group in report[key]):
                 yield _groups(key.removesuffix("s"), report[key])
         yield _positions(report), POSITION_NOTE
     for name in report["choices"]:
-        yield _choices(report, name), CHOICE_NOTE
+        yield _with_note(_choices(report, name), "questions", CHOICE_NOTE)
+
+
+def _with_note(rows: Rows, units: str, note: str) -> tuple[Rows, str]:
+    """Return the table and the note below it, which explains "±" only if the table has one."""
+    has_errors = any("±" in cell for row in rows for cell in row)
+    return rows, (f"± one standard error, over {units}. " if has_errors else "") + note
 
 
 def _losses(report: Mapping[str, Any]) -> Rows:

@@ -128,9 +128,10 @@ def short(value: float) -> str:
 
 def _grid(x: Axis, y: Axis) -> str:
     """Grid lines with their labels, hidden from screen readers."""
+    heights = {tick: f'style="bottom:{100 * y.fraction(tick):.2f}%"' for tick in ticks(y, 4)}
     rows = "".join(
-        f'<span class="y" style="bottom:{100 * y.fraction(tick):.2f}%">{short(tick)}</span>'
-        for tick in ticks(y, 4)
+        f'<span class="rule" {height}></span><span class="y" {height}>{short(tick)}</span>'
+        for tick, height in heights.items()
     )
     columns = "".join(
         f'<span class="x" style="left:{100 * x.fraction(tick):.2f}%">{short(tick)}</span>'

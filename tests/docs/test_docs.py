@@ -74,8 +74,8 @@ print(json.dumps(texts))
 
 
 @functools.cache
-def flags() -> dict[str, set[str]]:
-    """Command -> its flags."""
+def help_texts() -> dict[str, str]:
+    """Command -> what its --help says, that of its subcommands included."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", HELP, *COMMANDS],
         cwd=ROOT,
@@ -84,11 +84,17 @@ def flags() -> dict[str, set[str]]:
         text=True,
         check=True,
     )
+    return json.loads(done.stdout)
+
+
+@functools.cache
+def flags() -> dict[str, set[str]]:
+    """Command -> its flags."""
     # A flag is defined at the left edge of the text; those within sentences are not.
     defined = re.compile(r"^(?:│ |  )(?:-\w, )?(--[\w-]+(?:, --[\w-]+)*)", re.MULTILINE)
     found = {
         command: {flag for line in defined.findall(text) for flag in line.split(", ")}
-        for command, text in json.loads(done.stdout).items()
+        for command, text in help_texts().items()
     }
     for command in TRAINING:
         found[command] = found.get(command, set()) | found["train.py"]
@@ -333,6 +339,68 @@ def test_a_broken_link_would_be_seen() -> None:
     readme = ROOT / "README.md"
     text = "[a](docs/SCALE.md#the-plan) [b](docs/SCALE.md#no-such) [c](no.md) [d](https://x.y/z)"
     assert list(broken_links(text, readme)) == ["docs/SCALE.md#no-such", "no.md"]
+
+
+# Prompts: in GPT-2's BPE a space belongs to the word after it, so a prompt that ends in one is
+# hardly ever continued as a text would be.
+PROMPT = re.compile(r"""(?:prompt[= ]|PROMPT=)(['"])(?P<prompt>(?:(?!\1).)*)\1""", re.DOTALL)
+
+
+def prompts_ending_in_a_space(text: str) -> list[str]:
+    return [match["prompt"] for match in PROMPT.finditer(text) if match["prompt"].endswith(" ")]
+
+
+@pytest.mark.parametrize(
+    "path", [*PAGES, ROOT / "Makefile", *product_files(), *ROOT.glob("*.py")], ids=str
+)
+def test_no_example_prompt_ends_in_a_space(path: Path) -> None:
+    assert not prompts_ending_in_a_space(path.read_text("utf-8"))
+
+
+def test_a_prompt_that_ends_in_a_space_would_be_seen() -> None:
+    text = (
+        """eval.py --prompt 'The ' --sample-prompt "def " --prompt 'a b'; make sample PROMPT='x '"""
+    )
+    assert prompts_ending_in_a_space(text) == ["The ", "def ", "x "]
+    assert PROMPT.search((ROOT / "docs" / "recipes" / "own-text.md").read_text("utf-8"))
+
+
+# --help: a flag or a positional argument, at the left edge, has its text beside or below it.
+SECTION = re.compile(r"^(?:╭─ )?(positional arguments|(?:[\w-]+ )?options)\b")
+ARGUMENT = re.compile(r"^ {2}(?P<name>\S+(?: \S+)*)(?: {2,}(?P<text>\S.*))?$")
+
+
+def without_text(text: str) -> Iterator[str]:
+    """Arguments in a --help that have no text but a default."""
+    lines = [re.sub(r"^│", " ", line).rstrip("│ ") for line in text.splitlines()]
+    section = ""
+    for line, following in zip_longest(lines, lines[1:], fillvalue=""):
+        if heading := SECTION.match(line):
+            section = heading[1]
+        elif not line or line.startswith("╰"):
+            section = ""
+        match = ARGUMENT.match(line)
+        if section and match and (section.startswith("pos") or match["name"].startswith("-")):
+            below = re.match(r" {6,}(\S.*)", following)
+            words = match["text"] or (below[1] if below else "")
+            if not words or words.startswith("(default"):
+                yield match["name"]
+
+
+def test_every_flag_has_a_text() -> None:
+    assert {name: list(without_text(text)) for name, text in help_texts().items()} == {
+        name: [] for name in COMMANDS
+    }
+
+
+def test_a_flag_without_a_text_would_be_seen() -> None:
+    box = "╭─ options ──╮\n│ --a INT    (default: 1)  │\n│ --b INT  text │\n│ --c STR   │\n╰──╯"
+    assert list(without_text(box)) == ["--a INT", "--c STR"]
+    argparse = (
+        "positional arguments:\n  ranks\n\noptions:\n  --device {a,b}\n  --out OUT   text\n"
+        "  --long {a,b}\n              text\n"
+    )
+    assert list(without_text(argparse)) == ["ranks", "--device {a,b}"]
 
 
 # The tables of ARCHITECTURE.md: under a heading "### `prepare/`", the first cell of each row names

@@ -123,6 +123,13 @@ def test_a_conversation(model: GPT, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{HELP}\n{written}\n"
 
 
+def test_a_space_at_the_end_is_noted_once(model: GPT, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation(Completer(model, GREEDY), "ab", "a ", "b ")
+    assert capsys.readouterr().out.count("note: the prompt 'a ' ends in a space") == 1
+    conversation(Completer(model, GREEDY), "ab", "a\n")
+    assert "note" not in capsys.readouterr().out
+
+
 def test_the_end_of_a_document_is_shown(
     model: GPT, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

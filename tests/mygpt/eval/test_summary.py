@@ -97,6 +97,15 @@ def test_the_terminal(report: dict[str, Any]) -> None:
     assert len(ends) == 12 and len(set(ends)) == 1  # columns are columns
 
 
+def test_an_error_is_explained_where_there_is_one(report: dict[str, Any]) -> None:
+    assert summary.text(report).count("± one standard error") == 2
+    report |= {"loss_se": None, "bits_per_byte_se": None, "documents": 1, "sources": []}
+    report["choices"]["hellaswag"] |= {"accuracy_se": None}
+    del report["reference"]
+    assert "±" not in summary.text(report)
+    assert "1 document, " in summary.text(report)
+
+
 def test_a_reference_trained_on_something_else_is_said(report: dict[str, Any]) -> None:
     report["reference"] |= {"trained_on": "fedcba9876543210"}
     assert "\nreference: gpt2, trained on fedcba987654  " in summary.text(report)

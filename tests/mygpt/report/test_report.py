@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def run(data: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("log") / "a <run>"
     write_run(folder, data)
-    sampling = ("--prompt", "Once", "--num-samples", "1", "--max-new-tokens", "2")
+    sampling = ("--loss", "--prompt", "Once", "--num-samples", "1", "--max-new-tokens", "2")
     assert evaluation.main([str(folder), "--device", "cpu", *sampling]) == 0
     found = json.loads((folder / "eval.json").read_text())
     found["samples"][0]["text"] = EVIL
