@@ -1,17 +1,20 @@
-"""Origin of each row of a training step: where a spike of the loss came from.
+"""`explain`: the origin of each row of a training step: where a spike of the loss came from.
 
 Of a run's `config.json` are read: "fingerprint", "generations" (source → generation), "earlier"
 (the same two, "until" a step, before the run moved to a later generation), and of "config": "data"
 (specs), "seed", "total_batch_size", "shuffle_shards", "max_steps", and "block_size" of its "model".
 """
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
+from tyro.conf import UseAppendAction, arg
 
 from shards import stored_json
 from shards.cli import printable
@@ -23,6 +26,28 @@ from shards.tokenizer import Tokenizer, open_tokenizer
 
 SHOWN_CHARACTERS = 200
 MAX_STEPS = 1 << 31  # of a run that does not say its own
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Say where each row of a training step came from, and how its text begins."""
+
+    run_folder: Annotated[Path, arg(name="run")]
+    """The run's folder."""
+    step: int
+    """The finished step, as log.txt counts them."""
+    row: int | None = None
+    """Only this row of the global batch, from 0, with its whole text."""
+    data: UseAppendAction[tuple[str, ...]] = ()
+    """The present location of its datasets, if they were moved; as the run's own --data."""
+    json: bool = False
+    """Print one JSON object per row and line, with the whole text."""
+
+    def run(self) -> int:
+        """Print the rows."""
+        for row in rows_of(self.run_folder, self.step, self.row, self.data):
+            print(json.dumps(asdict(row)) if self.json else row.as_text(self.row is not None))
+        return 0
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
-"""Description of a dataset: its contents as text, JSON or a picture, and single documents."""
+"""`info` and `show`: a dataset described as text, JSON or a picture, and single documents."""
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from tyro.conf import Positional, arg
 
-from shards.cli import printable
+from shards.cli import printable, printable_text
 from shards.files import atomic_file
 from shards.manifest import Manifest, TokenizerIdentity
 from shards.reader import evenly_spaced, open_tokens, read_index
@@ -18,6 +20,51 @@ QUANTILES = (0, 0.1, 0.5, 0.9, 0.99, 1)
 INDEXES_READ = 256
 COLORS = {"train": "#4C78A8", "val": "#E45756"}
 NO_MATPLOTLIB = "expected matplotlib for --plot, found none: pip install 'mygpt[plots]'"
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say what a dataset is: tokenizer, splits, sources, document lengths."""
+
+    folder: Annotated[Positional[str], arg(metavar="FOLDER")]
+    """The dataset's folder or URI."""
+    plot: Annotated[Path | None, arg(metavar="PNG")] = None
+    """Draw document lengths, tokens per shard and the split into this file."""
+    json: bool = False
+    """Print one JSON object on one line."""
+
+    def run(self) -> int:
+        """Print the description, and draw the picture if requested."""
+        manifest = Manifest.load(self.folder)
+        description = describe(manifest)
+        print(json.dumps(description) if self.json else as_text(description))
+        if self.plot:
+            draw(manifest, self.plot)
+        return 0
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print a document of a dataset, decoded, under a line that says where it comes from."""
+
+    folder: Annotated[Positional[str], arg(metavar="FOLDER")]
+    """The dataset's folder or URI."""
+    split: Literal["train", "val"] = "val"
+    """The split of the document."""
+    document: int = 0
+    """The number of the document in the split, from 0."""
+
+    def run(self) -> int:
+        """Print the document."""
+        found = find_document(Manifest.load(self.folder), self.split, self.document)
+        onward = f" on over {found.shards} shards" if found.shards > 1 else ""
+        print(
+            f"=== {self.split} document {self.document}: {printable(found.source)}, row "
+            f"{found.row}; "
+            f"{found.file} from token {found.offset}{onward}, {len(found.ids):,} tokens ==="
+        )
+        print(printable_text(found.text()))
+        return 0
 
 
 @dataclass(frozen=True)

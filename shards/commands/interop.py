@@ -1,4 +1,4 @@
-"""Import token files of other projects as a dataset, and export a dataset as such files.
+"""`import` and `export`: token files of other projects to a dataset, and a dataset to such files.
 
 `nanogpt` is a bare stream of uint16 in train.bin and val.bin (karpathy/nanoGPT). `llmc` is any
 number of files with a header of 256 int32 (a magic number, a version, the count) and as many uint16
@@ -9,9 +9,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
+from tyro.conf import Positional, arg
 
 from shards import tokenizer
 from shards.files import atomic_folder
@@ -27,6 +30,59 @@ MAX_SHARD_TOKENS = 1 << 27
 BLOCK = 1 << 22
 
 Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Import:
+    """Make a dataset of another project's token files (nanoGPT, llm.c, modded-nanogpt)."""
+
+    files: Annotated[Positional[tuple[Path, ...]], arg(metavar="FILE...")]
+    """The .bin files, with train or val as a word in their names."""
+    out: Path
+    """The new dataset's folder."""
+    format: Literal["auto", "nanogpt", "llmc"] = "auto"
+    """nanogpt: bare uint16; llmc: with a header of 256 int32; auto: by its magic number."""
+
+    def run(self) -> int:
+        """Copy the tokens and find the documents in them."""
+        size = sum(path.stat().st_size for path in self.files if path.is_file())
+        with progress(size // 2, "import") as bar:  # two bytes per token
+            manifest = import_files(self.files, self.out, self.format, bar.update)
+        print(
+            f"{manifest.counts['written']:,} documents, {total_tokens(manifest):,} tokens in "
+            f"{self.out}: python -m shards info {self.out}"
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a dataset's tokens as another project's files (nanoGPT, llm.c, modded-nanogpt)."""
+
+    folder: Annotated[Positional[str], arg(metavar="FOLDER")]
+    """The dataset's folder or URI."""
+    out: Path
+    """The new folder for the .bin files."""
+    format: Literal["nanogpt", "llmc"] = "nanogpt"
+    """nanogpt: train.bin and val.bin; llmc: one file with a header per shard."""
+
+    def run(self) -> int:
+        """Copy the tokens."""
+        manifest = Manifest.load(self.folder)
+        with progress(total_tokens(manifest), "export") as bar:
+            names = export(manifest, self.out, self.format, bar.update)
+        print(f"{len(names)} files in {self.out}: {names[0]} to {names[-1]}")
+        return 0
+
+
+def total_tokens(manifest: Manifest) -> int:
+    """Return the token count of all splits."""
+    return sum(split.tokens for split in manifest.splits.values())
+
+
+def progress(tokens: int, name: str) -> "tqdm[None]":
+    """Return a progress bar that counts tokens."""
+    return tqdm(total=tokens, unit=" tokens", unit_scale=True, desc=name, leave=False)
 
 
 @dataclass(frozen=True)
