@@ -311,9 +311,11 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     hashes = read_state(path.parent).get("hashes", {})  # none in checkpoints of version 0.2
+    if not path.is_file():  # to open a named pipe would hang
+        raise ValueError(f"{path} is damaged (it is missing, or no file): {OTHER}")
     try:
         tensors = load_file(path)
-    except (SafetensorError, FileNotFoundError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): {OTHER}") from None
     if path.name in hashes and hashes[path.name] != (actual := _hash(tensors)):
         raise ValueError(

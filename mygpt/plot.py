@@ -6,7 +6,7 @@ python -m mygpt.plot log/one log/other       writes log/loss.png; elsewhere with
 
 import sys
 
-from shards.cli import end_on_interrupt, one_line_errors
+from shards.cli import end_on_interrupt, one_line_errors, require_values
 
 if __name__ == "__main__":
     end_on_interrupt()
@@ -119,7 +119,7 @@ def main() -> int:
     runs = "folders of runs; by default the newest under log/"
     parser.add_argument("run", type=Path, nargs="*", default=[Path("log")], help=runs)
     parser.add_argument("--out", type=Path, help="the picture; else loss.png in the runs' folder")
-    options = parser.parse_args()
+    options = require_values(parser.parse_args())
     try:
         print(draw(*options.run, out=options.out))
     except ImportError:

@@ -111,7 +111,7 @@ def _folder(name_or_folder: str | Path) -> Path:
 
 def _read(folder: Path) -> dict[str, Tensor]:
     """All tensors in the folder, under our names and in our layout."""
-    files = sorted(folder.glob("model*.safetensors"))
+    files = sorted(file for file in folder.glob("model*.safetensors") if file.is_file())
     if not files:
         raise FileNotFoundError(
             f"{folder} holds no model.safetensors: save the model there with save_pretrained"

@@ -159,7 +159,7 @@ def _advance_generation(
     latest = Mixture.load(record.config.data)
     if latest.fingerprint == dataset.fingerprint:
         return replace(record, earlier=stored.earlier), dataset
-    until = max(checkpoint.steps(record.config.log_dir), default=0)
+    until = max(checkpoint.newest_intact(record.config.log_dir)[0], 0)
     former = Earlier(until, stored.fingerprint, stored.generations)
     earlier = (*stored.earlier, former)
     return RunRecord(record.config, latest.fingerprint, latest.generations, earlier), latest

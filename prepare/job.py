@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -14,10 +15,11 @@ from prepare import finish
 from prepare.dedup import collect_held_out, find_duplicates, validation_units
 from prepare.forecast import check_disk_space, forecast
 from prepare.options import Options
-from prepare.plan import Plan, Unit, UnitResult, make_plan, unit_number
+from prepare.plan import Plan, Unit, UnitResult, make_plan, total_bad, unit_number
 from prepare.ray import run_ray
 from prepare.resume import finished_plan, start_or_resume
 from prepare.split import VAL_SOURCE
+from prepare.unit import BadLimit
 from prepare.unit_functions import (
     HashDocuments,
     RestoreShards,
@@ -72,7 +74,8 @@ def run(options: Options) -> None:
             plan = make_plan(options, manifest)  # another append has ended since
         if manifest:
             _check_shards(workspace, manifest)  # before hours of work, and again after them
-        plan = start_or_resume(options, workspace, plan)
+        with workspace.plan_locked():
+            plan = start_or_resume(options, workspace, plan)
         job = Job(options, workspace, tokenizer, plan, manifest)
         if not options.finish:
             job.run_units()
@@ -156,7 +159,8 @@ class Job:
             self._find_exclusions(units)
         # On a cluster each node publishes its shards; uploads, too, are spread over the workers.
         workers_publish = self.options.engine != "local" or workspace.folder.remote
-        written = self._run(WriteShards(self.plan, workspace, workers_publish), pending)
+        write = WriteShards(self.plan, workspace, workers_publish, self._bad_limit())
+        written = self._run(write, pending)
         new = publish_in_background(written, workspace)
         results = self._stop_early(chain(finished.values(), new))
         _show_progress(islice(results, len(finished), None), units, pending)
@@ -199,17 +203,20 @@ class Job:
 
     def _stop_early(self, results: Iterable[UnitResult]) -> Iterator[UnitResult]:
         """Yield the results. Raises ValueError once too much is bad, whatever is still to come."""
-        text = sum(unit.weight for unit in self.plan.units)
-        documents = sum(bad.documents for bad in self.plan.bad)
-        lost = sum(bad.bytes for bad in self.plan.bad)
+        is_hopeless = self._bad_limit()
+        documents, lost = total_bad(self.plan.bad)
         seen = [self.plan.inspection()]
         for result in results:
             seen.append(result)
-            documents += sum(bad.documents for bad in result.bad)
-            lost += sum(bad.bytes for bad in result.bad)
-            if finish.is_hopeless(documents, lost, text, self.options.max_bad):
+            more_documents, more_lost = total_bad(result.bad)
+            documents, lost = documents + more_documents, lost + more_lost
+            if is_hopeless(documents, lost):
                 self._check_bad(seen)
             yield result
+
+    def _bad_limit(self) -> BadLimit:
+        text = sum(unit.weight for unit in self.plan.units)
+        return partial(finish.is_hopeless, text=text, max_bad=self.options.max_bad)
 
     def _check_bad(self, results: Sequence[UnitResult]) -> list[finish.Entry]:
         """Write quarantine.jsonl and return the entries of this generation.

@@ -66,6 +66,7 @@ class UnitResult:
     duplicates: int = 0  # of them, not written
     bad: list[BadDocuments] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    stopped: bool = False  # too much was bad, so the rest was not read; never stored
 
     def all_shards(self) -> list[Shard]:
         """The shards of both splits."""
@@ -82,6 +83,12 @@ def list_bad(listed: list[BadDocuments], bad: Iterable[BadDocuments]) -> None:
         rest.append(listed[MAX_LISTED - 1])
         documents, size = sum(one.documents for one in rest), sum(one.bytes for one in rest)
         listed[MAX_LISTED - 1] = replace(rest[-1], reason=UNLISTED, documents=documents, bytes=size)
+
+
+def total_bad(bad: Iterable[BadDocuments]) -> tuple[int, int]:
+    """Return how many documents are bad, and the bytes of text lost with them."""
+    counts = [(one.documents, one.bytes) for one in bad]
+    return sum(documents for documents, _ in counts), sum(lost for _, lost in counts)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def start_or_resume(options: Options, workspace: Workspace, plan: Plan) -> Plan:
         stored = None
     if stored is None:
         # If the generation before was killed right after its manifest. A first one has nothing to
-        # remove but what another task, started at the same moment, is writing.
+        # remove but what another task, started at the same moment in an object store, is writing.
         if plan.generation:
             workspace.remove_intermediates()
         workspace.store_plan(plan)

@@ -1,5 +1,6 @@
 """One unit of input turned into its train and val shards."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import pyarrow as pa
 
 from prepare.documents import Batch, read
 from prepare.encode import AuditError, Encoded, encode
-from prepare.plan import Plan, Unit, UnitResult, list_bad
+from prepare.plan import Plan, Unit, UnitResult, list_bad, total_bad
 from prepare.split import VAL_SOURCE
 from shards.manifest import DTYPE, INDEX_SCHEMA, SPLITS, Shard
 from shards.tokenizer import Tokenizer, string_buffers
@@ -17,6 +18,9 @@ from shards.writer import ShardWriter, open_shard
 
 # A stream of unknown length (a compressed file) continues in another shard after this many tokens.
 MAX_SHARD_TOKENS = 1 << 27
+
+# True of (bad documents, bytes lost with them) that are too many, whatever is still to be read.
+BadLimit = Callable[[int, int], bool]
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,24 @@ class Exclusions:
 
 
 def run_unit(
-    plan: Plan, unit: Unit, folder: Path, tokenizer: Tokenizer, exclusions: Exclusions
+    plan: Plan,
+    unit: Unit,
+    folder: Path,
+    tokenizer: Tokenizer,
+    exclusions: Exclusions,
+    is_hopeless: BadLimit | None = None,
 ) -> UnitResult:
     """Write a unit's shards into `folder`, without the excluded documents.
 
-    If the audit finds a difference, the whole unit is encoded by tiktoken, with a warning. Raises
-    ValueError for a source that changed since it was planned, OSError for failing I/O.
+    If the audit finds a difference, the whole unit is encoded by tiktoken, with a warning. Stops
+    where `is_hopeless` says so, with a result that is `stopped`. Raises ValueError for a source
+    that changed since it was planned, OSError for failing I/O.
     """
     try:
-        result = _write_unit(plan, unit, folder, tokenizer, exclusions)
+        result = _write_unit(plan, unit, folder, tokenizer, exclusions, is_hopeless)
     except AuditError as error:
-        result = _write_unit(plan, unit, folder, tokenizer.reference_only(), exclusions)
+        reference = tokenizer.reference_only()
+        result = _write_unit(plan, unit, folder, reference, exclusions, is_hopeless)
         result.warnings.append(f"unit {unit.number} was encoded by tiktoken alone: {error}")
     check_unchanged(plan, unit)
     return result
@@ -71,7 +82,12 @@ def check_unchanged(plan: Plan, unit: Unit) -> None:
 
 
 def _write_unit(
-    plan: Plan, unit: Unit, folder: Path, tokenizer: Tokenizer, exclusions: Exclusions
+    plan: Plan,
+    unit: Unit,
+    folder: Path,
+    tokenizer: Tokenizer,
+    exclusions: Exclusions,
+    is_hopeless: BadLimit | None,
 ) -> UnitResult:
     """Read, encode and write the unit's documents."""
     train, val = (
@@ -81,6 +97,10 @@ def _write_unit(
     documents, is_first = 0, True
     with train, val:
         for batch in read(plan.files, unit.slices):
+            # Not right after a batch: what has been read to its end is finished, and kept.
+            result.stopped = bool(is_hopeless and is_hopeless(*total_bad(result.bad)))
+            if result.stopped:
+                break
             list_bad(result.bad, batch.bad)
             result.read += sum(bad.documents for bad in batch.bad)
             if not len(batch.texts):

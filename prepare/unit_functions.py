@@ -17,7 +17,7 @@ import numpy as np
 from prepare.documents import read
 from prepare.encode import content_hashes
 from prepare.plan import Plan, Unit, UnitResult
-from prepare.unit import Exclusions, check_unchanged, run_unit
+from prepare.unit import BadLimit, Exclusions, check_unchanged, run_unit
 from prepare.workspace import DUPLICATES, HELD_OUT_HASHES, Workspace
 from shards import tokenizer
 from shards.manifest import Shard
@@ -54,18 +54,24 @@ class UnitFunction(Generic[Result]):
         raise NotImplementedError
 
     @contextmanager
-    def staged_shards(self, unit: Unit) -> Iterator[tuple[UnitResult, Path]]:
+    def staged_shards(
+        self, unit: Unit, is_hopeless: BadLimit | None = None
+    ) -> Iterator[tuple[UnitResult, Path]]:
         """Yield a unit's result and the folder where its shards are staged, gone on an error."""
         exclusions = Exclusions(
             indices=self.workspace.load_array(f"{DUPLICATES}/{unit.name}"),
             hashes=self.workspace.load_array(HELD_OUT_HASHES),
         )
         with self.workspace.staging(unit) as staged:
-            yield run_unit(self.plan, unit, staged, tokenizer.load(), exclusions), staged
+            encoder = tokenizer.load()
+            yield run_unit(self.plan, unit, staged, encoder, exclusions, is_hopeless), staged
 
 
 class Written(NamedTuple):
-    """A unit's result and the folder where its shards are staged; None if they are published."""
+    """A unit's result and the folder where its shards are staged.
+
+    None if they are published, or if the unit was stopped and so has none.
+    """
 
     result: UnitResult
     staged: Path | None
@@ -76,13 +82,16 @@ class WriteShards(UnitFunction[Written]):
     """Turn a unit into shards."""
 
     publish: bool  # if False, that is left to `publish_in_background`
+    is_hopeless: BadLimit
 
     def run(self, unit: Unit) -> Written:
         """Write one unit."""
-        with self.staged_shards(unit) as (result, staged):
-            if self.publish:
+        with self.staged_shards(unit, self.is_hopeless) as (result, staged):
+            if result.stopped:
+                shutil.rmtree(staged)
+            elif self.publish:
                 self.workspace.finish_unit(result, staged)
-        return Written(result, None if self.publish else staged)
+        return Written(result, None if self.publish or result.stopped else staged)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ from shards.remote import filesystem, is_remote
 
 WORK = ".prepare"
 PLAN = f"{WORK}/plan.json"
+PLAN_LOCK = f"{WORK}/plan.lock"
 # Written when a run was refused for its input: a corrected command may start over.
 REFUSED = f"{WORK}/refused"
 SHARD_FILE = re.compile(r"(train|val)_\d{5,}(_\d+)?(\.npy|\.docs\.parquet)")
@@ -139,6 +140,12 @@ class Workspace:
             for other in [path / "lock"] if task else sorted(path.glob("lock-*")):
                 with self._lock(other):
                     pass
+            yield
+
+    @contextmanager
+    def plan_locked(self) -> Iterator[None]:
+        """Hold the lock under which the plan is stored, for tasks that start at the same moment."""
+        with nullcontext() if self.folder.remote else self._lock(self.folder.local / PLAN_LOCK):
             yield
 
     def _lock(self, path: Path) -> filelock.AcquireReturnProxy:

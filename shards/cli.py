@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -76,6 +77,14 @@ def _check_words(words: list[str]) -> None:
             raise ValueError(
                 f"expected a command in UTF-8, found {word!a}: rename or retype it"
             ) from None
+
+
+def require_values(options: Namespace) -> Namespace:
+    """Return what argparse has parsed. Raises ValueError for `--flag=--`, its empty list."""
+    for name, value in vars(options).items():
+        if isinstance(value, list) and (not value or [] in value):
+            raise ValueError(f"expected a value for --{name.replace('_', '-')}, found '--'")
+    return options
 
 
 def end_with(main: Callable[[], int]) -> NoReturn:

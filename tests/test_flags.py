@@ -13,6 +13,7 @@ import tyro
 import eval as evaluation
 from mygpt import plot, settings
 from mygpt.config import GPTConfig
+from mygpt.doctor import __main__ as doctor
 from mygpt.doctor import verify_resume
 from mygpt.report import __main__ as report
 from mygpt.settings import TrainConfig
@@ -26,7 +27,7 @@ SILLY = [
     *("", "x", "nan", "inf", "-inf", "-1", "0", "1", "1.5", "1e-40", "1e30", "1e308", "-1e30"),
     *(str(2**31), str(2**63 - 1), str(2**63), str(2**64), "9" * 400, "9" * 5000, "1_0", "0x10"),
     *("caf\udce9", "\x1b[31m", "é", "١", "a=b", "=", "x=nan:y", "/dev/null", "/", "a" * 5000),
-    *("9" * 400 + "d", "1h", "auto", "none", "no\nline"),
+    *("9" * 400 + "d", "1h", "auto", "none", "no\nline", "--"),
 ]
 SECONDS = 5  # for one command; a loop over a silly number takes longer
 
@@ -60,6 +61,11 @@ def options(args: Sequence[str]) -> None:
 def steps(args: Sequence[str]) -> None:
     with one_line_errors():
         verify_resume.parse(args)
+
+
+def examine(args: Sequence[str]) -> None:
+    with one_line_errors():
+        doctor.parse(args)
 
 
 def refused_or_done(
@@ -104,7 +110,22 @@ NEEDED = {
     "plot": (lambda args: plot.main(), ["run"], ["--out", ""]),
     "report": (report.main, ["run"], ["--data", ""]),
     "verify_resume": (steps, [], ["--steps"]),
+    "doctor": (examine, [], ["--data", "--log-dir"]),
 }
+
+
+@pytest.mark.parametrize("name", ["report", "plot", "doctor", "verify_resume"])
+def test_a_flag_whose_value_argparse_drops_is_refused(
+    name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, first, (flag, *_) = NEEDED[name]
+    args = [*first, f"{flag}=--"]
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["command", *args])
+    with pytest.raises(SystemExit) as exit_:
+        command(args)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"error: expected a value for {flag}, found '--'\n"
 
 
 @pytest.mark.timeout(1800)

@@ -111,6 +111,19 @@ def test_a_grown_dataset_is_moved_on_to_when_asked_only(
     assert list(log.read(run).train) == list(range(1, 21))
 
 
+def test_a_damaged_checkpoint_does_not_say_when_a_run_moved_on(tmp_path: Path) -> None:
+    whole = write_dataset(tmp_path / "data")
+    data, run = whole.folder, tmp_path / "run"
+    first = Split(whole.splits["train"].shards[:1])
+    replace(whole, splits={**whole.splits, "train": first}).save(data)
+    start(data, run, "--stop-at", "6")
+    whole.save(data)
+    grown(data)
+    (checkpoint.folder_of(run, 6) / "optimizer.safetensors").write_bytes(b"")
+    start(data, run, "--stop-at", "8", "--generation", "latest")
+    assert [former["until"] for former in config_of(run)["earlier"]] == [5]
+
+
 # --- other weights to begin with
 
 

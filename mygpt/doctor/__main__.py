@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shards.cli import end_on_interrupt, one_line_errors
+from shards.cli import end_on_interrupt, one_line_errors, require_values
 
 OLDEST_PYTHON = (3, 11)
 PACKAGES = ("torch", "transformers", "safetensors", "tiktoken", "pyarrow", "numpy", "tyro")
@@ -51,7 +51,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder for datasets")
     parser.add_argument("--log-dir", type=Path, default=Path("log"), help="folder for runs")
-    return parser.parse_args(args)
+    return require_values(parser.parse_args(args))
 
 
 def requirements() -> Iterator[Finding]:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shards.cli import end_on_interrupt, one_line_errors
+from shards.cli import end_on_interrupt, one_line_errors, require_values
 
 MAX_STEPS = 10**6
 
@@ -31,6 +31,7 @@ def parse(args: Sequence[str] | None) -> tuple[int, list[str]]:
     )
     parser.add_argument("--steps", type=int, default=10, help="N: the run is twice as long")
     options, flags = parser.parse_known_args(args)
+    require_values(options)
     if not 1 <= options.steps <= MAX_STEPS:
         raise ValueError(f"--steps must be 1 to {MAX_STEPS}, got {options.steps}")
     return options.steps, flags

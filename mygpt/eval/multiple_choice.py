@@ -212,7 +212,7 @@ def _stored(items: Path | None, spans: list[slice], ranks: DistributedContext) -
     """The scores in the main rank's items file, NaN where there is none; the same on all ranks."""
     scores = np.full(spans[-1].stop, math.nan)
     by_item = dict(enumerate(spans))
-    if items is not None and items.exists() and ranks.is_main:
+    if items is not None and items.is_file() and ranks.is_main:
         whole, newline, torn = items.read_bytes().rpartition(b"\n")
         if torn:  # a killed writer left half a line: the next one must not be glued to it
             os.truncate(items, len(whole) + len(newline))

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shards.cli import end_on_interrupt, one_line_errors
+from shards.cli import end_on_interrupt, one_line_errors, require_values
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -22,10 +22,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m mygpt.report", description="Write a run's report into RUN/report.html."
     )
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument(
-        "--data", action="append", default=[], help="where its dataset lies, if it has moved"
-    )
-    return parser.parse_args(args)
+    parser.add_argument("--data", action="append", help="where its dataset lies, if it has moved")
+    return require_values(parser.parse_args(args))
 
 
 if __name__ == "__main__":  # answer --help before the imports below, which take seconds
@@ -49,7 +47,7 @@ MAX_SAMPLES = 8  # the others are folded away
 def main(args: Sequence[str] | None = None) -> int:
     """Write the report of the run on the command line. Returns the exit code."""
     options = parse(args)
-    print(write(options.run, options.data))
+    print(write(options.run, options.data or ()))
     return 0
 
 

@@ -3,9 +3,11 @@
 Of a run's `config.json` are read: "fingerprint", "generations" (source → generation), "earlier"
 (the same two, "until" a step, before the run moved to a later generation), and of "config": "data"
 (specs), "seed", "total_batch_size", "shuffle_shards", "max_steps", and "block_size" of its "model".
+Its `log.txt` tells how many steps it has trained.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -26,6 +28,7 @@ from shards.tokenizer import Tokenizer, open_tokenizer
 
 SHOWN_CHARACTERS = 200
 MAX_STEPS = 1 << 31  # of a run that does not say its own
+LOGGED_STEP = re.compile(rb"^(?:skip )?step (\d{1,18})/", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,14 @@ def rows_of(run: Path, step: int, row: int | None, data: Sequence[str]) -> Itera
     """
     record = _read_run(run)
     config, block_size = record.config, record.config.model.block_size
-    rows, steps = config.total_batch_size // block_size, config.max_steps or MAX_STEPS
-    if not (1 <= step <= steps and (row is None or 0 <= row < rows)):
+    rows, last = config.total_batch_size // block_size, _last_step(run, config)
+    if not 1 <= step <= last:
         raise ValueError(
-            f"expected --step from 1 to {steps} and --row from 0 to {rows - 1}, found {step} and "
-            f"{row}: steps are counted as in log.txt"
+            f"expected --step from 1 to {last}, the last step of {run}, found {step}: steps are "
+            "counted as in log.txt"
         )
+    if row is not None and not 0 <= row < rows:
+        raise ValueError(f"expected --row from 0 to {rows - 1}, found {row}")
     mixture = _open_data(record, step, list(data or config.data))
     tokenizer = open_tokenizer(mixture.tokenizer)
     stream = MixedStream(
@@ -157,6 +162,14 @@ def _read_run(run: Path) -> _Run:
         raise FileNotFoundError(f"expected a run's config.json in {run}, found none: name a run")
     raw = stored_json.read(path, "mygpt-run", (2,), "name another run")
     return stored_json.build(_Run, raw, path, ignore_unknown=True)
+
+
+def _last_step(run: Path, config: _Config) -> int:
+    """Return the last step that log.txt names; without a log, that of the whole run."""
+    path = run / "log.txt"
+    if not path.is_file():
+        return config.max_steps or MAX_STEPS
+    return max(map(int, LOGGED_STEP.findall(path.read_bytes())), default=0)
 
 
 def _open_data(record: _Run, step: int, specs: list[str]) -> Mixture:

@@ -99,6 +99,18 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
         checkpoint.load_optimizer(folder)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there are no named pipes")
+def test_a_pipe_for_a_file_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    for name in ("model", "optimizer"):
+        (folder / f"{name}.safetensors").unlink()
+        os.mkfifo(folder / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoint.load_model(folder, Tied())
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoint.load_optimizer(folder)
+
+
 def test_a_late_validation_is_added(tmp_path: Path) -> None:
     folder = save(tmp_path, 3)
     before = checkpoint.read_state(folder)

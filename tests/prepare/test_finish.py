@@ -11,7 +11,7 @@ from prepare.documents import BadDocuments
 from prepare.finish import Entry
 from prepare.plan import UNLISTED, Unit, list_bad
 from prepare.text import BROKEN
-from tests.prepare.support import held, make, quarantine, run, shrink, texts, write_jsonl
+from tests.prepare.support import contents, held, make, quarantine, run, shrink, texts, write_jsonl
 
 
 def corpus(path: Path, good: int, bad: int) -> Path:
@@ -180,6 +180,25 @@ def test_broken_files_are_always_listed(monkeypatch: pytest.MonkeyPatch) -> None
         bad = [BadDocuments(0, i, "null", bytes=5) for i in range(3)]
         list_bad(listed, [*bad, BadDocuments(0, 9, f"{BROKEN}: cut", 4, 100)])
     assert [(one.documents, one.bytes) for one in listed] == [(1, 5), (5, 25), (4, 100), (4, 100)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_it_ends_inside_a_unit(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch, MAX_BATCH_ROWS=100)
+    sources = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    write_jsonl(sources[0], texts(50))
+    sources[1].write_text("1\n" * 1000)
+    command = [*sources, "--out", tmp_path / "out", "--workers", workers]
+    assert "found 100, the first in b.jsonl at 0" in run(*command).error
+    assert len(quarantine(tmp_path / "out")) == 100
+    work = tmp_path / "out/.prepare"
+    assert not any(any((work / name).glob("*")) for name in ("units", "staging"))
+    make(tmp_path / "out", *sources, "--max-bad", 1000)
+    assert contents(tmp_path / "out") == contents(
+        make(tmp_path / "whole", *sources, "--max-bad", 1000)
+    )
 
 
 @pytest.mark.parametrize("flags", [[], ["--max-bad", 20]])

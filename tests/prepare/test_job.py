@@ -4,11 +4,16 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
 
+from prepare import job
+from prepare.options import Options
+from prepare.workspace import Workspace
 from tests.prepare.support import ROOT, contents, held, make, run, shrink, texts, write_jsonl
 
 SMALL_UNITS = """
@@ -59,6 +64,30 @@ def test_two_tasks_at_once(corpus: Path, tmp_path: Path) -> None:
         _, errors = task.communicate()
         assert task.returncode == 0, errors
     make(out, corpus, "--finish")
+    assert contents(out) == contents(whole)
+
+
+def test_two_appending_tasks_at_once(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second starts while the first removes what an earlier generation may have left."""
+    write_jsonl(tmp_path / "more.jsonl", texts(150, 3))
+    whole = make(make(tmp_path / "whole", corpus), tmp_path / "more.jsonl", "--append")
+    out = make(tmp_path / "out", corpus)
+    options = Options((str(tmp_path / "more.jsonl"),), str(out), workers=1, append=True)
+    second = Thread(target=job.run, args=[replace(options, task="2/2")])
+    remove = Workspace.remove_intermediates
+
+    def remove_late(workspace: Workspace) -> None:
+        if second.ident is None:
+            second.start()
+            second.join(timeout=0.5)
+        remove(workspace)
+
+    monkeypatch.setattr(Workspace, "remove_intermediates", remove_late)
+    job.run(replace(options, task="1/2"))
+    second.join()
+    make(out, tmp_path / "more.jsonl", "--append", "--finish")
     assert contents(out) == contents(whole)
 
 

@@ -160,10 +160,15 @@ def test_what_can_not_be_explained(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "run", [str(folders["web"])])
-    refused(capsys, "expected --step from 1 to 20 and --row", "--run", run, "--step", 0)
-    refused(capsys, "expected --step from 1 to 20 and --row", "--run", run, "--step", 21)
+    refused(capsys, "expected --step from 1 to 20, the last", "--run", run, "--step", 0)
+    refused(capsys, "expected --step from 1 to 20, the last", "--run", run, "--step", 21)
     assert explained(capsys, "--run", run, "--step", 20)
-    refused(capsys, "from 0 to 5, found 1 and 6", "--run", run, "--step", 1, "--row", 6)
+    refused(capsys, "expected --row from 0 to 5, found 6", "--run", run, "--step", 1, "--row", 6)
+    log = "step 8/20  loss 3.0\nskip step 9/20  loss nan\nval 10/20  loss 2.0\nstep 1"
+    (run / "log.txt").write_text(log)
+    assert explained(capsys, "--run", run, "--step", 9)
+    refused(capsys, "from 1 to 9, the last step of", "--run", run, "--step", 10)
+    (run / "log.txt").unlink()
     refused(capsys, "config.json", "--run", tmp_path / "none", "--step", 1)
     other = ("--data", str(folders["code"]))
     refused(capsys, "expected the dataset with fingerprint", "--run", run, "--step", 1, *other)
