@@ -20,7 +20,7 @@ Shapes: B sequences of a micro-batch, T block size.
 import os
 import sys
 
-from shards.cli import end_on_interrupt, end_with, one_line_errors, printable_text
+from shards.cli import end_on_interrupt, end_with, one_line_errors, printable_text, script
 
 if __name__ == "__main__":
     end_on_interrupt()
@@ -138,8 +138,8 @@ def train(record: RunRecord, dataset: Mixture, ranks: DistributedContext, stop: 
         log.write(f"checkpoint  {checkpoint.find(run_dir)}")
         if tokenizer:
             log.write(f"samples     {run_dir / 'samples.jsonl'}")
-        log.write(f"sample      python eval.py {run_dir} --prompt TEXT")
-        log.write(f"next        python eval.py {run_dir}")
+        log.write(f"sample      {script('eval.py')} {run_dir} --prompt TEXT")
+        log.write(f"next        {script('eval.py')} {run_dir}")
     return 0
 
 

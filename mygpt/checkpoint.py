@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from mygpt.distributed import DistributedContext
 from shards import stored_json
+from shards.cli import script
 from shards.files import atomic_file, atomic_folder, sync_folder
 
 FORMAT, VERSION = "mygpt-checkpoint", 2
@@ -159,7 +160,8 @@ def newest_run(root: Path) -> Path:
     found = [path.parent for path in root.glob("**/checkpoints/step_*/state.json")]
     if not found:
         raise FileNotFoundError(
-            f"no checkpoint of a run under {root}/: train one with `python train.py`, or name a run"
+            f"no checkpoint of a run under {root}/: train one with `{script('train.py')}`, or name "
+            "a run"
         )
     return max(found, key=lambda folder: (folder.stat().st_mtime_ns, folder.name)).parents[1]
 

@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -24,6 +25,11 @@ def printable_text(text: str) -> str:
 def printable(line: str) -> str:
     """Return a line, of a text or a name, with its control characters escaped as Python does."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), line)
+
+
+def script(name: str) -> str:
+    """Return how to call train.py or eval.py from here: as a file, or as the installed command."""
+    return f"python {name}" if Path(name).is_file() else f"mygpt {name.removesuffix('.py')}"
 
 
 @contextmanager

@@ -45,9 +45,9 @@ if __name__ == "__main__":  # answer --help before the imports below, which take
 import torch
 
 from mygpt import checkpoint, log, settings
+from mygpt.__main__ import script_path
 from mygpt.distributed import find_device
 
-TRAIN = Path(__file__).parents[2] / "train.py"
 ROUNDING = 1e-3  # relative difference of losses that a different order of summation may cause
 
 
@@ -93,7 +93,7 @@ def train(flags: Sequence[str], run: Path, ranks: int = 1) -> None:
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     print(f"training into {run.name} ...", flush=True)
-    command = [*launcher, str(TRAIN), *flags, "--log-dir", str(run)]
+    command = [*launcher, str(script_path("train.py")), *flags, "--log-dir", str(run)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise ValueError(f"train.py ended with {done.returncode}, see above")

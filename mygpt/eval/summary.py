@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shards import stored_json
+from shards.cli import script
 
 MAX_GROUPS = 12  # rows per table; eval.json has all of them
 BITS_NOTE = (
@@ -116,7 +117,7 @@ class _WithLoss(_WithoutLoss, _Group):
 
 def read(path: Path) -> dict[str, Any]:
     """Return an eval.json. Raises FileNotFoundError, or ValueError if it is damaged."""
-    remedy = f"run python eval.py {path.parent} again"
+    remedy = f"run {script('eval.py')} {path.parent} again"
     report = stored_json.parse(path.read_bytes(), path, remedy)
     kind = _WithLoss if "loss" in report else _WithoutLoss
     stored_json.build(kind, report, path, ignore_unknown=True, remedy=remedy)

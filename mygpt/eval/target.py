@@ -1,6 +1,5 @@
 """The model to evaluate, and the version of the code: what results are labelled with."""
 
-import importlib.metadata
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+import mygpt
 from mygpt import checkpoint, pretrained, run_config
 from mygpt.model import GPT
 from mygpt.settings import TrainConfig
@@ -94,10 +94,7 @@ def version() -> str:
 
     "-dirty" after the commit means that files differ from it.
     """
-    try:
-        release = f"mygpt {importlib.metadata.version('mygpt')}"
-    except importlib.metadata.PackageNotFoundError:
-        release = "mygpt"
+    release = f"mygpt {mygpt.__version__}"
     if not (SOURCE / ".git").exists() or shutil.which("git") is None:
         return release
     command = ["git", "-C", str(SOURCE), "describe", "--always", "--dirty", "--abbrev=12"]

@@ -28,6 +28,7 @@ from mygpt.hub import card, nanogpt
 from mygpt.model import GPT
 from mygpt.pretrained import PREFIX, TRANSPOSED
 from mygpt.report import run_summary
+from shards.cli import script
 from shards.files import atomic_folder
 from shards.tokenizer import END_OF_TEXT, Tokenizer, open_tokenizer
 from shards.tokenizer import load as load_tokenizer
@@ -98,7 +99,7 @@ def _write(
         lines.append(f"cut         {padding} ids that the tokenizer does not have")
     if not tokenizer:
         lines.append(f"tokenizer   none: {vocab_size} ids are not GPT-2's, and the file has none")
-    return [*lines, f"next        python eval.py {out}"]
+    return [*lines, f"next        {script('eval.py')} {out}"]
 
 
 def save_model(folder: Path, model: GPT, vocab_size: int, eot: int | None) -> None:

@@ -13,7 +13,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+<<<<<<< HEAD
 from shards.cli import end_on_interrupt, one_line_errors, require_values
+=======
+from shards.cli import end_on_interrupt, one_line_errors, script
+>>>>>>> a6155a0 (pip install gives the command mygpt, which works outside of the checkout)
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -167,7 +171,8 @@ def _evaluation(about: RunSummary) -> Iterator[str]:
     found = about.evaluation
     if found is None:
         yield page.paragraph(
-            f"Not evaluated on the whole validation split yet: python eval.py {about.run}", "note"
+            f"Not evaluated on the whole validation split yet: {script('eval.py')} {about.run}",
+            "note",
         )
         return
     tables = [

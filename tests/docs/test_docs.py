@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from mygpt.__main__ import COMMANDS as MYGPT
 from tests.docs import spine
 from tests.docs.pages import PACKAGES, PAGES, ROOT, code_lines, code_spans, line_count
 
@@ -46,6 +47,7 @@ NAME = re.compile(rf"(?<![\w/.])((?:{'|'.join((*PACKAGES, 'bench'))})(?:\.[A-Za-
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*+(?!<TAB>)")
 COMMAND = re.compile(
     r"\bpython3? -m (?P<module>[\w.]+)|(?<![\w/])(?P<script>(?:\w+/)*\w+\.(?:py|sbatch))\b"
+    r"|(?<![\w/.'-])mygpt (?P<word>[a-z][\w-]*)(?![\w/.'|-])"
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -196,6 +198,9 @@ def command_faults(text: str) -> Iterator[str]:
         for match, following in zip_longest(matches, matches[1:]):
             end = following.start() if following else len(code)
             command = match["module"] or match["script"]
+            if word := match["word"]:
+                command = MYGPT.get(word, ("",))[0].partition(" ")[0] or f"mygpt {word}"
+                yield from (() if word in MYGPT else (command,))
             if match["module"] and not is_runnable(command):
                 yield f"python -m {command}"
             arguments = re.split(r"[;|&]", code[match.end() : end])[0]
@@ -321,6 +326,9 @@ def test_a_missing_name_would_be_seen(text: str, fault: str) -> None:
         ("python -m prepare a.txt --out data/a --worker 3 && make eval", "prepare --worker"),
         ("python -m shards explain --run log/a --stpe 3", "shards --stpe"),
         ("sbatch -n 2 docs/recipes/train.sbatch --dta x", "docs/recipes/train.sbatch --dta"),
+        ("mygpt trian tiny", "mygpt trian"),
+        ("mygpt train tiny --sede 1", "train.py --sede"),
+        ("torchrun -m mygpt export log/a out --bets", "mygpt.hub --bets"),
         ("make train-gpu5 DATA=data/web", "make train-gpu5"),
         ("make data IMPUT=x", "make IMPUT="),
         ("make eval ARGS='--no-such 3'", "--no-such"),
