@@ -13,11 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-<<<<<<< HEAD
-from shards.cli import end_on_interrupt, one_line_errors, require_values
-=======
-from shards.cli import end_on_interrupt, one_line_errors, script
->>>>>>> a6155a0 (pip install gives the command mygpt, which works outside of the checkout)
+from shards.cli import end_on_interrupt, one_line_errors, require_values, script
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
