@@ -36,6 +36,7 @@ from shards.files import atomic_file, atomic_folder, sync_folder
 
 FORMAT, VERSION = "mygpt-checkpoint", 2
 OTHER = "restore it, or use another checkpoint"
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 # Keys of GradScaler.state_dict(); empty where it is disabled.
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 # Prefixes that torch.compile, DDP and activation checkpointing put into parameter names.
@@ -71,14 +72,14 @@ class _State:
             raise ValueError(f"expected {sorted(SCALER)} in scaler, found {sorted(self.scaler)}")
 
 
-def folder_of(run: Path, step: int) -> Path:
+def folder_of(run_dir: Path, step: int) -> Path:
     """Return the folder of the checkpoint after `step` finished steps."""
-    return run / "checkpoints" / f"step_{step:08d}"
+    return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
-def steps(run: Path) -> list[int]:
+def steps(run_dir: Path) -> list[int]:
     """Return the steps of a run's checkpoints, ascending."""
-    folders = (run / "checkpoints").glob("step_" + "[0-9]" * 8)
+    folders = (run_dir / "checkpoints").glob("step_" + "[0-9]" * 8)
     return sorted(int(folder.name.removeprefix("step_")) for folder in folders)
 
 
@@ -90,12 +91,10 @@ def find(target: Path, best: bool = False) -> Path:
     """
     if (target / "state.json").is_file():
         return target
-    if best:
-        found = best_of(target)
-    else:
-        found = folder_of(target, steps(target)[-1]) if steps(target) else None
-    if found:
+    if best and (found := best_of(target)):
         return found
+    if not best and (finished := steps(target)):
+        return folder_of(target, finished[-1])
     if not target.is_dir():
         raise FileNotFoundError(f"expected a run in {target}, found no such folder: name another")
     kind = "a validated checkpoint" if best else "a checkpoint"
@@ -104,53 +103,52 @@ def find(target: Path, best: bool = False) -> Path:
     )
 
 
-def best_of(run: Path) -> Path | None:
+def best_of(run_dir: Path) -> Path | None:
     """Return the checkpoint with the lowest validation loss, the newer of equals, if any.
 
     Those with a damaged state.json don't count.
     """
     losses = {}
-    for step in reversed(steps(run)):
+    for step in reversed(steps(run_dir)):
         with suppress(ValueError, OSError):
-            loss = read_state(folder_of(run, step))["val_loss"]
+            loss = read_state(folder_of(run_dir, step))["val_loss"]
             if loss is not None and math.isfinite(loss):
                 losses[step] = loss
-    return folder_of(run, min(losses, key=losses.__getitem__)) if losses else None
+    return folder_of(run_dir, min(losses, key=losses.__getitem__)) if losses else None
 
 
-def newest_intact(run: Path) -> tuple[int, list[str]]:
+def newest_intact(run_dir: Path) -> tuple[int, list[str]]:
     """Return the step of the newest checkpoint that is not damaged, and the faults of newer ones.
 
     The step is -1 if there is none. Reads all tensors of the checkpoints that it looks at.
     """
     faults: list[str] = []
-    for step in reversed(steps(run)):
+    for step in reversed(steps(run_dir)):
         try:
-            load_weights(folder_of(run, step))
-            load_optimizer(folder_of(run, step))
+            load_weights(folder_of(run_dir, step))
+            load_optimizer(folder_of(run_dir, step))
             return step, faults
         except (ValueError, OSError) as error:
             faults.append(str(error))
     return -1, faults
 
 
-def agree_on_newest(run: Path, ranks: DistributedContext) -> tuple[int, list[str]]:
+def agree_on_newest(run_dir: Path, ranks: DistributedContext) -> tuple[int, list[str]]:
     """Return what `newest_intact` finds on the main rank, on all ranks.
 
     Raises ValueError, on all of them, if there are checkpoints and all are damaged.
     """
-    own = newest_intact(run) if ranks.is_main else (-1, [])
-    newest, faults = ranks.broadcast_object(own)
+    newest, faults = ranks.broadcast_object(newest_intact(run_dir) if ranks.is_main else (-1, []))
     if faults and newest < 0:
-        raise ValueError(f"every checkpoint of {run} is damaged, the newest: {faults[0]}")
+        raise ValueError(f"every checkpoint of {run_dir} is damaged, the newest: {faults[0]}")
     return newest, faults
 
 
-def set_aside(run: Path, after: int) -> None:
+def set_aside(run_dir: Path, after: int) -> None:
     """Rename the checkpoints of steps later than `after`: these steps can be saved again."""
-    for step in steps(run):
+    for step in steps(run_dir):
         if step > after:
-            folder = folder_of(run, step)
+            folder = folder_of(run_dir, step)
             shutil.rmtree(damaged := folder.with_name(f"{folder.name}.damaged"), ignore_errors=True)
             os.rename(folder, damaged)
 
@@ -167,7 +165,7 @@ def newest_run(root: Path) -> Path:
 
 
 def save(
-    run: Path,
+    run_dir: Path,
     step: int,
     model: nn.Module | Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
@@ -179,16 +177,14 @@ def save(
     "val_loss", the validation loss at this step or None; format, version and step are added.
     Raises OSError if the disk is full or not writable, and then leaves nothing behind.
     """
-    final = folder_of(run, step)
+    final = folder_of(run_dir, step)
     weights = parameters(model) if isinstance(model, nn.Module) else model
     record = {"format": FORMAT, "version": VERSION, "step": step, **state}
     try:
         with atomic_folder(final) as temporary:
             record["hashes"] = {
-                "model.safetensors": _save_tensors(temporary / "model.safetensors", weights),
-                "optimizer.safetensors": _save_tensors(
-                    temporary / "optimizer.safetensors", optimizer
-                ),
+                name: _save_tensors(temporary / name, tensors)
+                for name, tensors in ((MODEL, weights), (OPTIMIZER, optimizer))
             }
             (temporary / "state.json").write_bytes(_to_json(record))
     except (OSError, SafetensorError) as error:
@@ -196,20 +192,20 @@ def save(
             f"cannot write the checkpoint {final} ({error}): the one before it is unharmed; make "
             "room and run the same command again to resume from it"
         ) from error
-    sync_folder(run)
+    sync_folder(run_dir)
     return final
 
 
-def prune(run: Path, keep: int, keep_every: int = 0) -> None:
+def prune(run_dir: Path, keep: int, keep_every: int = 0) -> None:
     """Remove what killed writers left, and all checkpoints that are not to be kept.
 
     Kept are the `keep` newest, the best, and those of steps that `keep_every`, if not 0, divides.
     """
-    for leftover in (run / "checkpoints").glob(".step_*.tmp"):
+    for leftover in (run_dir / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    best = best_of(run)
-    for step in steps(run)[:-keep]:
-        folder = folder_of(run, step)
+    best = best_of(run_dir)
+    for step in steps(run_dir)[:-keep]:
+        folder = folder_of(run_dir, step)
         if folder != best and not (keep_every and step % keep_every == 0):
             # Rename before deleting: a half-deleted folder must not look complete.
             hidden = folder.with_name(f".{folder.name}.tmp")
@@ -251,20 +247,17 @@ def _to_json(record: Mapping[str, Any]) -> bytes:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run_dir: Path) -> Iterator[None]:
     """Hold the lock of the run's folder; ValueError if another process trains there."""
-    run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / ".lock")
+    run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(run_dir / ".lock").acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"another process is training in {run}: wait for it, or give another --log-dir"
+            f"another process is training in {run_dir}: wait for it, or give another --log-dir"
         ) from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -281,8 +274,7 @@ def load_model(
 
     `shard` takes from a full tensor the shard that a parameter holds.
     """
-    path, own = folder / "model.safetensors", parameters(model)
-    stored = load_weights(folder)
+    path, own, stored = folder / MODEL, parameters(model), load_weights(folder)
     if different := sorted(stored.keys() ^ own.keys()):
         raise ValueError(f"{path} does not fit the model: {different[0]} is only in one of them")
     for name, tensor in stored.items():
@@ -296,12 +288,12 @@ def load_model(
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """Return the parameters of a checkpoint, on the CPU; ValueError if the file is damaged."""
-    return _load_tensors(folder / "model.safetensors")
+    return _load_tensors(folder / MODEL)
 
 
 def load_optimizer(folder: Path) -> dict[str, Tensor]:
     """Return the optimizer's tensors, on the CPU; ValueError if the file is damaged."""
-    return _load_tensors(folder / "optimizer.safetensors")
+    return _load_tensors(folder / OPTIMIZER)
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

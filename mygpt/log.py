@@ -84,13 +84,13 @@ def step_line(step: int, max_steps: int, metrics: Mapping[str, float], eta: time
     return "  ".join([f"step {step}/{max_steps}", *words, f"eta {str(eta).replace(' ', '')}"])
 
 
-def skip_line(step: int, max_steps: int, result: StepResult, run: Path) -> str:
+def skip_line(step: int, max_steps: int, result: StepResult, run_dir: Path) -> str:
     """Return the log line of a step that left the weights unchanged, and how to see its data."""
     windows = result.windows
     return (
         f"skip step {step}/{max_steps}  loss {result.loss:.6f}  norm {result.norm:.4f}  "
         f'reason "{result.skip_reason}"  windows {windows.start}..{windows.stop - 1}  '
-        f"look: python -m shards explain --run {run} --step {step}"
+        f"look: python -m shards explain --run {run_dir} --step {step}"
     )
 
 
@@ -112,11 +112,11 @@ def baseline_line(unigram: float, uniform: float) -> str:
 class RunLog:
     """Append-only writer of `RUN/log.txt`, echoed on the terminal; silent unless `enabled`."""
 
-    def __init__(self, run: Path, enabled: bool = True) -> None:
-        self.path = run / "log.txt"
+    def __init__(self, run_dir: Path, enabled: bool = True) -> None:
+        self.path = run_dir / "log.txt"
         self.enabled = enabled
         if enabled:
-            run.mkdir(parents=True, exist_ok=True)
+            run_dir.mkdir(parents=True, exist_ok=True)
             end_torn_line(self.path)
 
     def write(self, *lines: str, shown: bool = True) -> None:
@@ -238,12 +238,12 @@ def _by_name(is_timing: bool) -> dict[str, dict[int, float]]:
     return {metric.name: {} for metric in METRICS if metric.is_timing == is_timing}
 
 
-def read(run: Path) -> History:
+def read(run_dir: Path) -> History:
     """Parse `RUN/log.txt`; lines that are torn, damaged or of no known kind are passed over.
 
     Raises FileNotFoundError if there is no log.
     """
-    path, history = run / "log.txt", History()
+    path, history = run_dir / "log.txt", History()
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: give the folder of a run")
     for line in path.read_text("utf-8", errors="replace").splitlines():

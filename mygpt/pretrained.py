@@ -16,7 +16,6 @@ from torch import Tensor
 from mygpt.config import GPTConfig
 from mygpt.model import GPT
 from shards import stored_json
-from shards.cli import one_line_errors
 
 # Settings that change the function computed, with the values that are ours. The first of them is
 # what a config.json without the key means.
@@ -152,8 +151,3 @@ def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: Path) -> GPT
     model.load_state_dict({**weights, "lm_head.weight": weights["wte.weight"]}, assign=True)
     model.lm_head.weight = model.wte.weight
     return model
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        raise ValueError("python -m mygpt.pretrained was replaced by python -m mygpt.hub")

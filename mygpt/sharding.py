@@ -120,8 +120,7 @@ def full_tensors(tensors: Mapping[str, Tensor], ranks: DistributedContext) -> di
             tensor = tensors.get(name)
             if tensor is None:
                 tensor = torch.empty(shape, dtype=dtype, device=ranks.device)
-            elif _is_sharded(tensor):
-                tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+            tensor = full_tensor(tensor)
             if owner:  # the main rank does not have it
                 dist.broadcast(tensor := tensor.to(ranks.device), owner)
             if ranks.is_main:
@@ -130,8 +129,11 @@ def full_tensors(tensors: Mapping[str, Tensor], ranks: DistributedContext) -> di
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's shard of a full tensor, sharded as `like`; `full` if that is not."""
-    if not _is_sharded(like):
+    """Return this rank's shard of a full tensor, sharded as `like`.
+
+    Returns `full` itself if `like` is not sharded, or `full` is a scalar, such as AdamW's step.
+    """
+    if not _is_sharded(like) or not full.dim():
         return full
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -146,10 +148,9 @@ def shard_tensors(tensors: Mapping[str, Tensor], model: GPT) -> dict[str, Tensor
     What is of no parameter stays as it is.
     """
     parameters = dict(model.named_parameters())
-    owners = {name: parameters.get(name.rpartition(".")[0]) for name in tensors}
     return {
-        name: tensor if owner is None or not tensor.dim() else shard_like(tensor, owner)
-        for (name, tensor), owner in zip(tensors.items(), owners.values(), strict=True)
+        name: shard_like(tensor, parameters.get(name.rpartition(".")[0], tensor))
+        for name, tensor in tensors.items()
     }
 
 

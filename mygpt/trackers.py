@@ -45,11 +45,11 @@ def open_trackers(config: TrainConfig, step: int, enabled: bool) -> Iterator[Tra
 
 
 @contextmanager
-def _tensorboard(run: Path, step: int) -> Iterator[Track]:
+def _tensorboard(run_dir: Path, step: int) -> Iterator[Track]:
     from torch.utils.tensorboard import SummaryWriter
 
     # purge_step hides what a killed run wrote of later steps.
-    with SummaryWriter(run / "tensorboard", purge_step=step + 1) as writer:
+    with SummaryWriter(run_dir / "tensorboard", purge_step=step + 1) as writer:
 
         def track(step: int, metrics: Mapping[str, float]) -> None:
             for name, value in metrics.items():
@@ -62,15 +62,15 @@ def _tensorboard(run: Path, step: int) -> Iterator[Track]:
 def _wandb(config: TrainConfig) -> Iterator[Track]:
     import wandb
 
-    run = config.log_dir
-    stored_id = run / "wandb_id"  # so that a resumed run is one run there as well
+    run_dir = config.log_dir
+    stored_id = run_dir / "wandb_id"  # so that a resumed run is one run there as well
     if not stored_id.is_file():
         stored_id.write_text(secrets.token_hex(4), "utf-8")
     with wandb.init(
         project=config.wandb,
         id=stored_id.read_text("utf-8"),
-        name=run.name,
-        dir=run,
+        name=run_dir.name,
+        dir=run_dir,
         config=run_config.to_json(config),
         resume="allow",
     ) as session:

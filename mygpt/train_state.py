@@ -156,7 +156,7 @@ def _validation_windows(config: TrainConfig, dataset: Mixture) -> list[np.ndarra
     return chosen
 
 
-def save_checkpoint(state: TrainState, run: Path, val_loss: float | None) -> None:
+def save_checkpoint(state: TrainState, run_dir: Path, val_loss: float | None) -> None:
     """Write the checkpoint of the current step and remove those no longer to be kept."""
     weights = sharding.full_tensors(checkpoint.parameters(state.model), state.ranks)
     tensors = sharding.full_tensors(optim.state_tensors(state.optimizers, state.model), state.ranks)
@@ -170,8 +170,8 @@ def save_checkpoint(state: TrainState, run: Path, val_loss: float | None) -> Non
             "generations": state.record.generations,
             "config": run_config.to_json(state.config),
         }
-        checkpoint.save(run, state.step, weights, tensors, record)
-        checkpoint.prune(run, state.config.keep, state.config.keep_every)
+        checkpoint.save(run_dir, state.step, weights, tensors, record)
+        checkpoint.prune(run_dir, state.config.keep, state.config.keep_every)
     state.saved_step = state.step
     state.ranks.barrier()
 
@@ -181,8 +181,8 @@ def load_checkpoint(state: TrainState, step: int) -> None:
 
     Raises ValueError if the checkpoint belongs to another dataset or has other settings.
     """
-    run = state.config.log_dir
-    folder = checkpoint.folder_of(run, step)
+    run_dir = state.config.log_dir
+    folder = checkpoint.folder_of(run_dir, step)
     stored = checkpoint.read_state(folder)
     _check_identity(state, folder, stored)
     checkpoint.load_model(folder, state.model, sharding.shard_like)
@@ -195,7 +195,7 @@ def load_checkpoint(state: TrainState, step: int) -> None:
         state.scaler.load_state_dict(stored["scaler"])
     if stored["spikes"]:
         state.spikes.load_state_dict(stored["spikes"])
-    best = checkpoint.best_of(run)
+    best = checkpoint.best_of(run_dir)
     state.step = state.saved_step = step
     state.best_val_loss = math.inf if best is None else checkpoint.read_state(best)["val_loss"]
 

@@ -9,16 +9,14 @@ from types import ModuleType
 import pytest
 
 import eval as evaluation
-from mygpt import plot
 from mygpt.doctor import __main__ as doctor
 from mygpt.doctor import verify_resume
 from mygpt.hub import __main__ as hub
 from mygpt.report import __main__ as report
 
-ROOT = Path(plot.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 COMMANDS = [
     (evaluation, "open_inputs", ["log/x"]),
-    (plot, "draw", ["log/x"]),
     (doctor, "examine", []),
     (verify_resume, "differences", ["tiny"]),
     (hub.export, "export", ["export", "log/x", "out"]),
@@ -53,7 +51,6 @@ WHILE_IMPORTING = [
     *(("eval.py log/x", module) for module in ("tyro", "torch", "mygpt.evaluate")),
     *(("-m prepare x --out y", module) for module in ("tyro", "pyarrow")),
     *(("-m shards info x", module) for module in ("numpy", "pyarrow")),
-    ("-m mygpt.plot log/x", "numpy"),
     ("-m mygpt.doctor", "torch"),
     ("-m mygpt.doctor.verify_resume tiny", "torch"),
     ("-m mygpt.report log/x", "numpy"),

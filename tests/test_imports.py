@@ -159,7 +159,7 @@ except SystemExit as exit_:
     print(json.dumps([exit_.code, sorted(sys.modules)]))
 """
 COMMANDS = [
-    *("prepare", "shards", "mygpt.hub", "mygpt.report", "mygpt.doctor", "mygpt.plot"),
+    *("prepare", "shards", "mygpt.hub", "mygpt.report", "mygpt.doctor"),
     "mygpt.doctor.verify_resume",
     *(f"{name}.py" for name in SCRIPTS if name in FILES),
 ]

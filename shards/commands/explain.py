@@ -127,13 +127,13 @@ class _Run:
     earlier: tuple[_Earlier, ...] = ()
 
 
-def rows_of(run: Path, step: int, row: int | None, data: Sequence[str]) -> Iterator[Row]:
+def rows_of(run_dir: Path, step: int, row: int | None, data: Sequence[str]) -> Iterator[Row]:
     """Yield the rows of finished step `step` of a run, as its log counts them, or only one row.
 
     `data` locates its datasets if they have been moved. Raises FileNotFoundError if there is no
     run, ValueError for a step or row out of range and for other datasets.
     """
-    record = _read_run(run)
+    record = _read_run(run_dir)
     config, block_size = record.config, record.config.model.block_size
     rows, last = config.total_batch_size // block_size, _last_step(run, config)
     if not 1 <= step <= last:
@@ -156,10 +156,12 @@ def rows_of(run: Path, step: int, row: int | None, data: Sequence[str]) -> Itera
         yield sources[source].row(int(number), name, int(shard), int(start), block_size + 1)
 
 
-def _read_run(run: Path) -> _Run:
-    path = run / "config.json"
+def _read_run(run_dir: Path) -> _Run:
+    path = run_dir / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"expected a run's config.json in {run}, found none: name a run")
+        raise FileNotFoundError(
+            f"expected a run's config.json in {run_dir}, found none: name a run"
+        )
     raw = stored_json.read(path, "mygpt-run", (2,), "name another run")
     return stored_json.build(_Run, raw, path, ignore_unknown=True)
 

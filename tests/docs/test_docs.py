@@ -36,7 +36,7 @@ FOREIGN_FLAGS = {
 }
 HIDDEN_FLAGS = {"--tyro-print-completion"}  # of every command whose flags come from tyro
 COMMANDS = (
-    *("train.py", "eval.py", "prepare", "shards", "mygpt.hub", "mygpt.report", "mygpt.plot"),
+    *("train.py", "eval.py", "prepare", "shards", "mygpt.hub", "mygpt.report"),
     *("mygpt.doctor", "mygpt.doctor.verify_resume", "mygpt.distributed"),
 )
 # Commands that hand flags they don't know themselves to train.py.

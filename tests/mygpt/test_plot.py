@@ -1,7 +1,5 @@
-"""The picture is drawn from the log, by the command too, and its absence is explained."""
+"""The picture is drawn from the log, and its absence is explained."""
 
-import shutil
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -26,10 +24,8 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_command_draws_a_png(run: Path) -> None:
-    command = [sys.executable, "-W", "error", "-m", "mygpt.plot", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(run / "loss.png")
+def test_a_png_is_drawn(run: Path) -> None:
+    assert plot.draw_or_explain(run) == str(run / "loss.png")
     assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(path.name for path in run.iterdir()) == ["log.txt", "loss.png"]
 
@@ -50,41 +46,11 @@ def test_what_is_drawn(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn["validation subset, ends at 7.36"][0] == pytest.approx(11 - 20 / 11)
 
 
-def test_several_runs_make_one_picture(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from matplotlib.axes import Axes
-
-    runs = [tmp_path / "log" / name for name in ("one", "other", "begun")]
-    for folder in runs:
-        shutil.copytree(run, folder, ignore=shutil.ignore_patterns("log"))
-    (runs[2] / "log.txt").write_text(step_line(1, 60, {"loss": 11, **RATES}, ETA) + "\n")
-    labels: list[str] = []
-    original = Axes.plot
-
-    def spy(self: Axes, *args: list[float], **keywords: str) -> object:
-        labels.append(str(keywords.get("label", "training")))
-        return original(self, *args, **keywords)
-
-    monkeypatch.setattr(Axes, "plot", spy)
-    monkeypatch.setattr(sys, "argv", ["plot", *map(str, runs)])
-    assert plot.main() == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "log" / "loss.png")
-    ends = [f"{runs[0]}, 7.364", f"{runs[1]}, 7.364", str(runs[2])]
-    assert labels == [label for end in ends for label in ("training", end)]
-    assert plot.draw(*runs, out=tmp_path / "other.png") == tmp_path / "other.png"
-    assert not (runs[0] / "loss.png").exists()
-
-
 def test_without_matplotlib_a_line_says_how_to_get_it(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(sys, "argv", ["plot", str(run)])
-    with pytest.raises(SystemExit) as exit_:
-        plot.main()
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err == f"error: {plot.MISSING}\n"
+    assert plot.draw_or_explain(run) == plot.MISSING
 
 
 def test_a_log_without_losses_is_refused_but_one_loss_is_enough(tmp_path: Path) -> None:
