@@ -21,7 +21,6 @@ COMMANDS = {
     "eval": ("eval.py", "loss over the validation split, questions, samples"),
     "sample": ("eval.py --no-loss", "samples from a run, within seconds"),
     "report": ("mygpt.report", "runs as one HTML page"),
-    "plot": ("mygpt.plot", "loss curves of runs as a picture"),
     "export": ("mygpt.hub export", "a run's model for Hugging Face's library"),
     "import": ("mygpt.hub import", "nanoGPT's checkpoint for train and eval"),
     "doctor": ("mygpt.doctor", "what of this machine works"),

@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 import eval as evaluation
-from mygpt import plot, settings
+from mygpt import settings
 from mygpt.config import GPTConfig
 from mygpt.doctor import __main__ as doctor
 from mygpt.doctor import verify_resume
@@ -107,14 +107,13 @@ NEEDED = {
     "info": (shards.main, ["info", "data"], ["--plot", "--json"]),
     "show": (shards.main, ["show", "data"], ["--split", "--document"]),
     "explain": (shards.main, ["explain", "--run", "run", "--step", "1"], ["--step", "--row"]),
-    "plot": (lambda args: plot.main(), ["run"], ["--out", ""]),
     "report": (report.main, ["run"], ["--data", ""]),
     "verify_resume": (steps, [], ["--steps"]),
     "doctor": (examine, [], ["--data", "--log-dir"]),
 }
 
 
-@pytest.mark.parametrize("name", ["report", "plot", "doctor", "verify_resume"])
+@pytest.mark.parametrize("name", ["report", "doctor", "verify_resume"])
 def test_a_flag_whose_value_argparse_drops_is_refused(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,7 +138,6 @@ def test_silly_values_end_in_one_line_at_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command, first, flags = NEEDED[name]
-    count = count // 5 if name == "plot" else count  # each picture takes half a second
     monkeypatch.chdir(place)
     pairs = [(flag, value) for flag in flags for value in SILLY]
     for flag, value in random.Random(0).sample(pairs, min(count, len(pairs))):

@@ -135,11 +135,11 @@ def rows_of(run_dir: Path, step: int, row: int | None, data: Sequence[str]) -> I
     """
     record = _read_run(run_dir)
     config, block_size = record.config, record.config.model.block_size
-    rows, last = config.total_batch_size // block_size, _last_step(run, config)
+    rows, last = config.total_batch_size // block_size, _last_step(run_dir, config)
     if not 1 <= step <= last:
         raise ValueError(
-            f"expected --step from 1 to {last}, the last step of {run}, found {step}: steps are "
-            "counted as in log.txt"
+            f"expected --step from 1 to {last}, the last step of {run_dir}, found {step}: steps "
+            "are counted as in log.txt"
         )
     if row is not None and not 0 <= row < rows:
         raise ValueError(f"expected --row from 0 to {rows - 1}, found {row}")
