@@ -5,10 +5,11 @@ with its source, position and reason; every other document is in a batch, empty 
 A byte order mark is no part of a JSON object, so it is dropped; in a .txt file it is text.
 """
 
+import importlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -18,7 +19,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from prepare.sources import JSONL, PARQUET, TEXT, InputFile
+from prepare.file_types import (
+    ARROW,
+    CSV,
+    HEAD_BYTES,
+    HTML,
+    JSONL,
+    PARQUET,
+    TEXT,
+    ZIP,
+    encoding_remedy,
+)
+from prepare.sources import InputFile
 from prepare.text import (
     MAX_DOCUMENT_BYTES,
     PIECE_BYTES,
@@ -93,25 +105,38 @@ def read(files: Sequence[InputFile], parts: Iterable[Slice]) -> Iterator[Batch]:
         if small:
             yield _read_small_texts(files, small)
         if not _is_small_text(file, part):
-            yield from READERS[file.kind](file, part)
+            yield from reader(file.kind)(file, part)
         small, size = [], 0
     if small:
         yield _read_small_texts(files, small)
 
 
 def _is_small_text(file: InputFile, part: Slice) -> bool:
-    plain = file.kind == TEXT and file.compression is None
-    return plain and part.split is None and file.size <= PIECE_BYTES
+    known_size = file.kind == TEXT and file.compression in (None, ZIP)
+    return known_size and part.split is None and file.size <= PIECE_BYTES
 
 
 def _read_small_texts(files: Sequence[InputFile], parts: list[Slice]) -> Batch:
     """Read plain-text files of moderate size, each a document."""
-    contents = []
+    contents, sources, bad = [], [], []
     for part in parts:
-        with byte_stream(files[part.file].path) as stream:
-            contents.append(stream.read())
-    sources = np.array([part.file for part in parts], np.int32)
-    return _batch(pa.array(contents, pa.large_binary()), sources, np.zeros(len(parts), np.int64))
+        file = files[part.file]
+        try:
+            with byte_stream(file.path) as stream:
+                contents.append(stream.read())
+            sources.append(part.file)
+        except OSError as error:
+            if file.compression is None:
+                raise
+            bad.append(BadDocuments(part.file, 0, damage(file.path, error), bytes=file.size))
+    rows = np.zeros(len(sources), np.int64)
+    batch = text_batch(pa.array(contents, pa.large_binary()), np.array(sources, np.int32), rows)
+    for one in batch.bad:
+        head = contents[sources.index(one.source)][:HEAD_BYTES]
+        remedy = encoding_remedy(files[one.source].path, head)
+        bad.append(replace(one, reason=f"{one.reason}: {remedy}"))
+    batch.bad = bad
+    return batch
 
 
 def _read_text(file: InputFile, part: Slice) -> Iterator[Batch]:
@@ -232,11 +257,21 @@ def _text_of(line: bytes, column: str) -> str:
     """Return the text in a line of JSON. Raises ValueError with the reason if there is none."""
     value = json_object(line)
     text = value.get(column)
-    if not isinstance(text, str):
-        actual = "null" if text is None else f"a {type(text).__name__}"
-        actual = actual if column in value else "no such field"
+    return text if isinstance(text, str) else _text_at(value, column)
+
+
+def _text_at(value: dict[str, Any], column: str) -> str:
+    """Return the text at a path of fields, `meta.text`. Raises ValueError if there is none."""
+    leaf: Any = value
+    for name in (column,) if column in value else column.split("."):
+        if not isinstance(leaf, dict) or name not in leaf:
+            actual = "a list on the way" if isinstance(leaf, list) else "no such field"
+            raise ValueError(f"expected a string in {column!r}, found {actual}")
+        leaf = leaf[name]
+    if not isinstance(leaf, str):
+        actual = "null" if leaf is None else f"a {type(leaf).__name__}"
         raise ValueError(f"expected a string in {column!r}, found {actual}")
-    return text
+    return leaf
 
 
 def _read_parquet(file: InputFile, part: Slice) -> Iterator[Batch]:
@@ -272,8 +307,8 @@ def _read_row_group(
         for batch in table.iter_batches(
             batch_rows, row_groups=[group], columns=[file.column], use_threads=False
         ):
-            for values in _cut(_column(batch, file.column)):
-                yield _parquet_batch(values, source, row)
+            for values in cut_column(column_at(batch, file.column)):
+                yield column_batch(values, source, row)
                 row += len(values)
     except (OSError, pa.ArrowException) as error:
         rows = first + metadata.num_rows - row
@@ -281,9 +316,11 @@ def _read_row_group(
         yield Batch(bad=[BadDocuments(source, row, damage(file.path, error), rows, lost)])
 
 
-def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
-    """Return a column by its name: a nested one may have the same name, written with a dot."""
-    return batch.column(batch.schema.get_all_field_indices(name)[0])
+def column_at(batch: pa.RecordBatch, path: str) -> pa.Array:
+    """Return a column by its name, or a nested one by its path, `meta.text`."""
+    name, *inner = [path] if path in batch.schema.names else path.split(".")
+    values = batch.column(batch.schema.get_all_field_indices(name)[0])
+    return pc.struct_field(values, inner) if inner else values
 
 
 def _longest_repeated(file: InputFile, group: int, metadata: pq.RowGroupMetaData) -> int:
@@ -294,14 +331,14 @@ def _longest_repeated(file: InputFile, group: int, metadata: pq.RowGroupMetaData
     stream = byte_stream(file.path)
     with pq.ParquetFile(stream, pre_buffer=False, read_dictionary=[file.column]) as table:
         for batch in table.iter_batches(1, [group], [file.column], use_threads=False):
-            values = _column(batch, file.column)
+            values = column_at(batch, file.column)
             if pa.types.is_dictionary(values.type):
                 return pc.max(pc.binary_length(values.dictionary)).as_py() or 0
             break
     return 0
 
 
-def _cut(values: pa.Array) -> Iterator[pa.Array]:
+def cut_column(values: pa.Array) -> Iterator[pa.Array]:
     """Cut a text column that is far larger than `BATCH_BYTES` into parts of about that size."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
@@ -324,7 +361,7 @@ def column_bytes(group: pq.RowGroupMetaData, column: str) -> int:
     return sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema == column)
 
 
-def _parquet_batch(values: pa.Array, source: int, first: int) -> Batch:
+def column_batch(values: pa.Array, source: int, first: int) -> Batch:
     """Make a batch of part of a text column; nulls are bad."""
     rows = np.arange(first, first + len(values))
     bad = []
@@ -340,12 +377,12 @@ def _parquet_batch(values: pa.Array, source: int, first: int) -> Batch:
                 bad.append(BadDocuments(source, row, too_large(f"{size:,} bytes"), bytes=size))
         good = sizes <= MAX_DOCUMENT_BYTES
         values, rows = values.filter(pa.array(good)), rows[good]
-    batch = _batch(values, np.full(len(values), source, np.int32), rows)
+    batch = text_batch(values, np.full(len(values), source, np.int32), rows)
     batch.bad += bad
     return batch
 
 
-def _batch(values: pa.Array, sources: np.ndarray, rows: np.ndarray) -> Batch:
+def text_batch(values: pa.Array, sources: np.ndarray, rows: np.ndarray) -> Batch:
     """Make a batch of what is UTF-8 among `values`, strings or bytes without nulls."""
     bad = []
     if pa.types.is_string_view(values.type) or pa.types.is_binary_view(values.type):
@@ -367,8 +404,33 @@ def _batch(values: pa.Array, sources: np.ndarray, rows: np.ndarray) -> Batch:
     return Batch(texts, sources, rows, bad=bad)
 
 
+def reader(kind: str) -> Callable[[InputFile, Slice], Iterator[Batch]]:
+    """Return the function that reads a slice of a file of that kind."""
+    return READERS[kind] if kind in READERS else format_module(kind).read
+
+
+def format_module(kind: str) -> Any:
+    """Return the module that reads a kind of file: `read`, and `columns` for planning.
+
+    Raises ValueError if a package that it needs is missing.
+    """
+    try:
+        return importlib.import_module(FORMATS[kind])
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"expected the package {error.name} to read .{kind} files, found it missing: "
+            f"pip install {error.name}, or leave these files out"
+        ) from None
+
+
 READERS: dict[str, Callable[[InputFile, Slice], Iterator[Batch]]] = {
     TEXT: _read_text,
     JSONL: _read_jsonl,
     PARQUET: _read_parquet,
+}
+# Imported when a file of that kind is met. Each file is one slice, read from its start.
+FORMATS = {
+    CSV: "prepare.formats.delimited",
+    ARROW: "prepare.formats.arrow",
+    HTML: "prepare.formats.web",
 }

@@ -17,7 +17,7 @@ from prepare.forecast import check_disk_space, forecast
 from prepare.options import Options
 from prepare.plan import Plan, Unit, UnitResult, make_plan, total_bad, unit_number
 from prepare.ray import run_ray
-from prepare.resume import finished_plan, start_or_resume
+from prepare.resume import finished_plan, start_or_resume, takes_all_text
 from prepare.split import VAL_SOURCE
 from prepare.unit import BadLimit
 from prepare.unit_functions import (
@@ -57,7 +57,8 @@ def run(options: Options) -> None:
     tokenizer.encode("")
     started = time.perf_counter()
     # Plan before anything is written, so that a mistyped source leaves no folder behind.
-    plan = make_plan(options, base)
+    all_text = takes_all_text(workspace)
+    plan = make_plan(options, base, all_text)
     if options.plan:
         print(forecast(plan, tokenizer, options.workers))
         return
@@ -71,7 +72,7 @@ def run(options: Options) -> None:
             print(f"{options.out} is complete: nothing to do.")
             return
         if manifest and plan.generation != manifest.generation + 1:
-            plan = make_plan(options, manifest)  # another append has ended since
+            plan = make_plan(options, manifest, all_text)  # another append has ended since
         if manifest:
             _check_shards(workspace, manifest)  # before hours of work, and again after them
         with workspace.plan_locked():

@@ -6,9 +6,9 @@ tokens on a large one. Units share no state, so they run anywhere and in any ord
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import repeat
@@ -17,11 +17,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prepare.documents import BadDocuments, Slice, bytes_lost, column_bytes, json_object
+from prepare.columns import with_column
+from prepare.documents import BadDocuments, Slice, bytes_lost, column_bytes
+from prepare.file_types import JSONL, PARQUET, TEXT
 from prepare.options import Options
-from prepare.sources import JSONL, PARQUET, TEXT, InputFile, find_files
+from prepare.sources import INSPECTED_AT_ONCE, InputFile, find_files
 from prepare.split import POSITION, VAL_SOURCE, SplitRule, choose_rule, follow_rule
-from prepare.text import BROKEN, PIECE_BYTES, READ_BYTES, byte_stream, next_cut, next_line, survey
+from prepare.text import BROKEN, PIECE_BYTES, byte_stream, next_cut, next_line, survey
 from shards import stored_json
 from shards.manifest import SPLITS, Manifest, Shard
 from shards.remote import is_remote
@@ -31,9 +33,6 @@ REMEDY = "restore it, or give another --out (beside a complete dataset it may be
 MIN_UNIT_BYTES = 4 << 20
 MAX_UNIT_BYTES = 400 << 20
 TARGET_UNITS = 64
-# Files inspected concurrently: most of that time is waiting, for a network above all.
-INSPECTED_AT_ONCE = 16
-TEXT_COLUMNS = ("text", "content")
 # Bad documents listed one by one, per unit and in all; the rest is only counted.
 MAX_LISTED = 10_000
 UNLISTED = "further bad documents, which are not listed"
@@ -102,6 +101,9 @@ class Plan:
     dedup: bool = False  # drop exact duplicates
     generation: int = 0  # above 0: append to the dataset
     first_source: int = 0  # index of the first file in the dataset's sources
+    # Of two plans the files are compared, not how they were found.
+    all_text: bool = field(default=False, compare=False)  # folders give all text; not in myGPT 0.2
+    left_out: dict[str, int] = field(default_factory=dict, compare=False)  # other files, by type
 
     def inspection(self) -> UnitResult:
         """Return what planning found bad, as the result of a unit before the first."""
@@ -131,14 +133,17 @@ def _upgraded(record: dict[str, Any], name: str) -> dict[str, Any]:
     return record | {"format": FORMAT, "version": VERSION}
 
 
-def make_plan(options: Options, base: Manifest | None = None) -> Plan:
+def make_plan(options: Options, base: Manifest | None = None, all_text: bool = True) -> Plan:
     """Inspect the sources and plan the work; with `base`, to be appended to that dataset.
 
-    Raises ValueError or OSError for bad input.
+    With `all_text` folders give everything that is text. Raises ValueError or OSError for bad
+    input.
     """
-    val_files = find_files(options.val_source, val=True)
+    left_out = Counter[str]()
+    val_files = find_files(options.val_source, True, all_text, left_out)
     known = {file.identity for file in val_files}
-    others = [file for file in find_files(options.sources) if file.identity not in known]
+    others = find_files(options.sources, False, all_text, left_out)
+    others = [file for file in others if file.identity not in known]
     # Validation text first: of duplicates the first is kept.
     files = _outside(options.out, [*val_files, *others])
     rule = follow_rule(base.split_rule, options, files) if base else choose_rule(options, files)
@@ -158,6 +163,8 @@ def make_plan(options: Options, base: Manifest | None = None) -> Plan:
         dedup=options.dedup,
         generation=base.generation + 1 if base else 0,
         first_source=len(base.sources) if base else 0,
+        all_text=all_text,
+        left_out=dict(left_out),
     )
 
 
@@ -171,7 +178,9 @@ def _outside(out: str, files: Sequence[InputFile]) -> list[InputFile]:
     real = lru_cache(lambda path: path if is_remote(path) else os.path.realpath(path))
     inside = real(out).rstrip("/") + "/"
     outside = [
-        file for file in files if not f"{real(os.path.dirname(file.path))}/".startswith(inside)
+        file
+        for file in files
+        if not f"{real(os.path.dirname(file.stored_path))}/".startswith(inside)
     ]
     if not outside:
         raise ValueError(f"expected sources outside --out {out}, found none: give others")
@@ -254,54 +263,3 @@ def _units(slices: Sequence[WeightedSlice], target: int, number: int) -> Iterato
             number, weight, joined = number + 1, 0, []
     if joined:
         yield Unit(number, tuple(joined), weight)
-
-
-def with_column(file: InputFile, requested: str | None) -> InputFile:
-    """Return the file with its text column set. Raises ValueError if it has no such column."""
-    candidates = (requested,) if requested else TEXT_COLUMNS
-    names = _columns(file, candidates)
-    for name in candidates:
-        if names is None or name in names:
-            return replace(file, column=name)
-    raise ValueError(
-        f"expected a text column {' or '.join(candidates)} in {file.name}, found "
-        f"{', '.join(names or ['no column'])}: name it by --text-column"
-    )
-
-
-def _columns(file: InputFile, candidates: Sequence[str]) -> list[str] | None:
-    """Return the columns that may hold text; None if there are none or the file is unreadable."""
-    if file.kind == PARQUET:
-        try:
-            schema = pq.ParquetFile(byte_stream(file.path)).schema_arrow
-        except (OSError, pa.ArrowException):
-            return None
-        return [field.name for field in schema if _may_hold_text(field.type)]
-    if file.kind == JSONL:
-        return _first_fields(file, candidates)
-    return None
-
-
-def _may_hold_text(kind: pa.DataType) -> bool:
-    texts = {pa.string(), pa.large_string(), pa.string_view()}
-    texts |= {pa.binary(), pa.large_binary(), pa.binary_view()}
-    return (kind.value_type if pa.types.is_dictionary(kind) else kind) in texts
-
-
-def _first_fields(file: InputFile, candidates: Sequence[str]) -> list[str] | None:
-    """Return the fields of the first JSON objects of a file, up to one that has a candidate.
-
-    None if there is no object.
-    """
-    try:
-        with byte_stream(file.path, file.compression) as stream:
-            head = stream.read(READ_BYTES)
-    except OSError:
-        return None
-    names: dict[str, None] = {}
-    for line in head.split(b"\n"):
-        with suppress(ValueError):
-            names |= dict.fromkeys(json_object(line))
-        if any(name in names for name in candidates):
-            break
-    return list(names) or None

@@ -18,8 +18,21 @@ from dataclasses import asdict, fields, replace
 
 from prepare.options import Options
 from prepare.plan import Plan, make_plan
+from prepare.sources import is_of_first_kinds
 from prepare.workspace import REFUSED, Workspace
 from shards.manifest import Manifest
+
+
+def takes_all_text(workspace: Workspace) -> bool:
+    """Return the dataset's rule for folders: True if they give everything that is text.
+
+    False for a dataset that was started when they gave only `FIRST_KINDS`, so that the same command
+    finds the same files. Where no plan tells, the sources do.
+    """
+    if stored := workspace.stored_plan(0):
+        return stored.all_text
+    manifest = workspace.manifest()
+    return manifest is None or any(not is_of_first_kinds(one.name) for one in manifest.sources)
 
 
 def start_or_resume(options: Options, workspace: Workspace, plan: Plan) -> Plan:
@@ -106,7 +119,7 @@ def _compare(
     pairs = enumerate(zip(stored.files, plan.files, strict=False))
     touched = {i for i, (old, new) in pairs if old.size == new.size and old.mtime != new.mtime}
     if generation and touched:
-        plan = make_plan(options, manifest.prefix(generation - 1))
+        plan = make_plan(options, manifest.prefix(generation - 1), plan.all_text)
     elif generation != plan.generation:  # made to be the next one
         first = stored.first_source
         plan = replace(plan, units=stored.units, generation=generation, first_source=first)
@@ -144,7 +157,7 @@ def _difference(workspace: Workspace, stored: Plan, plan: Plan) -> str:
                 f"expected the source {file.name} as it was when {workspace.folder} was started, "
                 f"found that file {actual}: {remedy}, or give another --out"
             )
-    names = [field.name for field in fields(Plan) if field.name != "units"]
+    names = [field.name for field in fields(Plan) if field.compare and field.name != "units"]
     differing = [name for name in names if getattr(stored, name) != getattr(plan, name)]
     columns = [" and ".join(sorted({f.column for f in p.files})) for p in (stored, plan)]
     if columns[0] != columns[1]:

@@ -1,31 +1,51 @@
 """Input files: SOURCE arguments resolved to the files they name, in a fixed order.
 
-A source is a file, a folder (searched recursively for supported types, hidden files left out), a
-glob, a URI of a filesystem that pyarrow knows (s3://, gs://, hf://), or the word `stdlib`: the
-source code of the running Python's standard library, a corpus that every installation has.
+A source is a file, a folder (searched recursively, hidden files left out), a glob, a .zip archive,
+a URI of a filesystem that pyarrow knows (s3://, gs://, hf://), or the word `stdlib`: the source
+code of the running Python's standard library, a corpus that every installation has. What the name
+of a file does not tell is read as plain text if its content is.
 """
 
 import fnmatch
 import os
 import posixpath
+import shlex
 import sysconfig
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from pathlib import Path
 from urllib.parse import unquote
 
 from pyarrow import fs
 
+from prepare.archive import SCHEME, archive_of, member_status, members
+from prepare.file_types import (
+    FIRST_KINDS,
+    HEAD_BYTES,
+    KINDS,
+    PARQUET,
+    SEEKING,
+    TEXT,
+    ZIP,
+    by_name,
+    not_text,
+    unreadable,
+)
+from prepare.text import byte_stream
 from shards.remote import filesystem, is_remote, path_of
 
-TEXT, JSONL, PARQUET = "text", "jsonl", "parquet"
-KINDS = {".txt": TEXT, ".md": TEXT, ".jsonl": JSONL, ".ndjson": JSONL, ".parquet": PARQUET}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 # Estimated size of compressed text relative to its file.
 COMPRESSION_RATIO = 4
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
+# What `datasets.save_to_disk` writes beside the data-*.arrow of a dataset.
+DATASET_STATE = {"state.json", "dataset_info.json"}
+DATASET_DATA = "data-"
+# Files inspected concurrently: most of that time is waiting, for a network above all.
+INSPECTED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -36,7 +56,7 @@ class InputFile:
     path: str
     size: int  # bytes as stored
     mtime: int  # nanoseconds, to notice a change between two runs
-    kind: str  # TEXT, JSONL or PARQUET
+    kind: str  # of those in prepare/file_types.py
     compression: str | None = None
     val: bool = False  # from --val-source
     column: str = "text"  # column or field with the text
@@ -44,86 +64,253 @@ class InputFile:
     @property
     def text_bytes(self) -> int:
         """Estimated bytes of text in the file."""
-        packed = self.compression is not None or self.kind == PARQUET
+        packed = self.compression not in (None, ZIP) or self.kind == PARQUET
         return self.size * (COMPRESSION_RATIO if packed else 1)
+
+    @property
+    def stored_path(self) -> str:
+        """Path or URI of the file itself, or of the archive that holds it."""
+        return archive_of(self.path)
 
     @property
     def remote(self) -> bool:
         """True if the file is read over a network."""
-        return is_remote(self.path)
+        return is_remote(self.stored_path)
 
     @property
     def identity(self) -> Hashable:
         """The same for every name of one file, so that a link does not make it two."""
-        if self.remote:
-            return self.path
-        return _inode(self.path)
+        stored = self.stored_path
+        inode = stored if self.remote else _inode(stored)
+        return inode if stored == self.path else (inode, self.path.removesuffix(stored))
 
     @property
     def real_path(self) -> str:
         """The same for every path to a local file, also after the file is gone."""
-        return self.path if self.remote else os.path.realpath(self.path)
+        if self.remote:
+            return self.path
+        stored = self.stored_path
+        return self.path.removesuffix(stored) + os.path.realpath(stored)
 
     def status(self) -> tuple[int, int] | None:
         """Current size and mtime, or None if the file is gone."""
+        if self.compression == ZIP:
+            return member_status(self.path)
         system, path = filesystem(self.path)
         info = system.get_file_info(path)
         return (info.size, info.mtime_ns or 0) if info.type == fs.FileType.File else None
 
 
-def find_files(sources: Iterable[str], val: bool = False) -> list[InputFile]:
+def find_files(
+    sources: Iterable[str],
+    val: bool = False,
+    all_text: bool = True,
+    left_out: Counter[str] | None = None,
+) -> list[InputFile]:
     """Return the files that the sources name, each once: sources in their order, names sorted.
 
-    Raises FileNotFoundError for a source without files, ValueError for an unsupported type.
+    Without `all_text` folders give only files of the types that myGPT 0.2 read. What folders,
+    globs and archives hold beside is counted in `left_out`, by type. Raises FileNotFoundError for a
+    source without files, ValueError for one that is no text.
     """
     files: dict[Hashable, InputFile] = {}
     for source in sources:
-        of_source = list(_standard_library(val) if source == STDLIB else _expand(source, val))
+        search = _Search(source, val, all_text)
+        of_source = list(_standard_library(val) if source == STDLIB else search.files())
         if not of_source:
-            raise FileNotFoundError(
-                f"expected input in {source}, found no file of a supported type: give a file, "
-                f"folder or glob of {_supported()}, or `{STDLIB}`"
-            )
+            raise search.nothing_found()
         for file in sorted(of_source, key=lambda file: file.name):
             files.setdefault(file.identity, file)
+        if left_out is not None:
+            left_out.update(search.left_out)
     return list(files.values())
 
 
-def _expand(source: str, val: bool) -> Iterator[InputFile]:
-    """Yield the files of one file, folder or glob. Raises ValueError or OSError for bad ones."""
-    if not source.strip():
-        raise ValueError("expected a SOURCE, found an empty one: give a file, a folder, or stdlib")
-    if source.startswith("file:///"):
-        source = unquote(source.removeprefix("file://"))
-    system, path, info = _file_info(source)
-    _check_regular(info)
-    if info.type == fs.FileType.File:
-        yield _input_file(source, info, posixpath.basename(path), val)
-        return
-    pattern = ""
-    if info.type == fs.FileType.NotFound:
-        if not any(mark in path for mark in "*?["):
-            raise FileNotFoundError(
-                f"expected input in {source}, found no such file or folder: check the path"
-            )
-        path, pattern = _split_glob(path)
-    met = set[Hashable]()
-    for found in _paths_below(system, path):
-        inside = posixpath.relpath(found, path)
-        hidden = any(part.startswith(".") for part in inside.split("/"))
-        if hidden or not (_matches(inside, pattern) if pattern else _kind(found)[0]):
-            continue
-        if inside != inside.encode(errors="replace").decode():
+@dataclass
+class _Search:
+    """Search for the files of one file, folder, glob or archive."""
+
+    source: str
+    val: bool
+    all_text: bool
+    left_out: Counter[str] = field(default_factory=Counter)  # files by type
+    reason: str = ""  # why the first of them was left out, and what to do
+    met: set[Hashable] = field(default_factory=set)  # identities of the files found
+
+    def files(self) -> Iterator[InputFile]:
+        """Yield the files. Raises ValueError or OSError for a bad source."""
+        if self.source.startswith("file:///"):
+            self.source = unquote(self.source.removeprefix("file://"))
+        source = self.source
+        if not source.strip():
+            raise ValueError("expected a SOURCE, found an empty one: give a file, folder or stdlib")
+        if source.startswith(("http://", "https://")):
             raise ValueError(
-                f"expected file names in UTF-8, found {os.fsencode(inside)!r} in {path}: rename it"
+                f"expected a file, folder, glob, s3://, gs:// or hf:// URI, found {source}: "
+                f"download it first (curl -LO {shlex.quote(source)})"
             )
-        info = system.get_file_info(found)
+        system, path, info = _file_info(source)
         _check_regular(info)
         if info.type == fs.FileType.File:
-            file = _input_file(source, info, f"{posixpath.basename(path)}/{inside}", val)
-            if file.identity not in met:
-                met.add(file.identity)
-                yield file
+            yield from self._named(info)
+            return
+        pattern = ""
+        if info.type == fs.FileType.NotFound:
+            if not any(mark in path for mark in "*?["):
+                raise FileNotFoundError(
+                    f"expected input in {source}, found no such file or folder: check the path"
+                )
+            path, pattern = _split_glob(path)
+        yield from self._below(system, path, pattern)
+
+    def nothing_found(self) -> Exception:
+        """Return the error to raise if there is no file."""
+        if self.reason:
+            found = describe_left_out(self.left_out)
+            return ValueError(f"expected text in {self.source}, found {found}: {self.reason}")
+        return FileNotFoundError(
+            f"expected input in {self.source}, found no file with text: give a file, folder or "
+            f"glob of text files, {', '.join(KINDS)}, or `{STDLIB}`"
+        )
+
+    def _named(self, info: fs.FileInfo) -> Iterator[InputFile]:
+        """Yield the file that the source names, or the members of that archive."""
+        path = path_of(self.source, info.path)
+        if not by_name(info.path)[0] and (reason := _not_text(info.path, path)):
+            raise ValueError(f"expected text, found {path}, {reason}")
+        yield from self._found(info, posixpath.basename(info.path))
+
+    def _below(self, system: fs.FileSystem, folder: str, pattern: str) -> Iterator[InputFile]:
+        """Yield the files below a folder, or those of them that match a glob.
+
+        Files whose type only their content tells come last: a link may give them a better name.
+        """
+        inside = {path: posixpath.relpath(path, folder) for path in _paths_below(system, folder)}
+        paths = [
+            path
+            for path, name in inside.items()
+            if not _is_hidden(name) and (not pattern or _matches(name, pattern))
+        ]
+        if self.all_text or pattern:
+            paths = self._without_dataset_state(paths)
+            known = [path for path in paths if by_name(path)[0]]
+        else:
+            known = [path for path in paths if is_of_first_kinds(path)]
+        top = posixpath.basename(folder)
+        for path in known:
+            yield from self._checked(system, path, f"{top}/{inside[path]}")
+        if self.all_text or pattern:
+            others = [path for path in paths if not by_name(path)[0]]
+            others = [path for path in others if unreadable(path) or self._is_new(system, path)]
+            for path in self._texts({path: path_of(self.source, path) for path in others}):
+                yield from self._checked(system, path, f"{top}/{inside[path]}")
+
+    def _is_new(self, system: fs.FileSystem, path: str) -> bool:
+        """True for a regular file that has not been found under another name."""
+        _check_utf8(path)
+        is_file = system.get_file_info(path).type == fs.FileType.File
+        return is_file and (is_remote(self.source) or _inode(path) not in self.met)
+
+    def _texts(self, paths: dict[str, str]) -> Iterator[str]:
+        """Yield those of some names, given with their paths, that hold text; note the others."""
+        with ThreadPoolExecutor(INSPECTED_AT_ONCE) as pool:
+            for name, reason in zip(paths, pool.map(_not_text, paths, paths.values()), strict=True):
+                if not reason:
+                    yield name
+                    continue
+                self.reason = self.reason or f"{name} is {reason}"
+                suffix = posixpath.splitext(name.lower())[1] or "without a suffix"
+                self.left_out[suffix] += 1
+
+    def _without_dataset_state(self, paths: list[str]) -> list[str]:
+        """Leave out what `datasets.save_to_disk` writes beside the data, and cached results."""
+        folders = [
+            {posixpath.dirname(path) for path in paths if posixpath.basename(path) == name}
+            for name in DATASET_STATE
+        ]
+        datasets = set.intersection(*folders)
+        kept = []
+        for path in paths:
+            folder, name = posixpath.split(path)
+            if folder in datasets and name.endswith(".arrow") and not name.startswith(DATASET_DATA):
+                self.left_out[".arrow (cached by datasets)"] += 1
+            elif folder not in datasets or name not in DATASET_STATE:
+                kept.append(path)
+        return kept
+
+    def _checked(self, system: fs.FileSystem, path: str, name: str) -> Iterator[InputFile]:
+        """Yield the file at a path, or its members if it is an archive."""
+        _check_utf8(path)
+        info = system.get_file_info(path)
+        _check_regular(info)
+        if info.type == fs.FileType.File:
+            yield from self._found(info, name)
+
+    def _found(self, info: fs.FileInfo, name: str) -> Iterator[InputFile]:
+        """Yield a file that is there, unless it was met before, or the members of an archive."""
+        kind, compression, _ = by_name(info.path)
+        path, mtime = path_of(self.source, info.path), info.mtime_ns or 0
+        file = InputFile(name, path, info.size, mtime, kind or TEXT, compression, self.val)
+        if file.identity in self.met:
+            return
+        self.met.add(file.identity)
+        if kind != ZIP:
+            yield file
+            return
+        inside = {key: value for key, value in members(path).items() if not _is_hidden(key)}
+        known = [member for member in inside if _is_readable_member(member)]
+        others = {member: inside[member][0] for member in inside.keys() - known}
+        for member in [*known, *self._texts(others)]:
+            path, size = inside[member]
+            kind = by_name(member)[0] or TEXT
+            yield InputFile(f"{name}/{member}", path, size, mtime, kind, ZIP, self.val)
+
+
+def describe_left_out(left_out: Counter[str]) -> str:
+    """Return counts of files by type as a phrase: `3 .png, 1 .pdf`."""
+    return ", ".join(f"{number:,} {suffix}" for suffix, number in left_out.most_common())
+
+
+def _is_hidden(inside: str) -> bool:
+    return any(part.startswith(".") for part in inside.split("/"))
+
+
+def is_of_first_kinds(path: str) -> bool:
+    """True for a file of a type that myGPT 0.2 read."""
+    kind, _, suffix = by_name(path)
+    return kind is not None and suffix in FIRST_KINDS
+
+
+def _is_readable_member(name: str) -> bool:
+    """True if the name of an archive's member says that it can be read as a stream."""
+    kind, compression, _ = by_name(name)
+    return kind is not None and kind not in SEEKING and compression is None
+
+
+def _not_text(name: str, path: str) -> str:
+    """Return why the file of that name and path is no text, and what to do; "" if it is.
+
+    What can't be read is taken for text here, and reported when it is read.
+    """
+    kind, compression, _ = by_name(name)
+    if path.startswith(SCHEME) and (kind or compression):
+        return "a file that can't be read inside an archive: unzip it and give the folder"
+    try:
+        if reason := unreadable(name):
+            return reason
+        with byte_stream(path, compression) as stream:
+            return not_text(name, stream.read(HEAD_BYTES))
+    except OSError:
+        return ""
+
+
+def _check_utf8(path: str) -> None:
+    """Raise ValueError for a path that is not UTF-8: it could not be stored."""
+    if path != path.encode(errors="replace").decode():
+        folder, name = posixpath.split(path)
+        raise ValueError(
+            f"expected file names in UTF-8, found {os.fsencode(name)!r} in {folder}: rename it"
+        )
 
 
 def _check_regular(info: fs.FileInfo) -> None:
@@ -213,31 +400,6 @@ def _matches(inside: str, pattern: str) -> bool:
             _matches("/".join(names[start:]), tail) for start in range(at, len(names))
         )
     return len(names) == len(marks) and all(map(fnmatch.fnmatchcase, names, marks))
-
-
-def _input_file(source: str, info: fs.FileInfo, name: str, val: bool) -> InputFile:
-    kind, compression = _kind(info.path)
-    if kind is None:
-        raise ValueError(
-            f"expected a file of type {_supported()}, found {info.path}: rename or convert it"
-        )
-    path = path_of(source, info.path)
-    return InputFile(name, path, info.size, info.mtime_ns or 0, kind, compression, val)
-
-
-def _kind(path: str) -> tuple[str | None, str | None]:
-    """Return (kind, compression) by a file's suffixes; kind is None for an unsupported type."""
-    stem, suffix = posixpath.splitext(path.lower())
-    compression = COMPRESSIONS.get(suffix)
-    if compression:
-        suffix = posixpath.splitext(stem)[1]
-    kind = KINDS.get(suffix)
-    # Parquet is read from its end, which a compressed stream reaches last; it compresses inside.
-    return (None if compression and kind == PARQUET else kind), compression
-
-
-def _supported() -> str:
-    return f"{', '.join(KINDS)} (all but .parquet also as {', '.join(COMPRESSIONS)})"
 
 
 def _standard_library(val: bool) -> Iterator[InputFile]:

@@ -8,6 +8,8 @@ import numpy as np
 import xxhash
 from pyarrow import NativeFile
 
+from prepare.archive import SCHEME, MemberStream, archive_of, open_member
+from prepare.file_types import HEAD_BYTES, encoding_remedy
 from shards.cuts import SAFE_CUT_BYTES
 from shards.remote import filesystem
 
@@ -21,14 +23,19 @@ LOOKBEHIND = 3  # bytes before a cut that the pattern looks at
 BROKEN = "unreadable from here on"  # begins the reason of a file that is broken in the middle
 
 
-def byte_stream(path: str, compression: str | None = None, offset: int = 0) -> NativeFile:
+def byte_stream(
+    path: str, compression: str | None = None, offset: int = 0
+) -> NativeFile | MemberStream:
     """Open a file's (decompressed) bytes from `offset` on; the caller closes the stream."""
-    system, path = filesystem(path)
-    if compression is None:
-        stream = system.open_input_file(path)
-        stream.seek(offset)
-        return stream
-    stream = system.open_input_stream(path, compression=compression)
+    if path.startswith(SCHEME):
+        stream = open_member(path)
+    else:
+        system, path = filesystem(path)
+        if compression is None:
+            stream = system.open_input_file(path)
+            stream.seek(offset)
+            return stream
+        stream = system.open_input_stream(path, compression=compression)
     while offset:  # a compressed stream can only be read forward
         skipped = len(stream.read(min(offset, READ_BYTES)))
         offset = offset - skipped if skipped else 0
@@ -88,7 +95,8 @@ def survey(path: str, compression: str | None) -> Survey:
                 stretch = len(block) - last_cut(block) if first else stretch
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as failure:
-        error = f"invalid UTF-8 shortly before byte {size}: {failure.reason}"
+        error = f"invalid UTF-8 shortly before byte {size}: {failure.reason}: "
+        error += encoding_remedy(path, failure.object[:HEAD_BYTES])
     except OSError as failure:
         error = damage(path, failure)
     return Survey(digest_array(hasher.digest()), size, error)
@@ -100,7 +108,7 @@ def damage(path: str, error: Exception) -> str:
     A broken disk or connection is no property of the data: it must fail or retry the unit.
     """
     try:
-        for _ in byte_blocks(path):
+        for _ in byte_blocks(archive_of(path)):
             pass
     except OSError as failure:
         raise failure from error

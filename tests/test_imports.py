@@ -18,6 +18,7 @@ SCRIPTS = ("train", "eval")
 STANDALONE = {"mygpt.config", "mygpt.loss", "mygpt.model", "mygpt.optim"}
 # Built on the core, which never imports them; train.py imports the trackers that a flag asks for.
 ROOMS = {
+    "prepare.formats",
     "shards.commands",
     *("mygpt.eval", "mygpt.report", "mygpt.doctor", "mygpt.hub", "mygpt.trackers"),
 }

@@ -399,13 +399,13 @@ def test_a_long_text_that_is_stored_once(
     column = column.dictionary_encode() if kind == "dictionary" else column
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     sizes = []
-    original = documents_module._cut
+    original = documents_module.cut_column
 
     def noted(values: pa.Array) -> Iterator[pa.Array]:
         sizes.append(len(values))
         return original(values)
 
-    monkeypatch.setattr(documents_module, "_cut", noted)
+    monkeypatch.setattr(documents_module, "cut_column", noted)
     out = make(tmp_path / "out", tmp_path / "a.parquet")
     assert max(sizes) == 5
     assert sum(map(len, held(out).values())) == 102

@@ -2,6 +2,7 @@
 
 import os
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,11 @@ TREE = [
     "sub/deep/y.jsonl.gz",
     "q/w.txt.zst",
 ]
-OTHERS = [".hidden.txt", ".git/x.txt", "sub/.cache/x.txt", "notes.pdf", "data.csv.gz", "sub/README"]
+# What myGPT 0.2 did not read.
+MORE = ["data.csv.gz", "sub/README", "sub/model.py"]
+HIDDEN = [".hidden.txt", ".git/x.txt", "sub/.cache/x.txt"]
+BINARY = ["notes.pdf", "sub/picture.png", "q/blob"]
+OTHERS = MORE + HIDDEN
 
 
 @pytest.fixture
@@ -26,6 +31,8 @@ def corpus(tmp_path: Path) -> Path:
     for name in TREE + OTHERS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
+    for name in BINARY:
+        (folder / name).write_bytes(b"%PDF \0 or so")
     return folder
 
 
@@ -34,7 +41,21 @@ def names(*sources: object) -> list[str]:
 
 
 def test_a_folder_is_searched_through(corpus: Path) -> None:
-    assert names(corpus) == sorted(f"corpus/{name}" for name in TREE)
+    left_out = Counter[str]()
+    found = find_files([str(corpus)], left_out=left_out)
+    assert [file.name for file in found] == sorted(f"corpus/{name}" for name in TREE + MORE)
+    assert left_out == {".pdf": 1, ".png": 1, "without a suffix": 1}
+
+
+def test_a_folder_as_it_was_read_before(corpus: Path) -> None:
+    """For datasets that were started then: the same command finds the same files."""
+    left_out = Counter[str]()
+    found = find_files([str(corpus)], all_text=False, left_out=left_out)
+    assert [file.name for file in found] == sorted(f"corpus/{name}" for name in TREE)
+    assert not left_out
+    for source in ("sub/model.py", "sub/*.py"):  # named or matched it was refused
+        found = find_files([str(corpus / source)], all_text=False)
+        assert [file.path for file in found] == [str(corpus / "sub/model.py")]
 
 
 @pytest.mark.parametrize("spelling", ["corpus", "corpus/", "./corpus", "sub/../corpus"])
@@ -56,17 +77,22 @@ def test_a_relative_folder_gives_the_same_names(
         ("**/*.md", ["sub/a.md"]),
         ("**/*.txt", ["a.txt"]),
         ("**/*.TXT", ["sub/deep/z.TXT"]),
-        ("sub/**/*.*", ["sub/a.md", "sub/deep/y.jsonl.gz", "sub/deep/z.TXT"]),
-        ("sub/**", None),
+        ("sub/**/*.*", ["sub/a.md", "sub/deep/y.jsonl.gz", "sub/deep/z.TXT", "sub/model.py"]),
+        (
+            "sub/**",
+            [*("sub/README", "sub/a.md", "sub/deep/y.jsonl.gz"), "sub/deep/z.TXT", "sub/model.py"],
+        ),
         ("**/deep/*", ["sub/deep/y.jsonl.gz", "sub/deep/z.TXT"]),
         ("**/deep/**/*.gz", ["sub/deep/y.jsonl.gz"]),
         ("*/deep/y*", ["sub/deep/y.jsonl.gz"]),
         ("q/**", ["q/w.txt.zst"]),
         ("*.csv", None),
+        ("*.pdf", None),
+        ("*/*.png", None),
     ],
 )
 def test_globs(pattern: str, found: list[str] | None, corpus: Path) -> None:
-    if found is None:  # it names a file of no supported type, or nothing
+    if found is None:  # it names nothing with text
         with pytest.raises((ValueError, FileNotFoundError), match="expected"):
             names(corpus / pattern)
     else:
@@ -93,6 +119,9 @@ def test_kinds_and_compressions(corpus: Path) -> None:
         "corpus/sub/deep/z.TXT": ("text", None),
         "corpus/sub/deep/y.jsonl.gz": ("jsonl", "gzip"),
         "corpus/q/w.txt.zst": ("text", "zstd"),
+        "corpus/data.csv.gz": ("csv", "gzip"),
+        "corpus/sub/README": ("text", None),
+        "corpus/sub/model.py": ("text", None),
     }
 
 
@@ -108,8 +137,10 @@ def test_status_tells_of_change(corpus: Path) -> None:
 
 def test_a_source_keeps_the_order_given_and_a_file_its_first_place(corpus: Path) -> None:
     found = names(corpus / "sub", corpus / "b.jsonl", corpus, corpus / "a.txt")
-    assert found[:4] == ["sub/a.md", "sub/deep/y.jsonl.gz", "sub/deep/z.TXT", "b.jsonl"]
-    assert found[4:] == ["corpus/a.txt", "corpus/c.parquet", "corpus/q/w.txt.zst"]
+    assert found[1:4] == ["sub/a.md", "sub/deep/y.jsonl.gz", "sub/deep/z.TXT"]
+    assert found[5] == "b.jsonl"
+    assert found[6:8] == ["corpus/a.txt", "corpus/c.parquet"]
+    assert found[8:] == ["corpus/data.csv.gz", "corpus/q/w.txt.zst"]
 
 
 def test_a_link_does_not_make_a_file_two(corpus: Path) -> None:
@@ -146,13 +177,81 @@ def test_a_source_that_names_nothing(source: str, corpus: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_an_unsupported_type_is_refused_when_named_and_left_out_when_met(corpus: Path) -> None:
-    with pytest.raises(ValueError, match=r"notes\.pdf: rename or convert it"):
-        names(corpus / "notes.pdf")
-    (corpus / "table.parquet.gz").write_text("compressed once more")
-    with pytest.raises(ValueError, match=r"table\.parquet\.gz: rename or convert it"):
-        names(corpus / "table.parquet.gz")
-    assert not any("notes" in name or "table" in name for name in names(corpus))
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        ("notes.pdf", b"%PDF", r"a \.pdf file: convert it first \(pdftotext \S+notes.pdf\)"),
+        ("a b.docx", b"PK", r"\(pandoc -t plain '\S+a b.docx' -o '\S+a b.docx'.txt\)"),
+        ("list.json", b"[]", r"\(jq -c .* > \S+list.jsonl\)"),
+        ("all.tar.gz", b"\x1f\x8b", r"\(tar -xf \S+all.tar.gz\)"),
+        ("table.parquet.gz", b"PAR1", "compressed once more: uncompress it first"),
+        ("song.mp3", b"ID3\0", "a binary file: convert it to text first"),
+        ("no_suffix", b"\x7fELF\0", "a binary file: convert it to text first"),
+        ("a.srt", "caf\xe9".encode("latin-1"), r"text in Latin-1, it seems, .*iconv -f LATIN1 "),
+        ("a.log", "text".encode("utf-16"), r"text in UTF-16, .*iconv -f UTF-16 -t UTF-8 \S+a.log"),
+        ("b.log", "text".encode("utf-16-le"), "text in UTF-16LE, not UTF-8"),
+        ("c.log", "text".encode("utf-16-be"), "text in UTF-16BE, not UTF-8"),
+    ],
+)
+def test_what_is_no_text_is_refused_when_named_and_left_out_when_met(
+    name: str, content: bytes, remedy: str, corpus: Path
+) -> None:
+    (corpus / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"expected text, found .*, .*{remedy}") as error:
+        names(corpus / name)
+    assert "rename" not in str(error.value)
+    left_out = Counter[str]()
+    found = find_files([str(corpus)], left_out=left_out)
+    assert sorted(file.name for file in found) == sorted(f"corpus/{one}" for one in TREE + MORE)
+    assert sum(left_out.values()) == len(BINARY) + 1 - (name in BINARY)
+    only = corpus.parent / "only"
+    only.mkdir()
+    (corpus / name).rename(only / name)
+    with pytest.raises(ValueError, match=f"expected text in .*found 1 .*{remedy}"):
+        names(only)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", "caf\xe9".encode(), "x" * 8191 + "\xe9", b"a\rb", "\ufeffbom".encode()]
+)
+def test_text_is_known_by_its_first_block(content: bytes | str, corpus: Path) -> None:
+    raw = content if isinstance(content, bytes) else content.encode()
+    (corpus / "odd.name").write_bytes(raw)
+    assert names(corpus / "odd.name") == ["odd.name"]
+    assert "corpus/odd.name" in names(corpus)
+
+
+def test_a_url_is_to_be_downloaded(corpus: Path) -> None:
+    with pytest.raises(ValueError, match=r"found https://a.b/c.txt: download it first \(curl -LO"):
+        names("https://a.b/c.txt")
+
+
+class TestDatasetOnDisk:
+    """A folder that `datasets.save_to_disk` wrote."""
+
+    @pytest.fixture
+    def saved(self, tmp_path: Path) -> Path:
+        for split in ("train", "test"):
+            folder = tmp_path / "saved" / split
+            folder.mkdir(parents=True)
+            for name in ("state.json", "dataset_info.json", "data-00000-of-00001.arrow"):
+                (folder / name).write_bytes(b"{}")
+        (tmp_path / "saved/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+        (tmp_path / "saved/train/cache-0123.arrow").write_bytes(b"a result of map")
+        return tmp_path / "saved"
+
+    def test_its_data_is_found(self, saved: Path) -> None:
+        left_out = Counter[str]()
+        found = find_files([str(saved)], left_out=left_out)
+        data = [f"saved/{split}/data-00000-of-00001.arrow" for split in ("test", "train")]
+        assert [file.name for file in found] == data
+        assert {file.kind for file in found} == {"arrow"}
+        assert left_out == {".arrow (cached by datasets)": 1, ".json": 1}
+        assert names(saved / "train") == ["train/data-00000-of-00001.arrow"]
+
+    def test_elsewhere_such_names_mean_nothing(self, saved: Path) -> None:
+        (saved / "train/state.json").unlink()
+        assert "saved/train/cache-0123.arrow" in names(saved)
 
 
 def test_input_files_are_values(corpus: Path) -> None:
@@ -200,13 +299,14 @@ def test_a_link_never_names_what_has_a_real_path(corpus: Path) -> None:
     ]
 
 
-def test_a_link_names_what_has_no_name_of_a_supported_type(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_link_names_what_has_no_name_of_a_supported_type(name: str, tmp_path: Path) -> None:
     """As the snapshots of a Hugging Face cache do, whose blobs are named by a hash."""
     (tmp_path / "hub/blobs").mkdir(parents=True)
     (tmp_path / "hub/snapshots").mkdir()
     (tmp_path / "hub/blobs/0123").write_text("text")
-    (tmp_path / "hub/snapshots/a.txt").symlink_to("../blobs/0123")
-    assert names(tmp_path / "hub") == ["hub/snapshots/a.txt"]
+    (tmp_path / "hub/snapshots" / name).symlink_to("../blobs/0123")
+    assert names(tmp_path / "hub") == [f"hub/snapshots/{name}"]
 
 
 def test_a_pipe_is_refused(corpus: Path) -> None:
@@ -218,10 +318,13 @@ def test_a_pipe_is_refused(corpus: Path) -> None:
 
 def test_a_name_that_is_not_utf8_is_named(corpus: Path) -> None:
     Path(os.fsdecode(os.fsencode(corpus) + b"/notes\xe9.pdf")).touch()
-    assert len(names(corpus)) == len(TREE)
-    Path(os.fsdecode(os.fsencode(corpus) + b"/caf\xe9.txt")).touch()
-    with pytest.raises(ValueError, match=r"UTF-8, found b'caf\\xe9.txt' in .*corpus: rename it"):
-        names(corpus)
+    assert len(names(corpus)) == len(TREE + MORE)
+    for name in (b"/caf\xe9.txt", b"/caf\xe9"):
+        path = Path(os.fsdecode(os.fsencode(corpus) + name))
+        path.touch()
+        with pytest.raises(ValueError, match=r"UTF-8, found b'caf\\xe9.*' in .*corpus: rename it"):
+            names(corpus)
+        path.unlink()
 
 
 @pytest.mark.parametrize("source", ["", " "])

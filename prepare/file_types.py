@@ -1,0 +1,93 @@
+"""File types: which reader a file's name or content calls for, and what to do about the others."""
+
+import codecs
+import posixpath
+import shlex
+
+TEXT, JSONL, PARQUET = "text", "jsonl", "parquet"
+CSV, ARROW, HTML = "csv", "arrow", "html"  # read by prepare/formats/
+ZIP = "zip"  # a folder in one file; of its members a compression
+
+# The types that myGPT 0.2 read: from folders of its datasets nothing else is taken.
+FIRST_KINDS = {".txt": TEXT, ".md": TEXT, ".jsonl": JSONL, ".ndjson": JSONL, ".parquet": PARQUET}
+KINDS = FIRST_KINDS | {
+    ".csv": CSV,
+    ".tsv": CSV,
+    ".arrow": ARROW,
+    ".html": HTML,
+    ".htm": HTML,
+    ".zip": ZIP,
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+# Read from their end, which a compressed stream reaches last; they compress inside.
+SEEKING = {PARQUET, ZIP}
+# The beginning of a file that tells if it is text.
+HEAD_BYTES = 1 << 13
+
+PANDOC, OFFICE = "pandoc -t plain {} -o {}.txt", "libreoffice --headless --convert-to {} {{}}"
+# Commands that make text of what is no text, or not one document.
+CONVERTERS = {
+    ".pdf": "pdftotext {}",
+    **dict.fromkeys((".docx", ".odt", ".rtf", ".epub"), PANDOC),
+    **dict.fromkeys((".doc", ".ppt", ".pptx"), OFFICE.format("txt")),
+    **dict.fromkeys((".xls", ".xlsx", ".ods"), OFFICE.format("csv")),
+    ".json": "jq -c 'if type == \"array\" then .[] else . end' {} > {}l",
+    **dict.fromkeys((".tar", ".tgz", ".txz"), "tar -xf {}"),
+    ".7z": "7z x {}",
+    ".rar": "unrar x {}",
+}
+
+
+def by_name(path: str) -> tuple[str | None, str | None, str]:
+    """Return (kind, compression, suffix) by a file's name; kind is None if that does not tell."""
+    stem, suffix = posixpath.splitext(path.lower())
+    compression = COMPRESSIONS.get(suffix)
+    if compression:
+        suffix = posixpath.splitext(stem)[1]
+    kind = KINDS.get(suffix)
+    return (None if compression and kind in SEEKING else kind), compression, suffix
+
+
+def unreadable(path: str) -> str:
+    """Return what to do about a file whose name says that it is no text; "" for any other."""
+    kind, compression, suffix = by_name(path)
+    name = shlex.quote(path)
+    if suffix in CONVERTERS:
+        return f"a {suffix} file: convert it first ({CONVERTERS[suffix].replace('{}', name)})"
+    if kind is None and compression and suffix in KINDS:
+        return f"a {suffix} file that was compressed once more: uncompress it first"
+    return ""
+
+
+def not_text(path: str, head: bytes) -> str:
+    """Return why a file that begins with `head` is no UTF-8 text and what to do; "" if it is."""
+    if utf16(head):
+        return encoding_remedy(path, head)
+    if b"\0" in head:
+        return "a binary file: convert it to text first"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < HEAD_BYTES)
+    except UnicodeDecodeError:
+        return encoding_remedy(path, head)
+    return ""
+
+
+def utf16(head: bytes) -> str:
+    """Return the variant of UTF-16 of a text, by its mark or by the NULs of ASCII; "" if none."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    pairs = len(head) // 2
+    nuls = [head[start : 2 * pairs : 2].count(0) for start in (0, 1)]
+    if pairs < 2 or min(nuls) or max(nuls) < 0.9 * pairs:
+        return ""
+    return "UTF-16LE" if nuls[1] else "UTF-16BE"
+
+
+def encoding_remedy(path: str, head: bytes) -> str:
+    """Return the encoding of a text that is not UTF-8, as far as one can tell, and iconv's line."""
+    name, encoding = shlex.quote(path), utf16(head)
+    said = encoding or "Latin-1, it seems"
+    return (
+        f"text in {said}, not UTF-8: convert it first "
+        f"(iconv -f {encoding or 'LATIN1'} -t UTF-8 {name} > {name}.txt)"
+    )

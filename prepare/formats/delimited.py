@@ -1,0 +1,149 @@
+"""Rows of .csv and .tsv files as RFC 4180 has them; the first row names the columns.
+
+csv.reader gets the bytes as Latin-1, in which each character is a byte: a field's bytes come back
+exactly, and what is not UTF-8 is found per text, as in other formats.
+"""
+
+import csv
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from prepare.columns import Columns, text_head
+from prepare.documents import (
+    BATCH_BYTES,
+    BYTE_ORDER_MARK,
+    MAX_BATCH_ROWS,
+    BadDocuments,
+    Batch,
+    Slice,
+    bytes_lost,
+    text_batch,
+)
+from prepare.sources import InputFile
+from prepare.text import BROKEN, MAX_DOCUMENT_BYTES, byte_blocks, damage, one_line, too_large
+
+BYTES = "latin-1"
+# Runs of characters that are neither quotes nor delimiters nor line ends.
+CONTENT = re.compile(rb'[^",\t\r\n]+')
+Row = tuple[int, int, list[str] | str]
+
+
+def columns(file: InputFile) -> Columns | None:
+    """Return the columns that the first row names; None if there is no row to be read."""
+    try:
+        text_head(file)
+        _, _, header = next(_rows(file))
+    except (OSError, StopIteration):
+        return None
+    return None if isinstance(header, str) else Columns(_names(header))
+
+
+def _names(header: list[str]) -> list[str]:
+    return [name.encode(BYTES).decode(errors="replace") for name in header]
+
+
+def read(file: InputFile, part: Slice) -> Iterator[Batch]:
+    """Read the texts of all rows; `rows` of a batch are the offsets where they begin, in bytes."""
+    column, width = -1, 0
+    texts: list[bytes] = []
+    offsets: list[int] = []
+    bad: list[BadDocuments] = []
+    size = 0
+    for offset, length, row in _rows(file):
+        if isinstance(row, list) and column < 0:
+            width, names = len(row), _names(row)
+            column = names.index(file.column) if file.column in names else 0
+            continue
+        if isinstance(row, list) and len(row) != width:
+            row = f"expected {width} fields as in the first row, found {len(row)}"
+        if isinstance(row, str):
+            bad.append(BadDocuments(part.file, offset, row, bytes=length))
+        else:
+            texts.append(row[column].encode(BYTES))
+            offsets.append(offset)
+            size += len(texts[-1])
+        if size >= BATCH_BYTES or len(texts) + len(bad) >= MAX_BATCH_ROWS:
+            yield _batch(part.file, texts, offsets, bad)
+            texts, offsets, bad, size = [], [], [], 0
+    yield _batch(part.file, texts, offsets, bad)
+
+
+def _batch(source: int, texts: list[bytes], rows: list[int], bad: list[BadDocuments]) -> Batch:
+    sources = np.full(len(texts), source, np.int32)
+    batch = text_batch(pa.array(texts, pa.large_binary()), sources, np.array(rows, np.int64))
+    batch.bad += bad
+    return batch
+
+
+def _rows(file: InputFile) -> Iterator[Row]:
+    """Yield (offset, bytes, fields) of the rows that are not blank; of a bad one the reason."""
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    lines = _Lines(byte_blocks(file.path, file.compression))
+    delimiter = "\t" if ".tsv" in file.name.lower()[-8:] else ","
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        row: list[str] | str
+        begin = lines.begin = lines.offset
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except OSError as error:
+            yield begin, bytes_lost(file, begin), damage(file.path, error)
+            return
+        except csv.Error as error:
+            row = one_line(error)
+            if lines.ended or "limit" in row:
+                yield begin, bytes_lost(file, begin), f"{BROKEN}: {row}"
+                return
+        length = lines.offset - begin
+        if length > MAX_DOCUMENT_BYTES:
+            row = too_large(f"a row of {length:,} bytes")
+        if row:
+            yield begin, length, row
+
+
+class _Lines(Iterator[str]):
+    """Lines of a file as Latin-1, with how far they were read.
+
+    Of a row above `MAX_DOCUMENT_BYTES` only quotes, delimiters and line ends are handed on: where
+    it ends is found, and its content never held.
+    """
+
+    def __init__(self, blocks: Iterable[bytes]) -> None:
+        self.offset = self.begin = 0  # bytes handed on, and where the row begins
+        self.ended = False
+        self._lines = self._split(blocks)
+
+    def __next__(self) -> str:
+        try:
+            size, line = next(self._lines)
+        except StopIteration:
+            self.ended = True
+            raise
+        if not self.offset:
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        self.offset += size
+        if self.offset - self.begin > MAX_DOCUMENT_BYTES:
+            line = CONTENT.sub(b"x", line)
+        return line.decode(BYTES)
+
+    def _split(self, blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+        """Yield (size, line); of a line that is too long the content is dropped on the way."""
+        held: list[bytes] = []
+        size = kept = 0
+        for block in blocks:
+            for line in block.splitlines(keepends=True):
+                size += len(line)
+                held.append(line if size <= MAX_DOCUMENT_BYTES else CONTENT.sub(b"x", line))
+                kept += len(held[-1])
+                if kept > 2 * MAX_DOCUMENT_BYTES:
+                    raise csv.Error(f"a line beyond the limit of {MAX_DOCUMENT_BYTES:,} bytes")
+                if line.endswith((b"\n", b"\r")):
+                    yield size, b"".join(held)
+                    held, size, kept = [], 0, 0
+        if held:
+            yield size, b"".join(held)
