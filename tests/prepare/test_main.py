@@ -169,7 +169,7 @@ IMPOSSIBLE = {
     "missing source": ("nothing.jsonl", "expected input in nothing.jsonl, found no such file"),
     "empty glob": ("corpus/*.md", "expected input in corpus/*.md, found no file"),
     "empty folder": ("empty", "expected input in empty, found no file"),
-    "unsupported type": ("corpus/x.pdf", "expected a file of type .txt, .md, .jsonl"),
+    "no text": ("corpus/x.pdf", "x.pdf, a .pdf file: convert it first (pdftotext "),
     "unsupported remote": ("ftp://host/x.txt", "ftp"),
     "no such column": (
         "corpus --text-column body",
