@@ -321,7 +321,7 @@ def resume_or_init(
     config, is_main = state.config, state.ranks.is_main
     if is_main:
         checkpoint.set_aside(config.log_dir, after=newest)  # damaged: their steps are trained again
-        write_json(config.log_dir / "config.json", state.record.to_json())
+        write_json(config.log_dir / "config.json", state.record.to_dict())
         checkpoint.prune(config.log_dir, config.keep, config.keep_every)
     state.ranks.barrier()
     if newest >= 0:

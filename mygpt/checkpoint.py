@@ -186,7 +186,7 @@ def save(
                 name: _save_tensors(temporary / name, tensors)
                 for name, tensors in ((MODEL, weights), (OPTIMIZER, optimizer))
             }
-            (temporary / "state.json").write_bytes(_to_json(record))
+            (temporary / "state.json").write_bytes(_state_bytes(record))
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"cannot write the checkpoint {final} ({error}): the one before it is unharmed; make "
@@ -237,11 +237,11 @@ def note_val_loss(folder: Path, val_loss: float) -> None:
     """Add the validation loss to a checkpoint that was saved before its validation ran."""
     state = read_state(folder) | {"val_loss": val_loss}
     with atomic_file(folder / "state.json") as file:
-        file.write(_to_json(state))
+        file.write(_state_bytes(state))
     sync_folder(folder)
 
 
-def _to_json(record: Mapping[str, Any]) -> bytes:
+def _state_bytes(record: Mapping[str, Any]) -> bytes:
     # json, not orjson, which writes the NaN loss of a diverged run as null: "not validated".
     return (json.dumps(stored_json.with_checksum(record), indent=1) + "\n").encode()
 

@@ -72,7 +72,7 @@ class RunRecord:
     generations: dict[str, int]
     earlier: tuple[Earlier, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the record as it is stored."""
         record = {
             "format": FORMAT,
@@ -80,19 +80,19 @@ class RunRecord:
             "fingerprint": self.fingerprint,
             "generations": self.generations,
             "earlier": list(map(asdict, self.earlier)),
-            "config": to_json(self.config),
+            "config": to_dict(self.config),
         }
         return stored_json.with_checksum(record)
 
 
-def to_json(config: TrainConfig) -> dict[str, Any]:
+def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Return the settings as plain JSON values, the model's under "model"."""
     lists = {name: list(getattr(config, name)) for name in ("data", "sample_prompt")}
     return asdict(config) | lists | {"log_dir": str(config.log_dir)}
 
 
-def from_json(values: Any, where: str | Path = "config.json") -> TrainConfig:
-    """Parse what `to_json` returned; ValueError naming `where` for invalid or unknown settings."""
+def from_dict(values: Any, where: str | Path = "config.json") -> TrainConfig:
+    """Parse what `to_dict` returned; ValueError naming `where` for invalid or unknown settings."""
     return stored_json.build(TrainConfig, values, where, retired=NO_FIELDS)
 
 

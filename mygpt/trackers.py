@@ -71,7 +71,7 @@ def _wandb(config: TrainConfig) -> Iterator[Track]:
         id=stored_id.read_text("utf-8"),
         name=run_dir.name,
         dir=run_dir,
-        config=run_config.to_json(config),
+        config=run_config.to_dict(config),
         resume="allow",
     ) as session:
         # Its own step counter refuses to go back, as it must for steps trained a second time.

@@ -168,7 +168,7 @@ def save_checkpoint(state: TrainState, run_dir: Path, val_loss: float | None) ->
             "spikes": state.spikes.state_dict(),
             "fingerprint": state.record.fingerprint,
             "generations": state.record.generations,
-            "config": run_config.to_json(state.config),
+            "config": run_config.to_dict(state.config),
         }
         checkpoint.save(run_dir, state.step, weights, tensors, record)
         checkpoint.prune(run_dir, state.config.keep, state.config.keep_every)
@@ -217,7 +217,7 @@ def _check_identity(state: TrainState, folder: Path, stored: dict[str, Any]) -> 
             f"found {stored['loader'].get('position')}: it was altered; use another checkpoint"
         )
     try:
-        run_config.resume(run_config.from_json(stored["config"], folder), state.config)
+        run_config.resume(run_config.from_dict(stored["config"], folder), state.config)
     except ValueError as error:
         raise ValueError(f"{folder} and its run's config.json differ: {error}") from None
 

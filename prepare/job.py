@@ -38,7 +38,6 @@ from prepare.workspace import (
     Folder,
     Workspace,
 )
-from shards.files import to_json
 from shards.manifest import MANIFEST_NAME, Manifest, Shard
 from shards.tokenizer import Tokenizer, open_tokenizer
 from shards.tokenizer import load as load_tokenizer
@@ -264,7 +263,7 @@ class Job:
             raise
         text = finish.summary(manifest, results, entries, time.perf_counter() - started)
         workspace.log(*(warning for result in results for warning in result.warnings), text)
-        folder.write(MANIFEST_NAME, to_json(manifest.to_json()))
+        folder.write_json(MANIFEST_NAME, manifest.to_dict())
         workspace.remove_intermediates()
         print(text)
         print(f"The dataset is in {folder}: python -m shards info {folder}")

@@ -110,13 +110,13 @@ class Plan:
         read = sum(one.documents for one in self.bad)
         return UnitResult(-1, {split: [] for split in SPLITS}, read, bad=list(self.bad))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the content of `plan.json`."""
         return {"format": FORMAT, "version": VERSION} | asdict(self)
 
 
 def read_plan(record: dict[str, Any], name: str) -> Plan:
-    """Return the plan that `Plan.to_json` made; `name` is its file. Raises ValueError."""
+    """Return the plan that `Plan.to_dict` made; `name` is its file. Raises ValueError."""
     if "format" not in record:  # as myGPT 0.2 stored it
         record = _upgraded(record, name)
     stored_json.check_version(record, FORMAT, (VERSION,), name, REMEDY)

@@ -23,7 +23,7 @@ from pyarrow import fs
 
 from prepare.plan import REMEDY, Plan, Unit, UnitResult, read_plan
 from shards import stored_json
-from shards.files import atomic_file, move_durably, remove_temporaries, sync_folder, to_json
+from shards.files import atomic_file, json_bytes, move_durably, remove_temporaries, sync_folder
 from shards.manifest import MANIFEST_NAME, Manifest, Shard, npy_header
 from shards.remote import filesystem, is_remote
 
@@ -93,6 +93,10 @@ class Folder:
         """Return the JSON object under `name`, or None. Raises ValueError if it is damaged."""
         content = self.read(name)
         return None if content is None else stored_json.parse(content, f"{self}/{name}", REMEDY)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `value` as JSON under `name`, all or nothing."""
+        self.write(name, json_bytes(value))
 
     def exists(self, name: str) -> bool:
         """True if there is a file of that name."""
@@ -186,7 +190,7 @@ class Workspace:
 
     def store_plan(self, plan: Plan) -> None:
         """Store the plan, so that every later run can be compared with it."""
-        self.folder.write(_plan_name(plan.generation), to_json(plan.to_json()))
+        self.folder.write_json(_plan_name(plan.generation), plan.to_dict())
 
     def results(self, units: Sequence[Unit]) -> dict[int, UnitResult]:
         """Return the results of those of the units that are finished, by number.
@@ -258,7 +262,7 @@ class Workspace:
         if not self.folder.remote:
             sync_folder(self.folder.local)  # a result on disk must not outlive its shards
         record = stored_json.with_checksum(asdict(result))
-        self.folder.write(f"{WORK}/{UNITS}/{result.unit:05d}.json", to_json(record))
+        self.folder.write_json(f"{WORK}/{UNITS}/{result.unit:05d}.json", record)
         shutil.rmtree(staged)
 
     def publish(self, shard: Shard, staged: Path) -> None:

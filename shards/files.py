@@ -92,11 +92,11 @@ def sync_folder(folder: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, all or nothing."""
     with atomic_file(path) as file:
-        file.write(to_json(value))
+        file.write(json_bytes(value))
     sync_folder(path.parent)
 
 
-def to_json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
     """Indented JSON with sorted keys: the same value, the same bytes."""
     return orjson.dumps(
         value, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE

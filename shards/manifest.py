@@ -22,7 +22,7 @@ import orjson
 import pyarrow as pa
 
 from shards import remote, stored_json
-from shards.files import to_json, write_json
+from shards.files import json_bytes, write_json
 
 FORMAT, VERSION = "mygpt-shards", 2
 # The file may change its version; what the fingerprint covers stays, or checkpoints lose their data
@@ -42,7 +42,7 @@ INDEX_SCHEMA = pa.schema(
 )
 PLAIN_NAME = re.compile(r"\w[^/\\:\x00-\x1f\x7f-\x9f]*")
 SHA256 = re.compile("[0-9a-f]{64}")
-# Stored beside the fields of the dataclasses, from which `to_json` computes them.
+# Stored beside the fields of the dataclasses, from which `to_dict` computes them.
 DERIVED = {"dtype", "fingerprint", "checksum", "tokens", "documents", "text_bytes"}
 REMEDY = "restore it or prepare again"
 
@@ -221,7 +221,7 @@ class Manifest:
         """Return the path or URI of one of the dataset's files."""
         return f"{self.uri}/{file}" if self.uri else str(self.path(file))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the content of `manifest.json`; `checksum` covers everything else in it."""
         values = {
             "format": FORMAT,
@@ -247,7 +247,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, all or nothing."""
-        write_json(folder / MANIFEST_NAME, self.to_json())
+        write_json(folder / MANIFEST_NAME, self.to_dict())
 
 
 def _read_local(folder: Path) -> bytes:
@@ -277,7 +277,7 @@ def _without_garbage_collection() -> Iterator[None]:
 def checksum(values: dict[str, Any]) -> str:
     """Hex sha256 of everything in a record but the checksum itself."""
     covered = {key: value for key, value in values.items() if key != "checksum"}
-    return hashlib.sha256(to_json(covered)).hexdigest()
+    return hashlib.sha256(json_bytes(covered)).hexdigest()
 
 
 def _check_hash(name: str, raw: dict[str, Any], computed: str, path: str | Path) -> None:

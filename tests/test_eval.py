@@ -91,7 +91,7 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str | Path) -> str:
 def one_token_at_a_time(run: Path, data: Path | None = None) -> tuple[float, int]:
     """(nats, targets) of the validation files, each target asked of the model on its own."""
     folder = checkpoint.find(run)
-    config = run_config.from_json(checkpoint.read_state(folder)["config"])
+    config = run_config.from_dict(checkpoint.read_state(folder)["config"])
     model, block_size = GPT(config.model).eval(), config.model.block_size
     checkpoint.load_model(folder, model)
     nats, targets = 0.0, 0
@@ -303,7 +303,7 @@ def test_sources_and_positions_add_up_to_the_whole(
 def test_the_error_is_over_documents(sources_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Written out: documents' nats from one token at a time, their residuals squared."""
     folder = checkpoint.find(sources_run)
-    config = run_config.from_json(checkpoint.read_state(folder)["config"])
+    config = run_config.from_dict(checkpoint.read_state(folder)["config"])
     model = GPT(config.model).eval()
     checkpoint.load_model(folder, model)
     nats, targets, document = Counter[int](), Counter[int](), -1
@@ -401,7 +401,7 @@ def test_a_reference_reads_the_same_tokens(run: Path, capsys: pytest.CaptureFixt
 def test_a_shorter_context(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = report(capsys, run, "--block-size", "5")
     folder = checkpoint.find(run)
-    config = run_config.from_json(checkpoint.read_state(folder)["config"])
+    config = run_config.from_dict(checkpoint.read_state(folder)["config"])
     model = GPT(config.model)
     checkpoint.load_model(folder, model)
     assert found["loss"] == pytest.approx(loss_in_windows(model, data, 5).mean, rel=1e-6)

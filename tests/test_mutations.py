@@ -145,7 +145,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert record
     former = run_config.Earlier(7, data.fingerprint, {"data": 0})
     grown = replace(record, earlier=(former,))
-    (folder / "run/config.json").write_text(json.dumps(grown.to_json()))
+    (folder / "run/config.json").write_text(json.dumps(grown.to_dict()))
     questions = [{"ctx": f"a {n}", "endings": ["b", "c"], "label": n % 2} for n in range(4)]
     (folder / "quiz.jsonl").write_text("\n".join(map(json.dumps, questions)) + "\n")
     flags = ["--device", "cpu", "--choices", str(folder / "quiz.jsonl"), "--max-new-tokens", "2"]
@@ -155,7 +155,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "gpt2/config.json").write_text(json.dumps(export._configs(record.config.model, 1)[0]))
     (folder / "text.txt").write_text("some text\n" * 99)
     plan = make_plan(Options((str(folder / "text.txt"),), out=""))
-    (folder / "plan.json").write_text(json.dumps(plan.to_json()))
+    (folder / "plan.json").write_text(json.dumps(plan.to_dict()))
     return folder
 
 
@@ -189,7 +189,7 @@ def config_of_report(folder: Path) -> Kind:
 def state(folder: Path) -> Kind:
     def read(path: Path) -> object:
         found = checkpoint.read_state(path.parent)
-        run_config.from_json(found["config"], path)
+        run_config.from_dict(found["config"], path)
         assert checkpoint.best_of(path.parents[2])
         return found
 

@@ -264,7 +264,7 @@ def test_a_checkpoint_says_what_it_is(data: Path, straight: Path) -> None:
     state = checkpoint.read_state(folder)
     assert state["fingerprint"] == Manifest.load(data).fingerprint
     assert (state["step"], list(state["generations"].values())) == (20, [0])
-    model = run_config.from_json(state["config"]).model
+    model = run_config.from_dict(state["config"]).model
     assert (model.n_embed, model.dropout) == (16, 0.2)
     assert state["val_loss"] == pytest.approx(log.read(straight).val[20], abs=1e-6)
 
@@ -359,7 +359,7 @@ def test_a_time_budget_becomes_steps_that_are_kept(data: Path, tmp_path: Path) -
     assert record.config.val_interval == record.config.checkpoint_interval == max(1, steps // 10)
     assert train.main([*budget, "--stop-at", "5"]) == 0
     assert json.loads((tmp_path / "budget" / "config.json").read_text())["config"] == (
-        run_config.to_json(record.config) | {"stop_at": 5}
+        run_config.to_dict(record.config) | {"stop_at": 5}
     )
     same = ["--max-steps", str(steps), "--stop-at", "5", "--log-dir", str(tmp_path / "steps")]
     assert train.main([*base, *same]) == 0

@@ -403,7 +403,7 @@ def test_a_position_that_is_not_that_of_the_step_is_refused(
     folder = checkpoint.folder_of(tmp_path, 5)
     state = checkpoint.read_state(folder)
     state["loader"]["position"] += 8
-    (folder / "state.json").write_bytes(checkpoint._to_json(state))
+    (folder / "state.json").write_bytes(checkpoint._state_bytes(state))
     refused(data, tmp_path)
     assert "expected the stream position 40 after 5 steps" in capsys.readouterr().err
 

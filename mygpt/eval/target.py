@@ -76,7 +76,7 @@ def find(name: str | None, best: bool = False) -> Target:
         return Target(str(path))
     folder = checkpoint.find(path, best)
     state = checkpoint.read_state(folder)
-    return Target(str(folder), run_config.from_json(state["config"], folder), state)
+    return Target(str(folder), run_config.from_dict(state["config"], folder), state)
 
 
 def _is_pretrained(path: Path) -> bool:

@@ -219,7 +219,7 @@ def _identity(about: RunSummary, dataset: Mixture) -> Iterator[list[str]]:
 
 
 def _configuration(about: RunSummary) -> Iterator[str]:
-    values = run_config.to_json(about.config)
+    values = run_config.to_dict(about.config)
     for title, settings in {"model": values.pop("model"), "training": values}.items():
         rows = [[name, json.dumps(value)] for name, value in settings.items()]
         yield page.details(f"{title}, {len(rows)} settings", page.table(rows))

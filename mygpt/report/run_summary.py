@@ -47,7 +47,7 @@ def of_run(run: Path, data: Sequence[str] = ()) -> RunSummary:
 def of_checkpoint(folder: Path, data: Sequence[str] = ()) -> RunSummary:
     """Read a checkpoint's run as it was at that step. Raises as `of_run` does."""
     state, run = checkpoint.read_state(folder), folder.resolve().parents[1]
-    config = run_config.from_json(state["config"], folder)
+    config = run_config.from_dict(state["config"], folder)
     stored = run_config.read_run(run) if (run / "config.json").is_file() else None
     earlier = stored.earlier if stored else ()
     earlier = tuple(one for one in earlier if one.until < state["step"])

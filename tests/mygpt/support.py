@@ -48,7 +48,7 @@ def write_run(run: Path, data: Manifest, **shape: int | float | bool) -> GPT:
     ).resolved(STEPS)
     record = run_config.RunRecord(config, data.fingerprint, {"random": data.generation})
     run.mkdir(parents=True)
-    write_json(run / "config.json", record.to_json())
+    write_json(run / "config.json", record.to_dict())
     write_log(run)
     torch.manual_seed(1)
     for step in (STEPS // 2, STEPS):
@@ -62,7 +62,7 @@ def write_run(run: Path, data: Manifest, **shape: int | float | bool) -> GPT:
             "scaler": {},
             "fingerprint": data.fingerprint,
             "generations": {"random": data.generation},
-            "config": run_config.to_json(config),
+            "config": run_config.to_dict(config),
         }
         checkpoint.save(run, step, model, {}, state)
     return model

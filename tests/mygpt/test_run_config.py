@@ -59,8 +59,8 @@ def test_what_is_left_open_is_as_the_run_has_it() -> None:
 
 
 def test_retired_settings_of_a_stored_run_are_dropped() -> None:
-    stored = run_config.to_json(RUN) | {"fp8": True, "attention": "cudnn"}
-    assert run_config.from_json(stored) == RUN
+    stored = run_config.to_dict(RUN) | {"fp8": True, "attention": "cudnn"}
+    assert run_config.from_dict(stored) == RUN
 
 
 def test_the_shape_of_a_model_that_came_from_elsewhere_is_not_asked_for_again() -> None:
@@ -87,15 +87,15 @@ def test_the_record_of_a_run_round_trips_and_knows_its_version(tmp_path: Path) -
     earlier = run_config.Earlier(10, "dead", {"x": 2})
     record = run_config.RunRecord(RUN, "f00d", {"x": 3}, (earlier,))
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(record.to_json()))
+    path.write_text(json.dumps(record.to_dict()))
     assert run_config.read_run(tmp_path) == record
-    path.write_text(json.dumps(record.to_json() | {"version": 99}))
+    path.write_text(json.dumps(record.to_dict() | {"version": 99}))
     with pytest.raises(ValueError, match=r"format mygpt-run version 2 in .*99"):
         run_config.read_run(tmp_path)
-    path.write_text(json.dumps(record.to_json() | {"config": {"colour": "red"}}))
+    path.write_text(json.dumps(record.to_dict() | {"config": {"colour": "red"}}))
     with pytest.raises(ValueError, match=r"config\.json was altered: its checksum is another"):
         run_config.read_run(tmp_path)
-    unsealed = {k: v for k, v in record.to_json().items() if k != "checksum"}  # as 0.2 wrote it
+    unsealed = {k: v for k, v in record.to_dict().items() if k != "checksum"}  # as 0.2 wrote it
     path.write_text(json.dumps(unsealed))
     assert run_config.read_run(tmp_path) == record
     path.write_text(json.dumps(unsealed | {"config": {"colour": "red"}}))

@@ -23,8 +23,8 @@ def parse(*args: str) -> TrainConfig:
 def test_every_preset_parses_to_itself_and_survives_json(name: str) -> None:
     config = parse(name)
     assert config == PRESETS[name][1]
-    written = json.loads(json.dumps(run_config.to_json(config)))
-    assert run_config.to_json(run_config.from_json(written)) == run_config.to_json(config)
+    written = json.loads(json.dumps(run_config.to_dict(config)))
+    assert run_config.to_dict(run_config.from_dict(written)) == run_config.to_dict(config)
     assert settings.grad_accum_steps(config, world_size=1) >= 1
 
 

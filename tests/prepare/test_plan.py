@@ -78,7 +78,7 @@ def test_a_plan_is_its_record(tmp_path: Path) -> None:
     (tmp_path / "corpus/b.txt").write_bytes(b"\xff")
     one, two = (planned(tmp_path / "corpus") for _ in range(2))
     assert one == two
-    stored = json.loads(json.dumps(one.to_json()))
+    stored = json.loads(json.dumps(one.to_dict()))
     assert read_plan(stored, "plan.json") == one
     assert planned(tmp_path / "corpus", val_fraction=0.2) != one
 

@@ -19,7 +19,7 @@ SHAPE = GPTConfig(block_size=8, vocab_size=19, n_layers=1, n_heads=1, n_embed=8)
 def save_steps(run: Path, losses: dict[int, float | None]) -> GPT:
     """A run with a checkpoint of the same model at each step."""
     model = GPT(SHAPE)
-    config = run_config.to_json(TrainConfig(SHAPE, data=("data/some",)))
+    config = run_config.to_dict(TrainConfig(SHAPE, data=("data/some",)))
     for step, loss in losses.items():
         state = {"val_loss": loss, "config": config, "fingerprint": "f", "generations": {}}
         state |= {"loader": {}, "scaler": {}}
