@@ -17,7 +17,6 @@ eval.json and eval.md in the run's folder; docs/EVALUATION.md explains each.
 
 import os
 import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from io import TextIOWrapper
 from pathlib import Path
@@ -108,11 +107,9 @@ from mygpt.eval.quantize import with_weights
 from mygpt.eval.target import Target
 from mygpt.generate import Sampling, trailing_space_note
 from mygpt.model import GPT
-from mygpt.settings import only_dataset
 from shards.files import atomic_file, write_json
 from shards.mixture import Mixture
 from shards.tokenizer import Tokenizer, open_tokenizer
-from shards.tokenizer import load as load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ def main(args: list[str] | None = None) -> int:
 def open_inputs(config: EvalConfig) -> Inputs:
     """Open all inputs; FileNotFoundError or ValueError if one is missing or they don't fit."""
     own = target.find(config.target, config.best)
-    data = open_data(config, own) if config.loss and not config.interactive else None
+    data = own.open_data(config.data) if config.loss and not config.interactive else None
     questions = {path.stem: multiple_choice.read(path) for path in config.choices}
     if len(questions) < len(config.choices) or (config.hellaswag and "hellaswag" in questions):
         raise ValueError("expected files of different names with --choices: rename one of them")
@@ -154,13 +151,15 @@ def open_inputs(config: EvalConfig) -> Inputs:
     prompts = list(config.prompt)
     if config.prompt_file is not None:
         prompts.append(read_prompt(config.prompt_file))
-    has_text = questions or config.num_samples or config.interactive
+    tokenizer = None
+    if questions or config.num_samples or config.interactive:
+        tokenizer = open_tokenizer(data.tokenizer) if data else own.tokenizer(config.data)
     return Inputs(
         config=config,
         target=own,
         reference=target.find(config.reference) if config.reference else None,
         data=data,
-        tokenizer=find_tokenizer(config, own, data) if has_text else None,
+        tokenizer=tokenizer,
         questions=questions,
         prompts=prompts or [""],
         sampling=Sampling(
@@ -176,22 +175,6 @@ def read_prompt(path: Path) -> str:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"expected UTF-8 in {path}, found {error}: convert it") from None
-
-
-def open_data(config: EvalConfig, own: Target) -> Mixture:
-    """Open the dataset that the model was trained on, or --data if the model does not record it."""
-    if own.config is None:
-        return Mixture.load(config.data or [str(only_dataset())])
-    specs = config.data or own.config.data
-    return Mixture.load(specs, own.state["generations"], expect=own.state["fingerprint"])
-
-
-def find_tokenizer(config: EvalConfig, own: Target, data: Mixture | None) -> Tokenizer:
-    """Open the tokenizer of the dataset, or the default one if there is no dataset."""
-    if data is None and own.config is not None:
-        with suppress(FileNotFoundError):  # with --no-loss the dataset need not be here
-            data = open_data(config, own)
-    return open_tokenizer(data.tokenizer) if data else load_tokenizer()
 
 
 def evaluate(inputs: Inputs, ranks: DistributedContext) -> None:

@@ -223,7 +223,7 @@ def test_what_is_missing_is_said(
     shutil.copytree(run, tmp_path / "new", ignore=shutil.ignore_patterns("checkpoints"))
     assert "let train.py reach its first" in refused(capsys, tmp_path / "new")
     monkeypatch.chdir(tmp_path)
-    assert "python train.py" in refused(capsys)
+    assert "mygpt train" in refused(capsys)  # no train.py in this folder
 
 
 def test_json_has_samples_that_can_be_repeated(

@@ -77,6 +77,7 @@ class Completer:
         self._model = model.eval()
         self.sampling = sampling
         self._sampled = 0  # tokens of all texts so far
+        self.logits = torch.empty(0)  # (1, V), from which the last token was drawn
         self.clear()
 
     def clear(self) -> None:
@@ -96,7 +97,7 @@ class Completer:
             raise ValueError("the text has no tokens: begin it with <|endoftext|>")
         sampling = self.sampling
         for _ in range(sampling.max_new_tokens):
-            logits = self._next_logits()  # (1, V)
+            self.logits = logits = self._next_logits()  # (1, V)
             gumbel = noise(sampling.seed, 0, self._sampled, logits.size(1)).to(logits.device)
             token = int(sample(logits, gumbel[None], sampling))
             self._sampled += 1

@@ -2,6 +2,8 @@
 
 import shutil
 import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ import torch
 import mygpt
 from mygpt import checkpoint, pretrained, run_config
 from mygpt.model import GPT
-from mygpt.settings import TrainConfig
+from mygpt.settings import TrainConfig, only_dataset
+from shards.mixture import Mixture
+from shards.tokenizer import Tokenizer, open_tokenizer
+from shards.tokenizer import load as load_tokenizer
 
 SOURCE = Path(__file__).parents[2]
 
@@ -40,6 +45,24 @@ class Target:
             "parameters": model.num_params(),
             "trained_on": self.state.get("fingerprint"),
         }
+
+    def open_data(self, specs: Sequence[str] = ()) -> Mixture:
+        """Open the dataset that the model was trained on.
+
+        `specs` says where it lies, if it has moved or the model does not record it. Raises as
+        `Mixture.load` does, and if there is none or another one.
+        """
+        if self.config is None:
+            return Mixture.load(specs or [str(only_dataset())])
+        generations, fingerprint = self.state["generations"], self.state["fingerprint"]
+        return Mixture.load(specs or self.config.data, generations, expect=fingerprint)
+
+    def tokenizer(self, specs: Sequence[str] = ()) -> Tokenizer:
+        """Open the tokenizer of the model's dataset, or the default one if that is not here."""
+        if self.config is not None:
+            with suppress(FileNotFoundError):
+                return open_tokenizer(self.open_data(specs).tokenizer)
+        return load_tokenizer()
 
     def load(self, device: torch.device, n_vocab: int = 0, block_size: int = 0) -> GPT:
         """Load the model in evaluation mode, float32.
