@@ -83,7 +83,7 @@ def _stored_validation_text(manifest: Manifest) -> Iterator[bytes]:
 
     The text is decoded from the tokens; a document may continue in the shards after its first.
     """
-    vocabulary = open_tokenizer(manifest.tokenizer).vocabulary()
+    vocabulary = open_tokenizer(manifest.tokenizer, manifest.location).vocabulary()
     hasher = None
     for shard in manifest.splits["val"].shards:
         index, tokens = read_index(manifest, shard), open_tokens(manifest, shard)

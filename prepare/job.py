@@ -39,8 +39,9 @@ from prepare.workspace import (
     Workspace,
 )
 from shards.manifest import MANIFEST_NAME, Manifest, Shard
-from shards.tokenizer import Tokenizer, open_tokenizer
+from shards.tokenizer import GPT2, Tokenizer, of_vocabulary, open_tokenizer
 from shards.tokenizer import load as load_tokenizer
+from shards.vocabulary import TOKENIZER_NAME
 
 Result = TypeVar("Result")
 
@@ -52,14 +53,17 @@ def run(options: Options) -> None:
     workspace.check_folder()
     base = _require_manifest(workspace) if options.append else None
     # Load the vocabulary now: fail fast if there is none, and let forked workers inherit it.
-    tokenizer = open_tokenizer(base.tokenizer) if base else load_tokenizer()
-    tokenizer.encode("")
+    tokenizer = _requested_tokenizer(options, base)
+    if tokenizer:
+        tokenizer.encode("")
     started = time.perf_counter()
     # Plan before anything is written, so that a mistyped source leaves no folder behind.
     all_text = takes_all_text(workspace)
     plan = make_plan(options, base, all_text)
     if options.plan:
-        print(forecast(plan, tokenizer, options.workers))
+        if tokenizer is None:
+            print("The vocabulary is not trained yet: tokens are counted in GPT-2's vocabulary.")
+        print(forecast(plan, tokenizer or load_tokenizer(), options.workers))
         return
     with workspace.locked(options.task):
         manifest = workspace.manifest()
@@ -81,6 +85,13 @@ def run(options: Options) -> None:
             job.run_units()
         if not options.task:
             job.write_manifest(started)
+
+
+def _requested_tokenizer(options: Options, base: Manifest | None) -> Tokenizer | None:
+    """Return the tokenizer of the options, or of the dataset to append to; None: to be trained."""
+    if base:
+        return open_tokenizer(base.tokenizer, base.location)
+    return None if options.vocab_size else load_tokenizer(options.tokenizer)
 
 
 def _require_manifest(workspace: Workspace) -> Manifest:
@@ -109,7 +120,7 @@ class Job:
 
     options: Options
     workspace: Workspace
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: its vocabulary is trained on the text
     plan: Plan
     manifest: Manifest | None  # the complete dataset in the folder, if there is one
 
@@ -131,6 +142,7 @@ class Job:
         units = [unit for unit in plan.units if unit.number in numbers]
         if len(units) < len(numbers):
             _check_shards(workspace, manifest)
+        self.provide_tokenizer()
         if units:
             print(
                 f"Preparing {len(units)} of {len(plan.units)} units again: {len(faulty)} shards "
@@ -157,6 +169,7 @@ class Job:
         check_disk_space(pending, workspace)
         if pending:
             self._find_exclusions(units)
+            self.provide_tokenizer()
         # On a cluster each node publishes its shards; uploads, too, are spread over the workers.
         workers_publish = self.options.engine != "local" or workspace.folder.remote
         write = WriteShards(self.plan, workspace, workers_publish, self._bad_limit())
@@ -164,6 +177,42 @@ class Job:
         new = publish_in_background(written, workspace)
         results = self._stop_early(chain(finished.values(), new))
         _show_progress(islice(results, len(finished), None), units, pending)
+
+    def provide_tokenizer(self) -> Tokenizer:
+        """Return the plan's tokenizer, from its file in the folder, which is written if need be.
+
+        Raises ValueError if a vocabulary trained again is not that of the complete dataset.
+        """
+        plan, folder = self.plan, self.workspace.folder
+        if plan.vocabulary != GPT2 and not folder.exists(TOKENIZER_NAME):
+            tokenizer = self.tokenizer or self._train_vocabulary()
+            if self.manifest and tokenizer.identity != self.manifest.tokenizer:
+                raise ValueError(
+                    f"expected to train the vocabulary {self.manifest.tokenizer.hash[:12]} again, "
+                    f"found {tokenizer.hash[:12]}: a source or the package tokenizers changed; "
+                    f"restore {TOKENIZER_NAME}, or give another --out"
+                )
+            folder.write(TOKENIZER_NAME, tokenizer.to_json())
+        return self.workspace.tokenizer(plan)
+
+    def _train_vocabulary(self) -> Tokenizer:
+        """Train a vocabulary on a sample of the training split."""
+        from prepare import vocabulary  # and with it the package tokenizers
+
+        plan, size = self.plan, self.options.vocab_size
+        self._find_exclusions(plan.units)
+        limit = vocabulary.sample_limit(plan)
+        function = vocabulary.SampleText(plan, self.workspace, limit)
+        found = tqdm(self._run(function, plan.units), "sample", len(plan.units), unit="unit")
+        texts = vocabulary.choose(found, limit)
+        characters = sum(map(len, texts))
+        print(
+            f"Training a vocabulary of {size:,} ids on {characters:,} characters of training text."
+        )
+        tokenizer = of_vocabulary(vocabulary.train(texts, size))
+        if tokenizer.n_vocab < size:
+            print(f"It has {tokenizer.n_vocab:,} ids: no pair of tokens is left that occurs twice.")
+        return tokenizer
 
     def _run(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[Result]:
         """Call a function on each unit, here or on a Ray cluster; yield results in any order."""
@@ -254,7 +303,7 @@ class Job:
         if self.manifest:
             _check_shards(workspace, self.manifest)
         results = [plan.inspection(), *(finished[unit.number] for unit in plan.units)]
-        manifest = finish.build_manifest(plan, results, self.tokenizer, self.manifest)
+        manifest = finish.build_manifest(plan, results, self.provide_tokenizer(), self.manifest)
         entries = self._check_bad(results)
         try:
             finish.check_splits(manifest)

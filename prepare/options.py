@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 DEFAULT_VAL_FRACTION = 0.1
+GPT2 = "gpt2"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Options:
     else hash."""
     val_fraction: float = DEFAULT_VAL_FRACTION
     """Share of the text that becomes validation text."""
+    tokenizer: str = GPT2
+    """gpt2, r50k_base, p50k_base, a dataset, or Hugging Face's tokenizer.json (byte-level BPE)."""
+    vocab_size: int = 0
+    """Train a vocabulary of so many ids on the training split, 4096 say; 0: take --tokenizer's."""
     val_source: tuple[str, ...] = ()
     """Sources of validation text; then no other text becomes validation text."""
     text_column: str | None = None
@@ -63,6 +68,21 @@ class Options:
             raise ValueError(
                 f"expected --split or --val-source, found both: {self.split} would move documents "
                 "from one split to the other; leave one of them out"
+            )
+        if self.vocab_size and not 257 <= self.vocab_size <= 1 << 16:
+            raise ValueError(
+                f"expected --vocab-size from 257, the bytes and <|endoftext|>, to {1 << 16}, found "
+                f"{self.vocab_size}"
+            )
+        if self.vocab_size and self.tokenizer != GPT2:
+            raise ValueError(
+                f"expected --vocab-size or --tokenizer, found {self.vocab_size} and "
+                f"{self.tokenizer}: leave one of them out"
+            )
+        if self.append and (self.vocab_size or self.tokenizer != GPT2):
+            raise ValueError(
+                "expected --append without --tokenizer and --vocab-size, found one of them: the "
+                "vocabulary is the dataset's; leave it out"
             )
         if self.append and self.dedup:
             raise ValueError(

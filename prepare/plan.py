@@ -27,6 +27,7 @@ from prepare.text import BROKEN, PIECE_BYTES, byte_stream, next_cut, next_line, 
 from shards import stored_json
 from shards.manifest import SPLITS, Manifest, Shard
 from shards.remote import is_remote
+from shards.tokenizer import GPT2, load
 
 FORMAT, VERSION = "mygpt-plan", 1
 REMEDY = "restore it, or give another --out (beside a complete dataset it may be removed)"
@@ -35,6 +36,7 @@ MAX_UNIT_BYTES = 400 << 20
 TARGET_UNITS = 64
 # Bad documents listed one by one, per unit and in all; the rest is only counted.
 MAX_LISTED = 10_000
+TRAINED = "trained"
 UNLISTED = "further bad documents, which are not listed"
 
 WeightedSlice = tuple[Slice, int]
@@ -104,6 +106,7 @@ class Plan:
     # Of two plans the files are compared, not how they were found.
     all_text: bool = field(default=False, compare=False)  # folders give all text; not in myGPT 0.2
     left_out: dict[str, int] = field(default_factory=dict, compare=False)  # other files, by type
+    vocabulary: str = GPT2  # name or hash; of one that is trained on the text, TRAINED and its size
 
     def inspection(self) -> UnitResult:
         """Return what planning found bad, as the result of a unit before the first."""
@@ -165,7 +168,16 @@ def make_plan(options: Options, base: Manifest | None = None, all_text: bool = T
         first_source=len(base.sources) if base else 0,
         all_text=all_text,
         left_out=dict(left_out),
+        vocabulary=_vocabulary(options, base),
     )
+
+
+def _vocabulary(options: Options, base: Manifest | None) -> str:
+    """Return the vocabulary requested, or that of the dataset to append to."""
+    if options.vocab_size:
+        return f"{TRAINED} {options.vocab_size}"
+    identity = base.tokenizer if base else load(options.tokenizer).identity
+    return GPT2 if identity.name == GPT2 else identity.hash
 
 
 def unit_number(shard: Shard) -> int:

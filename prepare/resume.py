@@ -21,6 +21,7 @@ from prepare.plan import Plan, make_plan
 from prepare.sources import is_of_first_kinds
 from prepare.workspace import REFUSED, Workspace
 from shards.manifest import Manifest
+from shards.tokenizer import GPT2
 
 
 def takes_all_text(workspace: Workspace) -> bool:
@@ -172,8 +173,10 @@ def _check_same_sources(workspace: Workspace, manifest: Manifest, plan: Plan) ->
     """Raise ValueError unless a finished dataset was made from the sources of the plan."""
     stored = [(source.name, source.bytes) for source in manifest.sources]
     planned = [(file.name, file.size) for file in plan.files]
-    if (stored, manifest.split_rule) != (planned, asdict(plan.rule)):
+    same_rules = (manifest.split_rule, manifest.tokenizer.name == GPT2)
+    if (stored, same_rules) != (planned, (asdict(plan.rule), plan.vocabulary == GPT2)):
         raise ValueError(
             f"expected a new folder, found another dataset in {workspace.folder} ({len(stored)} "
-            f"sources, split {manifest.split_rule}): give another --out, or --append to add to it"
+            f"sources, split {manifest.split_rule}, tokenizer {manifest.tokenizer.name}): give "
+            "another --out, or --append to add to it"
         )

@@ -107,7 +107,7 @@ def _write_unit(
                 continue
             encoded = encode(tokenizer, batch, audit_first=is_first)
             is_first = False
-            is_val = _is_val(plan, batch, encoded.hashes)
+            is_val = validation_mask(plan, batch, encoded.hashes)
             # A continued piece has the index of the document that it continues.
             indices = np.arange(len(is_val)) + documents - int(batch.continued)
             nonempty = encoded.text_bytes > 0
@@ -122,7 +122,7 @@ def _write_unit(
     return result
 
 
-def _is_val(plan: Plan, batch: Batch, hashes: np.ndarray) -> np.ndarray:
+def validation_mask(plan: Plan, batch: Batch, hashes: np.ndarray) -> np.ndarray:
     """Return which documents of a batch are validation text, (n,) bool."""
     if batch.split is not None:
         return np.full(len(batch.texts), batch.split == "val")

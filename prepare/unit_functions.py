@@ -19,7 +19,6 @@ from prepare.encode import content_hashes
 from prepare.plan import Plan, Unit, UnitResult
 from prepare.unit import BadLimit, Exclusions, check_unchanged, run_unit
 from prepare.workspace import DUPLICATES, HELD_OUT_HASHES, Workspace
-from shards import tokenizer
 from shards.manifest import Shard
 from shards.remote import retried
 from shards.tokenizer import string_buffers
@@ -58,13 +57,16 @@ class UnitFunction(Generic[Result]):
         self, unit: Unit, is_hopeless: BadLimit | None = None
     ) -> Iterator[tuple[UnitResult, Path]]:
         """Yield a unit's result and the folder where its shards are staged, gone on an error."""
-        exclusions = Exclusions(
+        tokenizer, exclusions = self.workspace.tokenizer(self.plan), self.exclusions(unit)
+        with self.workspace.staging(unit) as staged:
+            yield run_unit(self.plan, unit, staged, tokenizer, exclusions, is_hopeless), staged
+
+    def exclusions(self, unit: Unit) -> Exclusions:
+        """Return which documents of a unit to leave out."""
+        return Exclusions(
             indices=self.workspace.load_array(f"{DUPLICATES}/{unit.name}"),
             hashes=self.workspace.load_array(HELD_OUT_HASHES),
         )
-        with self.workspace.staging(unit) as staged:
-            encoder = tokenizer.load()
-            yield run_unit(self.plan, unit, staged, encoder, exclusions, is_hopeless), staged
 
 
 class Written(NamedTuple):

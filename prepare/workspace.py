@@ -26,6 +26,8 @@ from shards import stored_json
 from shards.files import atomic_file, json_bytes, move_durably, remove_temporaries, sync_folder
 from shards.manifest import MANIFEST_NAME, Manifest, Shard, npy_header
 from shards.remote import filesystem, is_remote
+from shards.tokenizer import GPT2, Tokenizer, from_json, load
+from shards.vocabulary import TOKENIZER_NAME
 
 WORK = ".prepare"
 PLAN = f"{WORK}/plan.json"
@@ -175,6 +177,12 @@ class Workspace:
         content = self.folder.read(MANIFEST_NAME)
         return None if content is None else Manifest.parse(content, self.folder.path)
 
+    def tokenizer(self, plan: Plan) -> Tokenizer:
+        """Return the tokenizer of a plan, whose `tokenizer.json` is in the folder unless it is
+        GPT-2's. Raises ValueError if that is damaged."""
+        content = None if plan.vocabulary == GPT2 else self.folder.read(TOKENIZER_NAME)
+        return load() if content is None else from_json(content, self.folder.path, known=True)
+
     def stored_plan(self, generation: int) -> Plan | None:
         """Return the plan that made a generation, or None. Raises ValueError if it is damaged."""
         for name, record in self._plans(generation):
@@ -293,7 +301,7 @@ class Workspace:
         manifest = self.manifest()
         kept = {name for s in manifest.shards for name in (s.file, s.index)} if manifest else set()
         for name in self.folder.listing().keys() - kept:
-            if SHARD_FILE.fullmatch(name):
+            if SHARD_FILE.fullmatch(name) or (name == TOKENIZER_NAME and not manifest):
                 self.folder.remove_file(name)
         for name, _ in self._plans(plan.generation):
             self.folder.remove_file(name)

@@ -1,11 +1,12 @@
-"""GPT-2 byte-pair encoding: exactly tiktoken's tokens, at many times its speed, without internet.
+"""Byte-pair encoding by GPT-2's or another vocabulary: exactly tiktoken's tokens, at many times
+its speed, without internet.
 
-tiktoken's `gpt2.encode_ordinary` is the reference (promise 1). gigatoken does the work, built from
-the same vocabulary. The two differ only on code points that their Unicode tables class differently,
-so text with such a code point goes to tiktoken; without gigatoken all text does.
+tiktoken's `encode_ordinary` is the reference (promise 1): that of its gpt2, or of an `Encoding`
+made of the ranks in a `tokenizer.json`. gigatoken does the work, built from the same vocabulary.
+The two differ only on code points that their Unicode tables class differently, so text with such a
+code point goes to tiktoken; without gigatoken all text does.
 """
 
-import base64
 import ctypes
 import hashlib
 import importlib.metadata
@@ -28,11 +29,18 @@ import tiktoken
 import tiktoken.load
 from tiktoken_ext import openai_public
 
+from shards import remote
 from shards.cuts import SAFE_CUT_BYTES, cut
 from shards.files import write_json
-from shards.manifest import TokenizerIdentity
+from shards.manifest import MANIFEST_NAME, Manifest, TokenizerIdentity
+from shards.vocabulary import END_OF_TEXT, TOKENIZER_NAME, Vocabulary, parse
 
-END_OF_TEXT = "<|endoftext|>"
+# Names of OpenAI's vocabularies that the 16 bits of an id hold; the hashes are those of their
+# published files. p50k_base is GPT-2's with runs of 2 to 25 spaces after <|endoftext|>.
+GPT2, R50K, P50K = "gpt2", "r50k_base", "p50k_base"
+P50K_SPACES = range(2, 26)
+GPT2_HASH = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+P50K_HASH = "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069"
 # tiktoken builds a Python list of ints, so it gets pieces of about this many characters.
 PIECE = 1 << 20
 # gigatoken gets about this many bytes at a time, and may make the process grow by this much.
@@ -49,7 +57,7 @@ class VocabularyNotFoundError(FileNotFoundError):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """GPT-2's tokenizer; `load` returns one.
+    """A tokenizer with GPT-2's pattern; `load` and `open_tokenizer` return one.
 
     Attributes: `name`; `n_vocab`, the number of token ids; `eot`, the id of `<|endoftext|>`;
     `hash`, the sha256 of the vocabulary, the same for every source of it.
@@ -59,6 +67,7 @@ class Tokenizer:
     n_vocab: int
     eot: int
     hash: str
+    _vocabulary: Vocabulary = field(repr=False)
     _reference: tiktoken.Encoding = field(repr=False)
     _fast: "FastEncoder | None" = field(repr=False, default=None)
     _differing: str = field(repr=False, default="")
@@ -78,15 +87,16 @@ class Tokenizer:
         return self._reference.decode([int(i) for i in ids])
 
     def vocabulary(self) -> list[bytes]:
-        """Return the bytes of each id, in the order of the ids, without `<|endoftext|>`."""
-        token = self._reference.decode_single_token_bytes
-        return [token(i) for i in range(self.n_vocab) if i != self.eot]
+        """Return the bytes of each id, in the order of the ids; none for special tokens."""
+        return list(self._vocabulary.tokens)
+
+    def to_json(self) -> bytes:
+        """Return the content of its `tokenizer.json`: the same vocabulary, the same bytes."""
+        return self._vocabulary.to_json()
 
     def byte_lengths(self) -> np.ndarray:
-        """Return the byte count of each id, (n_vocab,) int64; 0 for `<|endoftext|>`."""
-        lengths = list(map(len, self.vocabulary()))
-        lengths.insert(self.eot, 0)
-        return np.array(lengths, np.int64)
+        """Return the byte count of each id, (n_vocab,) int64; 0 for special tokens."""
+        return np.array(list(map(len, self._vocabulary.tokens)), np.int64)
 
     def encode_batch(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         """Encode an Arrow string array without nulls, straight from its buffers.
@@ -141,31 +151,116 @@ class Tokenizer:
         return False
 
 
-def load(name: str = "gpt2") -> Tokenizer:
-    """Return the tokenizer `name`; only "gpt2" exists.
+def load(name: str | Path = GPT2) -> Tokenizer:
+    """Return the tokenizer `name`.
 
-    Raises ValueError for another name, VocabularyNotFoundError if no vocabulary can be found.
+    `name` is gpt2, of which r50k_base is another name; p50k_base; a file or folder with a
+    `tokenizer.json` in Hugging Face's format; or a dataset's folder or URI. Raises ValueError for a
+    tokenizer of another kind and for another name, and VocabularyNotFoundError if GPT-2's
+    vocabulary can't be found.
     """
-    if name != "gpt2":
+    if name in (GPT2, R50K):
+        return _load_gpt2()
+    if name == P50K:
+        return _load_p50k()
+    place = str(name)
+    if (content := _stored(place, MANIFEST_NAME)) is not None:
+        return open_tokenizer(Manifest.parse(content, place).tokenizer, place)
+    content = Path(place).read_bytes() if os.path.isfile(place) else _stored(place, TOKENIZER_NAME)
+    if content is None:
         raise ValueError(
-            f"expected the tokenizer gpt2, found {name!r}: this version knows no other"
+            f"expected the tokenizer {GPT2}, {R50K}, {P50K}, a dataset, or a {TOKENIZER_NAME} or "
+            f"its folder, found {place!r}: this version knows no other"
         )
-    return _load_gpt2()
+    return from_json(content, place)
+
+
+def open_tokenizer(identity: TokenizerIdentity, *places: str | Path) -> Tokenizer:
+    """Return the tokenizer that made a dataset or trained a model.
+
+    `places` are the folders or URIs that may hold its `tokenizer.json`; GPT-2's needs none. Raises
+    FileNotFoundError if no place has it, ValueError if its vocabulary is another, and
+    VocabularyNotFoundError as `load` does.
+    """
+    if identity.name == GPT2:
+        found = _load_gpt2()
+    else:
+        stored = ((place, _stored(str(place), TOKENIZER_NAME)) for place in places)
+        place, content = next(((p, c) for p, c in stored if c is not None), ("", None))
+        if content is None:
+            raise FileNotFoundError(
+                f"expected the vocabulary {identity.hash[:12]} of the tokenizer {identity.name} as "
+                f"{TOKENIZER_NAME} in {' or '.join(map(str, places))}, found none: restore it from "
+                "the dataset or a run on it, or prepare again"
+            )
+        found = from_json(content, str(place), known=True)
+    if (found.n_vocab, found.eot, found.hash) != (identity.n_vocab, identity.eot, identity.hash):
+        where = f"in {place}" if identity.name != GPT2 else "on this machine"
+        raise ValueError(
+            f"expected the vocabulary {identity.hash[:12]} of the tokenizer {identity.name}, found "
+            f"{found.hash[:12]} {where}: restore the one that made the dataset"
+        )
+    return found
+
+
+def stored_tokenizer(folder: str | Path) -> Tokenizer:
+    """Return the tokenizer beside a model: that of its `tokenizer.json`, without one GPT-2's."""
+    content = _stored(str(folder), TOKENIZER_NAME)
+    return _load_gpt2() if content is None else from_json(content, str(folder), known=True)
+
+
+def _stored(place: str, name: str) -> bytes | None:
+    """Return the content of a file in a folder or at a URI, None if it is not there."""
+    if remote.is_remote(place):
+        try:
+            return remote.read(place, name)
+        except FileNotFoundError:
+            return None
+    path = Path(place, name)
+    return path.read_bytes() if path.is_file() else None
+
+
+@lru_cache
+def from_json(content: bytes, name: str, known: bool = False) -> Tokenizer:
+    """Return the tokenizer of a `tokenizer.json`; see `shards.vocabulary.parse`."""
+    return of_vocabulary(parse(content, name, known))
+
+
+def of_vocabulary(vocabulary: Vocabulary) -> Tokenizer:
+    """Return the tokenizer of a vocabulary; it is GPT-2's if it has its ids."""
+    if (vocabulary.hash, vocabulary.specials) == (GPT2_HASH, {END_OF_TEXT: 50256}):
+        return _load_gpt2()
+    name = P50K if vocabulary.hash == P50K_HASH else f"bpe-{len(vocabulary.tokens)}"
+    return _assemble(name, vocabulary, _encoding(vocabulary))
 
 
 @lru_cache
 def _load_gpt2() -> Tokenizer:
     """Return the one GPT-2 tokenizer of the process."""
     reference = _reference_encoding()
-    ranks = sorted(reference._mergeable_ranks.items(), key=lambda item: item[1])
-    vocabulary = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
+    ranks = reference._mergeable_ranks
+    tokens = (*sorted(ranks, key=ranks.__getitem__), b"")
+    return _assemble(GPT2, Vocabulary(tokens, {END_OF_TEXT: reference.eot_token}), reference)
+
+
+@lru_cache
+def _load_p50k() -> Tokenizer:
+    """Return p50k_base, derived from GPT-2's vocabulary, so that it needs no other file."""
+    gpt2 = _load_gpt2()
+    tokens = (*gpt2.vocabulary(), *(b" " * n for n in P50K_SPACES))
+    return of_vocabulary(Vocabulary(tokens, {END_OF_TEXT: gpt2.eot}))
+
+
+def _assemble(name: str, vocabulary: Vocabulary, reference: tiktoken.Encoding) -> Tokenizer:
+    """Return the tokenizer of a vocabulary and of tiktoken's encoding with it."""
     fast = _gigatoken(vocabulary)
-    differing = differing_code_points(reference, fast) if fast else []
+    differing = differing_code_points() if fast else []
     return Tokenizer(
-        name="gpt2",
-        n_vocab=reference.n_vocab,
-        eot=reference.eot_token,
-        hash=hashlib.sha256(vocabulary).hexdigest(),
+        name=name,
+        n_vocab=len(vocabulary.tokens),
+        eot=vocabulary.eot,
+        hash=vocabulary.hash,
+        _vocabulary=vocabulary,
         _reference=reference,
         _fast=fast,
         _differing=_character_class(differing),
@@ -173,19 +268,14 @@ def _load_gpt2() -> Tokenizer:
     )
 
 
-def open_tokenizer(identity: TokenizerIdentity) -> Tokenizer:
-    """Load the tokenizer that made a dataset or trained a model.
-
-    Raises ValueError if there is none of its name, or the one installed has another vocabulary, and
-    VocabularyNotFoundError as `load` does.
-    """
-    found = load(identity.name)
-    if found.hash != identity.hash:
-        raise ValueError(
-            f"expected the vocabulary {identity.hash[:12]} of the tokenizer {identity.name}, found "
-            f"{found.hash[:12]} on this machine: install the one that made the dataset"
-        )
-    return found
+def _encoding(vocabulary: Vocabulary) -> tiktoken.Encoding:
+    """Return tiktoken's encoding of a vocabulary, with GPT-2's pattern."""
+    return tiktoken.Encoding(
+        "bpe",
+        pat_str=_definition(lambda **_: {})["pat_str"],
+        mergeable_ranks=vocabulary.ranks,
+        special_tokens=dict(vocabulary.specials),
+    )
 
 
 def repair_surrogates(text: str) -> str:
@@ -266,7 +356,7 @@ def _cached() -> bool:
     return folder != "" and all(os.path.exists(os.path.join(folder, name)) for name in names)
 
 
-def _gigatoken(vocabulary: bytes) -> "FastEncoder | None":
+def _gigatoken(vocabulary: Vocabulary) -> "FastEncoder | None":
     """Return gigatoken with this vocabulary, no special tokens; None if it is not installed."""
     try:
         return FastEncoder(vocabulary)
@@ -283,8 +373,10 @@ class FastEncoder:
     is no faster: the cache is limited by memory latency.
     """
 
-    def __init__(self, vocabulary: bytes) -> None:
-        self._vocabulary = vocabulary
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        dense, ids = vocabulary.without_gaps()
+        self._lines = dense.lines
+        self._ids = None if dense == vocabulary else ids
         self._renew()
 
     def _renew(self) -> None:
@@ -294,8 +386,8 @@ class FastEncoder:
         self._encoder: Any = None
         _trim_heap()
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "gpt2.tiktoken")
-            path.write_bytes(self._vocabulary)
+            path = Path(folder, "bpe.tiktoken")
+            path.write_bytes(self._lines)
             self._encoder = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", special_tokens={})
         self._smallest = _private_bytes()
 
@@ -335,7 +427,8 @@ class FastEncoder:
         )
         # On the calling thread: prepare runs one process per core.
         encoded = self._encoder.encode_batch(ak.Array(strings), parallel=False).layout
-        return np.asarray(encoded.content.data), np.asarray(encoded.offsets.data)
+        ids, offsets = np.asarray(encoded.content.data), np.asarray(encoded.offsets.data)
+        return ids if self._ids is None else self._ids[ids], offsets
 
 
 def _cuts(offsets: np.ndarray, content: np.ndarray) -> Iterator[int]:
@@ -390,10 +483,11 @@ def _join(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([np.empty(0, np.uint32), *parts]), offsets
 
 
-def differing_code_points(reference: tiktoken.Encoding, fast: FastEncoder) -> list[tuple[int, int]]:
+def differing_code_points() -> list[tuple[int, int]]:
     """Return ranges (first, last) of the code points on which the two installed encoders differ.
 
-    Computed once (some seconds) and cached on disk by the versions of both.
+    They depend on the pattern and not on the vocabulary, so one of few tokens finds them. Computed
+    once (some seconds) and cached on disk by the versions of both.
     """
     versions = [f"{name}-{importlib.metadata.version(name)}" for name in ("tiktoken", "gigatoken")]
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -401,7 +495,8 @@ def differing_code_points(reference: tiktoken.Encoding, fast: FastEncoder) -> li
     try:
         return [(first, last) for first, last in json.loads(path.read_bytes())]
     except (OSError, ValueError):
-        ranges = _compare_all_code_points(reference, fast)
+        probing = Vocabulary((*(bytes([i]) for i in range(256)), b"'s", b""), {END_OF_TEXT: 257})
+        ranges = _compare_all_code_points(_encoding(probing), FastEncoder(probing))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, ranges)
