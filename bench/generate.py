@@ -8,15 +8,17 @@ contender has a process of its own.
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from bench import table, worker
 from bench.steps import hugging_face_model
+from bench.table import Device, Preset, Record
+from bench.train import device_name
 from mygpt.distributed import check_room
 from mygpt.eval.quantize import with_weights
 from mygpt.generate import Sampling, generate
@@ -34,9 +36,9 @@ HEADERS = ("", "weights", "texts", "tokens/s", "low to high", "× Hugging Face",
 class Options:
     """Measure generation beside Hugging Face's."""
 
-    preset: Literal["gpt2", "small", "tiny", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    preset: Preset = "gpt2"
     """Shape of the model."""
-    device: Literal["cuda", "cpu"] = "cpu"
+    device: Device = "cpu"
     """Device to generate on."""
     batch: int = 8
     """Texts at once, measured beside one alone."""
@@ -54,6 +56,9 @@ class Contender(NamedTuple):
     what: str
     weights: str
 
+    def __str__(self) -> str:
+        return ", ".join(self)
+
 
 def main() -> None:
     """Run the command."""
@@ -61,20 +66,38 @@ def main() -> None:
     table.command("generate", Options, run, as_text, __doc__ or "")
 
 
-def run(options: Options) -> dict[str, Any]:
-    """Everything that was measured, as JSON. Raises ValueError if the device is not there."""
+def run(options: Options, note: Callable[[Record], None] = table.to_stderr) -> dict[str, Any]:
+    """Everything that was measured, as JSON. Raises ValueError if the device is not there.
+
+    `note` gets each record as soon as it is measured.
+    """
     check_room(1, options.device)
     kinds = WEIGHTS[options.device]
-    peer = Contender(PEER, kinds[0])
-    makers = {c: (turns_of, c, options) for c in [*(Contender(OURS, k) for k in kinds), peer]}
-    records, failed = worker.measure(makers, options.rounds)
+    contenders = [*(Contender(OURS, kind) for kind in kinds), Contender(PEER, kinds[0])]
+    makers = {str(one): (turns_of, one, options) for one in contenders}
+    records, failed = worker.measure(makers, options.rounds, note)
+    return about(options) | comparison(about(options), records, failed)
+
+
+def about(options: Options) -> dict[str, Any]:
+    """What is measured, and on which machine."""
     return {
         "machine": table.machine("generate", PACKAGES),
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "device": device_name(options.device),
         "preset": options.preset,
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
-        "rows": [row(records, one, peer, n) for n in batches(options) for one in records],
+        "batches": batches(options),
+    }
+
+
+def comparison(
+    about: Mapping[str, Any], records: Mapping[str, Sequence[Record]], failed: Mapping[str, str]
+) -> dict[str, Any]:
+    """The rows of those contenders that did not fail."""
+    own = {Contender(*name.split(", ")): records[name] for name in records}
+    return {
+        "rows": [row(own, one, batch) for batch in about["batches"] for one in own],
         "failed": failed,
     }
 
@@ -130,11 +153,12 @@ def rates(write: Callable[[int], Any], batch: int, options: Options) -> dict[str
 
 
 def row(
-    records: Mapping[Contender, list[table.Record]], one: Contender, peer: Contender, batch: int
+    records: Mapping[Contender, Sequence[Record]], one: Contender, batch: int
 ) -> dict[str, Any]:
     """A row of the table."""
     own = [record[str(batch)] for record in records[one]]
-    theirs = [record[str(batch)] for record in records.get(peer, [])]
+    peers = [records[other] for other in records if other.what == PEER]
+    theirs = [record[str(batch)] for records_of_peer in peers for record in records_of_peer]
     return {
         **one._asdict(),
         "batch": batch,

@@ -106,14 +106,19 @@ def ours(work: Workload, compiled: bool) -> Step:
 
 def plain(work: Workload, compiled: bool) -> Step:
     """`PlainGPT` with torch's AdamW, from our initial weights."""
-    vocab_size = work.model.vocab_size
-    padded = vocab_size + -vocab_size % 64 if work.device == "cuda" else vocab_size
-    model = PlainGPT(work.model, padded)
+    model = plain_model(work.model, work.device)
+    return _step(work, model, lambda run, x, y: run(x, y), compiled)
+
+
+def plain_model(shape: GPTConfig, device: str) -> PlainGPT:
+    """`PlainGPT` with our initial weights; on a GPU with a padded vocabulary, as nanoGPT's."""
+    padded = shape.vocab_size + -shape.vocab_size % 64 if device == "cuda" else shape.vocab_size
+    model = PlainGPT(shape, padded)
     torch.manual_seed(SEED)
     with torch.no_grad():
-        for name, parameter in GPT(work.model).named_parameters():
+        for name, parameter in GPT(shape).named_parameters():
             model.get_parameter(name)[: len(parameter)] = parameter
-    return _step(work, model.to(work.device), lambda run, x, y: run(x, y), compiled)
+    return model.to(device)
 
 
 def hugging_face(work: Workload, compiled: bool) -> Step:
@@ -154,15 +159,7 @@ def _step(
 ) -> Step:
     """Forward, backward, clipping and AdamW, in the order and with the settings of our own step."""
     device = torch.device(work.device)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": WEIGHT_DECAY},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    # As in nanoGPT: fused on a GPU, else torch's default.
-    fused = device.type == "cuda" or None
-    adamw = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=fused)
+    adamw = adamw_of(model, device)
     run = torch.compile(model) if compiled else model
     batches: Iterator[feeds.Batch] = work.batches()
 
@@ -177,6 +174,18 @@ def _step(
         return loss.item()
 
     return step
+
+
+def adamw_of(model: torch.nn.Module, device: torch.device) -> torch.optim.AdamW:
+    """nanoGPT's optimizer: decay on matrices only; fused on a GPU, else torch's default."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    fused = device.type == "cuda" or None
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=fused)
 
 
 def product_rates(device: str, size: int, seconds: float = SUSTAINED_SECONDS) -> dict[str, float]:

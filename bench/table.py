@@ -14,7 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -22,6 +22,8 @@ from shards.cli import one_line_errors
 
 Key = TypeVar("Key", bound=Hashable)
 Record = Mapping[str, Any]
+Preset = Literal["gpt2", "small", "tiny", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+Device = Literal["cuda", "cpu"]
 
 
 def command(

@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from bench import steps, table, worker
 from bench.steps import Workload
-from bench.table import Record
+from bench.table import Device, Preset, Record
 from mygpt.distributed import check_room, peak_flops
 from mygpt.model import GPT
 from mygpt.settings import PRESETS
@@ -46,9 +46,9 @@ Loss: after {steps} steps; Hugging Face's starts from other weights."""
 class Options:
     """Measure training beside its rivals."""
 
-    preset: Literal["gpt2", "small", "tiny", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    preset: Preset = "gpt2"
     """Shape of the model, without dropout."""
-    device: Literal["cuda", "cpu"] = "cpu"
+    device: Device = "cpu"
     """Device to train on."""
     micro_batch: int = 0
     """Sequences per step; 0: 64 on a GPU, 8 on a CPU."""

@@ -3,6 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+from mygpt.config import GPTConfig
+
+SHAPE = GPTConfig(block_size=8, vocab_size=131, n_layers=2, n_heads=2, n_embed=16)
+
 
 class InThisProcess:
     """A `bench.worker.Worker` without a process of its own."""

@@ -101,6 +101,7 @@ def flags() -> dict[str, set[str]]:
     for command in TRAINING:
         found[command] = found.get(command, set()) | found["train.py"]
     benchmarks = {f"bench.{path.stem}": of_dataclass(path) for path in ROOT.glob("bench/*.py")}
+    benchmarks["bench.gpu"] = of_dataclass(ROOT / "bench/gpu/__main__.py")
     return found | benchmarks
 
 

@@ -1,0 +1,118 @@
+"""The race is fair: the same weights, batches and validation. It notes what happened."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import feeds, worker
+from bench.gpu import race, text
+from bench.gpu.setting import Setting, read
+from bench.plain import PlainGPT
+from mygpt.settings import PRESETS, TrainConfig
+from tests.bench.support import SHAPE, InThisProcess
+
+
+@pytest.fixture
+def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
+    """A small model, and random text of its vocabulary."""
+    monkeypatch.setitem(PRESETS, "tiny", ("small", TrainConfig(SHAPE)))
+    monkeypatch.setattr(race, "VAL_TOKENS", 256)
+    data = tmp_path / text.STDLIB
+    data.mkdir()
+    feeds.build(data, 20_000, 1, SHAPE.vocab_size)
+    return Setting("race", "tiny", "cpu", tmp_path, tmp_path, ends=2e9)
+
+
+def test_both_begin_with_the_same_weights_and_batches(setting: Setting) -> None:
+    data = str(text.find(setting))
+    validate = race.validation(setting, data)
+    ours, plain = (build(setting, data, 50) for build in (race.ours, race.plain))
+    assert validate(ours.model) == pytest.approx(validate(plain.model), abs=1e-5)
+    assert ours.step() == pytest.approx(plain.step(), abs=1e-5)
+
+
+def test_validation_is_the_models_own_loss(setting: Setting) -> None:
+    data = str(text.find(setting))
+    model = PlainGPT(SHAPE, SHAPE.vocab_size + 5)  # padded, as on a GPU
+    with torch.no_grad():
+        model.wte.weight[SHAPE.vocab_size :] = -100.0
+    batches = [torch.from_numpy(batch) for batch in race.val_batches(setting, data)]
+    own = PlainGPT(SHAPE, SHAPE.vocab_size)
+    own.load_state_dict({name: own_part(tensor) for name, tensor in model.state_dict().items()})
+    losses = [own(batch[:, :-1], batch[:, 1:]).item() for batch in batches]
+    assert len(batches) == 4 and all(batch.shape == (8, 9) for batch in batches)
+    assert race.validation(setting, data)(model) == pytest.approx(sum(losses) / len(losses))
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[: SHAPE.vocab_size] if tensor.size(0) == SHAPE.vocab_size + 5 else tensor
+
+
+def test_the_whole_race(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "Worker", InThisProcess)
+    monkeypatch.setattr(race, "steps_in", lambda seconds, racer: 6)
+    monkeypatch.setattr(race, "VALIDATIONS", 3)
+    race.run(setting)
+    found = read(setting.out)
+    assert found[0]["racing_seconds"] == race.MOST["cpu"] and found[0]["data"] == text.STDLIB
+    for name in (race.OURS, race.PLAIN):
+        own = [f for f in found if f.get("racer") == name]
+        steps, vals = ([f for f in own if key in f] for key in ("loss", "val"))
+        assert [f["step"] for f in steps] == [1, 2, 3, 4, 5, 6]
+        assert [f["step"] for f in vals] == [2, 4, 6]
+        seconds = [f["seconds"] for f in steps]
+        assert seconds == sorted(seconds) and seconds[0] > 0
+        assert found[-1]["steps"] == 6
+
+
+def test_ours_has_the_recipe_of_small(setting: Setting) -> None:
+    config = race.config_of(setting, "data/x", 400)
+    small = PRESETS["small"][1]
+    assert (config.optimizer, config.schedule) == (small.optimizer, small.schedule)
+    assert (config.max_steps, config.warmup_steps) == (400, 20)
+    assert config.total_batch_size == 2 * config.micro_batch * SHAPE.block_size
+
+
+def test_steps_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    taken: list[int] = []
+
+    def step() -> float:
+        taken.append(1)
+        return 0.0
+
+    assert race.steps_in(30, race.Racer(torch.nn.Module(), step)) == 75
+    assert len(taken) == race.WARM_STEPS + race.TIMED_STEPS
+
+
+def test_the_largest_dataset_that_is_there(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = replace(setting, preset="gpt2")
+    assert text.find(large, patience=0) == setting.work / text.STDLIB
+    (setting.work / text.PACKAGES).mkdir()
+    (setting.work / text.PACKAGES / "manifest.json").touch()
+    assert text.find(large, patience=0) == setting.work / text.PACKAGES
+    with pytest.raises(FileNotFoundError, match="expected a dataset in"):
+        text.find(replace(setting, work=setting.work / "none"), patience=0)
+
+
+def test_text_is_prepared_the_smaller_first(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[Any] = []
+    corpus = type("Corpus", (), {"parquet": Path("corpus.parquet")})
+    monkeypatch.setattr("subprocess.run", lambda command, check: commands.append(command[2:]))
+    monkeypatch.setattr("os.nice", lambda increment: 0)
+    monkeypatch.setattr("bench.corpus.build", lambda megabytes: corpus)
+    text.prepare(setting)
+    text.prepare(replace(setting, preset="gpt2"))
+    out = [str(setting.work / name) for name in (text.STDLIB, text.PACKAGES)]
+    small, large = (
+        ["prepare", s, "--out", o] for s, o in zip(["stdlib", "corpus.parquet"], out, strict=True)
+    )
+    assert commands == [small, small, large]
