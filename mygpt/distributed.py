@@ -45,6 +45,8 @@ _PEAK_FLOPS = {
     "Tesla T4": 65e12,
 }
 
+_FIXED_SHAPES = {"cuda"}  # types of device
+
 
 @dataclass(frozen=True)
 class DistributedContext:
@@ -234,6 +236,19 @@ def autocast(device: torch.device) -> torch.autocast | nullcontext[None]:
     """Return the context of mixed precision on this device, a null context for fp32."""
     dtype = compute_dtype(device)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def has_fixed_shapes(device: torch.device) -> bool:
+    """Return whether batches are padded to few shapes: on CUDA, where each new one costs time.
+
+    Blocks are compiled for it, and cuDNN builds a plan for its attention.
+    """
+    return device.type in _FIXED_SHAPES
+
+
+def padded_length(n_tokens: int, limit: int, device: torch.device) -> int:
+    """Return `n_tokens`, or with fixed shapes the next multiple of 64 up to `limit`."""
+    return min(limit, n_tokens + -n_tokens % 64) if has_fixed_shapes(device) else n_tokens
 
 
 def peak_flops(device: torch.device) -> float | None:

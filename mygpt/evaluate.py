@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mygpt.distributed import DistributedContext, autocast
+from mygpt.distributed import DistributedContext, autocast, has_fixed_shapes, padded_length
 from mygpt.loss import IGNORED
 from mygpt.model import GPT
 
@@ -83,7 +83,7 @@ def token_losses(
     firsts = range(ranks.rank * size, len(windows), ranks.world_size * size)
     shown = progress_bar(firsts, progress and ranks.is_main)
     batches = (range(first, min(first + size, len(windows))) for first in shown)
-    launched = _launch(model, windows, batches, ranks)
+    launched = _launch(model, windows, batches, size, ranks)
     # One batch ahead, so that a GPU computes the next while this one's losses are summed.
     current = next(launched, None)
     while current is not None:
@@ -94,26 +94,30 @@ def token_losses(
 
 
 def _launch(
-    model: GPT, windows: Sequence[np.ndarray], batches: Iterable[range], ranks: DistributedContext
+    model: GPT,
+    windows: Sequence[np.ndarray],
+    batches: Iterable[range],
+    size: int,
+    ranks: DistributedContext,
 ) -> Iterator[tuple[range, Tensor, np.ndarray]]:
     """Yield the same with losses on the device, possibly not yet computed."""
-    room, was_training = None, model.training
+    was_training = model.training
     model.eval()
     try:
         for batch in batches:
             while batch:
-                part = batch[:room]
-                idx, targets = _padded([windows[i] for i in part])  # (B, T), (B, T)
+                part = batch[:size]
+                idx, targets = _padded(model, [windows[i] for i in part], size, ranks.device)
                 here = (torch.from_numpy(ids).to(ranks.device) for ids in (idx, targets))
                 try:
                     with torch.inference_mode(), autocast(ranks.device):
-                        losses = model.token_losses(*here)  # (B, T)
+                        losses = model.token_losses(*here)  # (B, T), or `size` rows
                 except torch.cuda.OutOfMemoryError:
-                    if len(part) == 1:
+                    if len(idx) == 1:
                         raise
-                    room = len(part) // 2
+                    size = len(idx) // 2
                     continue
-                yield part, losses, targets != IGNORED
+                yield part, losses[: len(part)], targets[: len(part)] != IGNORED
                 batch = batch[len(part) :]
     finally:
         model.train(was_training)
@@ -129,10 +133,14 @@ def progress_bar(items: Sequence[Item], enabled: bool) -> Iterable[Item]:
     return tqdm(items, desc="evaluating", leave=False, delay=2) if enabled else items
 
 
-def _padded(windows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    longest = max(map(len, windows)) - 1
-    idx = np.zeros((len(windows), longest), dtype=np.int64)
-    targets = np.full((len(windows), longest), IGNORED, dtype=np.int64)
+def _padded(
+    model: GPT, windows: Sequence[np.ndarray], size: int, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return inputs and targets (B, T), with fixed shapes of `size` rows."""
+    rows = size if has_fixed_shapes(device) else len(windows)
+    columns = padded_length(max(map(len, windows)) - 1, model.config.block_size, device)
+    idx = np.zeros((rows, columns), dtype=np.int64)
+    targets = np.full((rows, columns), IGNORED, dtype=np.int64)
     for row, window in enumerate(windows):
         idx[row, : len(window) - 1] = window[:-1]
         targets[row, : len(window) - 1] = window[1:]

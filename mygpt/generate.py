@@ -9,9 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mygpt.distributed import padded_length
 from mygpt.model import GPT, KeyValueCache
+
+# Constants of SplitMix64 as int64.
+_GOLDEN_GAMMA, _MIX_1, _MIX_2 = (
+    constant - 2**64 for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def stream(
     texts = [text_key(prompt, number) for number, prompt in enumerate(prompts)]
     contexts = [list(prompt) for prompt in prompts]
     ended = [False] * len(prompts)
-    cache, device = None, model.wte.weight.device
+    cache = None
     step: Callable[[Tensor], Tensor] | None = None
     was_training = model.training
     model.eval()
@@ -91,8 +98,7 @@ def stream(
                 step = step or (RecordedStep if cache.static else Step)(model, cache)
                 logits = step(torch.tensor([[context[-1]] for context in contexts]))  # (B, V)
             position = sampling.max_new_tokens - left
-            gumbel = [noise(sampling.seed, text, position, logits.size(1)) for text in texts]
-            tokens = sample(logits, torch.stack(gumbel).to(device), sampling).tolist()
+            tokens = draw(logits, texts, position, sampling).tolist()
             for context, token in zip(contexts, tokens, strict=True):
                 context.append(token)
             ended = [e or token == stop for e, token in zip(ended, tokens, strict=True)]
@@ -122,9 +128,11 @@ def _prefill(model: GPT, contexts: list[list[int]], left: int) -> tuple[Tensor, 
         if len(context) > block:
             del context[: len(context) - max(1, block // 2)]
     rows = [torch.tensor(context) for context in contexts]
-    idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T)
+    longest = max(map(len, rows))
+    padding = padded_length(longest, block, device) - longest
+    idx = F.pad(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), (0, padding)).to(device)
     lengths = torch.tensor([len(context) for context in contexts], device=device)
-    capacity = min(block, idx.size(1) + left)
+    capacity = padded_length(min(block, longest + left), block, device)
     cache = KeyValueCache(model, len(contexts), capacity, static=device.type == "cuda")
     return model.next_logits(idx, lengths, cache), cache
 
@@ -161,7 +169,8 @@ class RecordedStep(Step):
                 super().__call__(self.tokens)
                 cache.lengths.copy_(lengths)  # the first real token overwrites what was stored
         current.wait_stream(other)
-        with torch.cuda.graph(self.graph):
+        # The loader pins memory on its own thread meanwhile, which only "thread_local" permits.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = super().__call__(self.tokens)
         cache.lengths.copy_(lengths)
 
@@ -174,18 +183,45 @@ class RecordedStep(Step):
 
 def text_key(prompt: Sequence[int], number: int) -> int:
     """Return the 64-bit key of the noise of one text: different prompts draw differently."""
-    tokens = np.array([*prompt, number], np.int64).tobytes()
-    return int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little")
+    return _hash(np.array([*prompt, number], np.int64).tobytes())
 
 
-def noise(seed: int, text: int, position: int, vocab: int) -> Tensor:
-    """Return Gumbel noise (V,) for the token at `position` of the text with a key.
+def draw(logits: Tensor, texts: Sequence[int], position: int, sampling: Sampling) -> Tensor:
+    """Sample the token (B,) at `position` of the texts with these keys from logits (B, V)."""
+    if sampling.temperature == 0:
+        return logits.argmax(1)
+    gumbel = noise(sampling.seed, texts, position, logits.size(1), logits.device)
+    return sample(logits, gumbel, sampling)
 
-    A counter-based generator: the noise of a position is the same whatever was drawn before.
+
+def noise(
+    seed: int, texts: Sequence[int], position: int, vocab: int, device: torch.device
+) -> Tensor:
+    """Return Gumbel noise (B, V) for the tokens at `position` of the texts with these keys.
+
+    Counter-based: the noise of a position is the same whatever was drawn before, on any device.
+    Made where the logits are, for all texts at once, by SplitMix64 (Steele, Lea, Flood, 2014)
+    from a hash of (seed, text, position).
     """
-    bits = np.random.Philox(key=[seed, text], counter=[0, position, 0, 0])
-    exponential = np.random.Generator(bits).standard_exponential(vocab, dtype=np.float32)
-    return -torch.from_numpy(exponential).clamp(min=1e-30).log()
+    starts = [_hash(f"{seed} {text} {position}".encode()) for text in texts]
+    counter = torch.arange(vocab, device=device) * _GOLDEN_GAMMA
+    bits = torch.tensor(starts, device=device)[:, None] + counter  # (B, V), int64 that wraps around
+    bits ^= _shift(bits, 30)
+    bits *= _MIX_1
+    bits ^= _shift(bits, 27)
+    bits *= _MIX_2
+    bits ^= _shift(bits, 31)
+    uniform = (_shift(bits, 32).float() + 0.5) * 2**-32  # above 0; log1p keeps the smallest apart
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def _shift(bits: Tensor, n: int) -> Tensor:
+    """Shift int64 to the right with zeros following: torch's own shift repeats the sign."""
+    return (bits >> n) & (2 ** (64 - n) - 1)
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 def sample(logits: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:

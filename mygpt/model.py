@@ -101,11 +101,14 @@ class GPT(nn.Module):
         last = x[:, -1] if lengths is None else x[rows, lengths - 1]  # (B, C)
         return self.lm_head(self.ln_f(last))
 
-    def compile(self, *args: Any, **options: Any) -> None:
-        """Compile each block (one graph for all) and the loss, in place: parameter names stay."""
+    def compile(self, backend: Any = "inductor") -> None:
+        """Compile each block (one graph for all) and the loss, in place: parameter names stay.
+
+        Every shape is compiled for itself: a graph for any batch size would be slower for all.
+        """
         for block in self.h:
-            block.compile(*args, **options)
-        self.cross_entropy.compile(*args, **options)
+            block.compile(backend=backend, dynamic=False)
+        self.cross_entropy.compile(backend)
 
     @property
     def embeddings(self) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ def assemble(
         sharding.shard_model(model, ranks)
     model.to(device)
     if config.compile and device.type == "cuda":
-        model.compile()  # in place: a wrapper would prefix the names of the parameters
+        compile_blocks(model)
     optimizers = optim.configure_optimizers(
         model,
         optimizer=config.optimizer,
@@ -122,6 +122,14 @@ def assemble(
         grad_accum_steps=settings.grad_accum_steps(config, ranks.world_size),
         ideal_seconds=peak and flops / (peak * ranks.world_size),
     )
+
+
+def compile_blocks(model: GPT, backend: str = "inductor") -> None:
+    """Compile a model in place, for DDP as well."""
+    # A block is a graph of its own, so gradients are ready to travel block by block anyway. DDP's
+    # optimizer would cut it in two, and copy what lies between.
+    torch._dynamo.config.optimize_ddp = False
+    model.compile(backend)  # in place: a wrapper would prefix the names of the parameters
 
 
 def _initial_model(config: TrainConfig, init_weights: bool) -> GPT:

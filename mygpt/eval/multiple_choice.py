@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import xxhash
 
-from mygpt.distributed import DistributedContext, compute_dtype
+from mygpt.distributed import DistributedContext, compute_dtype, padded_length
 from mygpt.evaluate import default_batch_size, progress_bar, token_losses
 from mygpt.model import GPT
 from shards import stored_json
@@ -199,7 +199,8 @@ def _log_probabilities(
     if not windows:
         return []
     ids = [window for window, _ in windows]
-    size = default_batch_size(max(map(len, ids)), device)
+    longest = padded_length(max(map(len, ids)), model.config.block_size, device)
+    size = default_batch_size(longest, device)
     found = []
     for batch, losses, _ in token_losses(model, ids, DistributedContext(0, 0, 1, device), size):
         for i, nats in zip(batch, losses, strict=True):

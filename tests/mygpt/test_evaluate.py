@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mygpt.config import GPTConfig
-from mygpt.distributed import DistributedContext
+from mygpt.distributed import DistributedContext, padded_length
 from mygpt.eval.documents import evaluate_documents
 from mygpt.evaluate import Loss, evaluate, token_losses, unigram_loss
 from mygpt.model import GPT
@@ -144,6 +144,34 @@ def test_a_batch_without_room_is_taken_in_halves(
     room = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
         list(token_losses(model, WINDOWS, ALONE))
+
+
+def test_a_gpu_sees_few_shapes(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each new one would be compiled, and cost cuDNN a plan for its attention."""
+    expected, shapes, whole = evaluate(model, WINDOWS, ALONE), [], GPT.token_losses
+    room = 8
+
+    def noted(self: GPT, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(idx.shape))
+        if len(idx) > room:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return whole(self, idx, targets)
+
+    monkeypatch.setattr("mygpt.distributed._FIXED_SHAPES", {"cpu"})
+    monkeypatch.setattr(GPT, "token_losses", noted)
+    found = evaluate(model, WINDOWS, ALONE, batch_size=4)
+    assert (found.nats, found.tokens) == (pytest.approx(expected.nats, rel=1e-6), expected.tokens)
+    assert shapes == [(4, 8)] * 3
+    room, shapes = 3, []
+    assert evaluate(model, WINDOWS[2:3], ALONE, batch_size=4).tokens == 1  # one row of padding
+    assert shapes == [(4, 8), (2, 8)]
+
+
+def test_lengths_are_multiples_of_64_up_to_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert padded_length(65, 1000, ALONE.device) == 65
+    monkeypatch.setattr("mygpt.distributed._FIXED_SHAPES", {"cpu"})
+    lengths = [padded_length(n, 1000, ALONE.device) for n in (1, 64, 65, 960, 961, 1000)]
+    assert lengths == [64, 64, 128, 960, 1000, 1000]
 
 
 def test_the_unigram_baseline_counts_and_adds_one() -> None:

@@ -1,5 +1,7 @@
 import contextlib
 import functools
+import hashlib
+import math
 from unittest import mock
 
 import pytest
@@ -83,13 +85,37 @@ def test_what_a_gpu_records_and_repeats_is_the_same_text(model, monkeypatch, tem
     expected = generate(model, PROMPTS, Sampling(40, temperature=temperature))
     stream = mock.Mock(wait_stream=lambda other: None)
     monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
-    monkeypatch.setattr("torch.cuda.graph", lambda graph: graph)
+    modes = []
+    monkeypatch.setattr(
+        "torch.cuda.graph",
+        lambda graph, capture_error_mode: modes.append(capture_error_mode) or graph,
+    )
     monkeypatch.setattr("torch.cuda.Stream", lambda: stream)
     monkeypatch.setattr("torch.cuda.current_stream", lambda: stream)
     monkeypatch.setattr("torch.cuda.stream", lambda stream: contextlib.nullcontext())
     static = functools.partial(KeyValueCache, static=True)
     monkeypatch.setattr("mygpt.generate.KeyValueCache", lambda *args, **_: static(*args))
     assert generate(model, PROMPTS, Sampling(40, temperature=temperature)) == expected
+    assert set(modes) == {"thread_local"}  # a thread that pins memory must not end the recording
+
+
+def test_a_gpu_sees_few_shapes_and_writes_the_same_text(monkeypatch):
+    """Prompts and caches of any length: cuDNN would build a plan for the attention of each."""
+    torch.manual_seed(2)
+    model = GPT(GPTConfig(block_size=150, vocab_size=VOCAB, n_layers=2, n_heads=2, n_embed=16))
+    prompts = [[[5] * length] for length in (1, 62, 63, 65, 149)]
+    expected = [generate(model, prompt, Sampling(3)) for prompt in prompts]
+    monkeypatch.setattr("mygpt.distributed._FIXED_SHAPES", {"cpu"})
+    shapes, step = set(), GPT.next_logits
+
+    def noted(self, idx, lengths, cache):
+        if idx.size(1) > 1:
+            shapes.add((idx.size(1), cache.capacity))
+        return step(self, idx, lengths, cache)
+
+    monkeypatch.setattr(GPT, "next_logits", noted)
+    assert [generate(model, prompt, Sampling(3)) for prompt in prompts] == expected
+    assert shapes == {(64, 64), (64, 128), (128, 128), (150, 150)}
 
 
 def test_prompts_of_different_lengths_do_not_disturb_each_other(model):
@@ -172,11 +198,12 @@ def test_impossible_requests_are_refused(model, prompts, options, message):
 def frequencies(logits: torch.Tensor, **options) -> torch.Tensor:
     """How often each token is drawn, with the noise of many positions."""
     n = 20_000
-    gumbel = torch.stack([noise(3, 0, position, len(logits)) for position in range(n)])
+    gumbel = noise(3, range(n), 0, len(logits), CPU)
     drawn = sample(logits.expand(n, -1), gumbel, Sampling(**options))
     return torch.bincount(drawn, minlength=len(logits)) / n
 
 
+CPU = torch.device("cpu")
 NOISE = 0.014  # four standard deviations of a frequency of 1/2 among 20,000
 LOGITS = torch.tensor([1.0, -2.0, 3.0, 0.5, 2.0, -1.0])
 
@@ -224,7 +251,7 @@ def test_a_diverged_model_draws_tokens_that_exist(options):
     """Its logits may be anything."""
     for value in (torch.nan, torch.inf, -torch.inf, 1e38):
         logits = torch.tensor([[0.0, value, 1.0, value]])
-        assert int(sample(logits, noise(0, 0, 0, 4)[None], Sampling(**options))) in range(4)
+        assert int(sample(logits, noise(0, [0], 0, 4, CPU), Sampling(**options))) in range(4)
 
 
 def test_rounding_hardly_ever_changes_a_token():
@@ -234,7 +261,7 @@ def test_rounding_hardly_ever_changes_a_token():
     """
     logits = torch.randn(5000, generator=torch.Generator().manual_seed(1)).expand(2000, -1)
     error = 1e-6 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
-    gumbel = torch.stack([noise(5, 0, position, 5000) for position in range(len(logits))])
+    gumbel = noise(5, range(len(logits)), 0, 5000, CPU)
     before, after = (sample(x, gumbel, Sampling()) for x in (logits, logits + error))
     assert torch.equal(before, after)
     assert not torch.equal(before, sample(logits + 1e5 * error, gumbel, Sampling()))
@@ -251,4 +278,35 @@ def test_prompts_draw_differently_though_the_model_ignores_them(model):
 
 
 def test_the_likeliest_token_at_temperature_zero():
-    assert sample(LOGITS[None], noise(0, 0, 0, 6)[None], Sampling(temperature=0.0)).tolist() == [2]
+    assert sample(LOGITS[None], torch.randn(1, 6), Sampling(temperature=0.0)).tolist() == [2]
+
+
+def test_the_noise_is_splitmix64_of_a_hash():
+    """With Python's integers, and the generator as its authors publish it."""
+    digest = hashlib.blake2b(b"7 -3 11", digest_size=8).digest()
+    state, mask, expected = int.from_bytes(digest, "little"), 2**64 - 1, []
+    for _ in range(1000):
+        z = state
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        uniform = ((z ^ z >> 31) >> 32) + 0.5
+        expected.append(-math.log(-math.log1p(-uniform * 2**-32)))
+        state = state + 0x9E3779B97F4A7C15 & mask
+    found = noise(7, [5, -3], 11, 1000, CPU)[1]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_noise_differs_with_seed_text_and_position_and_is_finite_at_its_ends(monkeypatch):
+    every = [noise(*key, 50, CPU) for key in ((1, [1], 1), (2, [1], 1), (1, [2], 1), (1, [1], 2))]
+    assert len({tuple(row.flatten().tolist()) for row in every}) == 4
+    for bits, least, most in ((0, -3.2, 30), (2**32 - 1, -torch.inf, 30)):
+        monkeypatch.setattr(
+            "mygpt.generate._shift", lambda z, n, bits=bits: torch.full_like(z, bits)
+        )
+        found = noise(0, [0], 0, 1, CPU).item()
+        assert least <= found < most
+
+
+def test_without_temperature_no_noise_is_made(model, monkeypatch):
+    monkeypatch.delattr("mygpt.generate.noise")
+    assert generate(model, [[5]], Sampling(3, temperature=0)) == [uncached(model, [5], 3)]

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mygpt import loss
@@ -158,7 +159,7 @@ def test_loss_and_gradients_equal_cross_entropy_on_all_logits():
     assert_same_gradients(model, oracle)
 
 
-@pytest.mark.parametrize("function", [None, loss.row_gradients], ids=["in place", "to compile"])
+@pytest.mark.parametrize("function", [None, loss.row_probabilities], ids=["in place", "to compile"])
 @pytest.mark.parametrize("rows", [1, 255, 256, 257, 600])
 @pytest.mark.parametrize("vocab", [64, 65, 127, 128])
 def test_any_number_of_rows_and_words(rows, vocab, function):
@@ -292,6 +293,45 @@ def test_logits_never_exist_whole():
     with Sizes():
         model(idx, idx)[1].backward()
     assert largest <= 256 * 4160
+
+
+class ProductsOfCuda(TorchFunctionMode):
+    """Products of 16-bit tensors in fp32, which only CUDA has. `shapes`: of all products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if "mm" in function.__name__ or "matmul" in function.__name__:
+            self.shapes |= {
+                tuple(x.shape) for x in (*args, *kwargs.values()) if hasattr(x, "shape")
+            }
+            if dtype := kwargs.pop("out_dtype", None):
+                args = [x.to(dtype) for x in args]
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kernel", [None, loss.row_probabilities], ids=["eager", "compiled"])
+def test_on_cuda_the_head_multiplies_aligned_matrices_into_fp32(kernel, monkeypatch):
+    """Rows of 131 columns would not be aligned to 16 bytes, nor would their transpose."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    x, weight = torch.randn(300, 24, requires_grad=True), torch.randn(131, 24, requires_grad=True)
+    targets = torch.randint(-1, 131, (300,))
+    with torch.autocast("cpu", dtype=torch.bfloat16), ProductsOfCuda() as products:
+        mean = MeanLoss.apply(x, weight, targets, kernel)
+        losses = token_losses(x.detach(), weight.detach(), targets, kernel and loss.row_losses)
+    sizes = {n for shape in products.shapes for n in shape}
+    assert sizes == {24, 256, 300 - 256}  # width, padded vocabulary and rows of a chunk, the rest
+    found = torch.autograd.grad(mean, (x, weight))
+    expected = F.cross_entropy(x @ weight.T, targets, ignore_index=-1)
+    torch.testing.assert_close(
+        (mean, losses.sum() / (targets != -1).sum()), (expected, expected), rtol=0.01, atol=0.0
+    )
+    for one, other in zip(found, torch.autograd.grad(expected, (x, weight)), strict=True):
+        assert one.dtype == torch.float32 and one.shape == other.shape
+        assert (one - other).norm() < 0.01 * other.norm()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler looks at it
