@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from shards import cache, remote
-from shards.manifest import Manifest, Shard
+from shards import cache
+from shards.checks import BackgroundCheck
 from shards.mixture import Mixture
 from shards.order import ORDER_VERSION
-from shards.reader import REMEDY, ShardReader, open_tokens
+from shards.reader import ShardReader
 from shards.stream import MixedStream
 
 STATE_VERSION = 2
@@ -33,8 +33,6 @@ READ_TOKENS = 1 << 22
 HELD_WINDOWS = 1 << 14
 # Batches prepared for a GPU, which computes while the next one is copied to it.
 PREFETCH = 2
-# Between two shards of a background check: the batches come first.
-PAUSE_SECONDS = 0.001
 
 
 class BatchReader:
@@ -58,9 +56,7 @@ class BatchReader:
         self.batch_size, self.width = batch_size, block_size + 1
         self.rank, self.world_size = rank, world_size
         self._readers = [ShardReader(manifest, split) for manifest in mixture.manifests]
-        self.stream = MixedStream(
-            mixture.manifests, mixture.weights, split, block_size, seed, shuffle_shards
-        )
+        self.stream = MixedStream(mixture, split, block_size, seed, shuffle_shards)
         _check_cache(self._readers, shuffle_shards)
         self._check: BackgroundCheck | None = None
         self._buffer = np.empty((0, self.width), np.uint16)
@@ -149,50 +145,6 @@ def _check_cache(readers: list[ShardReader], shuffle_shards: int) -> None:
             f"shuffled together, found a limit of {cache.limit_bytes() / 1e9:.3g}: set "
             "MYGPT_CACHE_GB, or shuffle fewer with --shuffle-shards"
         )
-
-
-class BackgroundCheck(threading.Thread):
-    """Check of the size and header of shards; of a remote dataset, of the sizes in its listing.
-
-    `check` raises the first FileNotFoundError or ValueError found so far.
-    """
-
-    def __init__(self, parts: Sequence[tuple[Manifest, Sequence[Shard]]]) -> None:
-        super().__init__(name="background-check", daemon=True)
-        self.fault: Exception | None = None
-        self._parts = parts
-        self.start()
-
-    def check(self) -> None:
-        """Raise the fault, if one was found so far."""
-        if self.fault is not None:
-            raise self.fault
-
-    def run(self) -> None:
-        """Check all shards, up to the first fault."""
-        try:
-            for manifest, shards in self._parts:
-                if manifest.uri:
-                    _compare_sizes(manifest, shards)
-                    continue
-                for shard in shards:
-                    open_tokens(manifest, shard)
-                    time.sleep(PAUSE_SECONDS)
-        except (ValueError, OSError) as error:
-            self.fault = error
-
-
-def _compare_sizes(manifest: Manifest, shards: Sequence[Shard]) -> None:
-    """Raise FileNotFoundError or ValueError for a shard that is missing or of another size."""
-    sizes = remote.sizes(manifest.uri)
-    for shard in shards:
-        path = manifest.location_of(shard.file)
-        if (found := sizes.get(shard.file)) is None:
-            raise FileNotFoundError(f"expected the shard {path}, found no such file: {REMEDY}")
-        if found != shard.file_bytes:
-            raise ValueError(
-                f"expected {shard.file_bytes} bytes in {path}, found {found}: {REMEDY}"
-            )
 
 
 class TokenLoader(Iterator[tuple[torch.Tensor, torch.Tensor]]):

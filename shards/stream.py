@@ -9,7 +9,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from shards.manifest import Manifest, Shard
+from shards.manifest import Shard
+from shards.mixture import Mixture
 from shards.order import key_of, permute
 
 # Parts of a key: the order of the groups of an epoch, and the order inside one of them.
@@ -136,24 +137,18 @@ class WindowStream:
 class MixedStream:
     """Endless stream of one split of a mixture, each source in the order of its own stream.
 
-    `weights` are integers, one per manifest. Raises ValueError for a source without a window.
+    Raises ValueError for a source without a window.
     """
 
     def __init__(
-        self,
-        manifests: Sequence[Manifest],
-        weights: Sequence[int],
-        split: str,
-        block_size: int,
-        seed: int,
-        shuffle_shards: int = 0,
+        self, mixture: Mixture, split: str, block_size: int, seed: int, shuffle_shards: int = 0
     ) -> None:
-        self._weights = weights
+        self._weights = mixture.weights
         self.streams = [
             WindowStream(manifest.splits[split].shards, block_size, seed, shuffle_shards)
-            for manifest in manifests
+            for manifest in mixture.manifests
         ]
-        for manifest, stream in zip(manifests, self.streams, strict=True):
+        for manifest, stream in zip(mixture.manifests, self.streams, strict=True):
             if not stream.windows_per_epoch:
                 longest = max(shard.tokens for shard in manifest.splits[split].shards)
                 raise ValueError(

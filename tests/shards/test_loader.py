@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import loader as loader_module
-from shards.checks import check
-from shards.loader import BackgroundCheck, TokenLoader
+from shards.checks import BackgroundCheck, check
+from shards.loader import TokenLoader
 from shards.manifest import Manifest
 from shards.mixture import Mixture
 from tests.shards.support import arange_dataset, grown, write_dataset

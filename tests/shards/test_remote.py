@@ -16,9 +16,9 @@ from filelock import FileLock
 from pyarrow import fs
 
 from shards import cache, remote
-from shards.checks import verify
+from shards.checks import BackgroundCheck, verify
 from shards.commands import inspect
-from shards.loader import BackgroundCheck, BatchReader, TokenLoader
+from shards.loader import BatchReader, TokenLoader
 from shards.manifest import MANIFEST_NAME, Manifest
 from shards.mixture import Mixture
 from shards.reader import EvalWindows, open_tokens, read_index, token_counts
