@@ -97,14 +97,8 @@ class Completer:
             raise ValueError("the text has no tokens: begin it with <|endoftext|>")
         sampling = self.sampling
         for _ in range(sampling.max_new_tokens):
-<<<<<<< HEAD
             self.logits = logits = self._next_logits()  # (1, V)
-            gumbel = noise(sampling.seed, 0, self._sampled, logits.size(1)).to(logits.device)
-            token = int(sample(logits, gumbel[None], sampling))
-=======
-            logits = self._next_logits()  # (1, V)
             token = int(draw(logits, [0], self._sampled, sampling))
->>>>>>> 7c14156 (Few, fixed and aligned shapes on CUDA: compiled graphs, attention plans, the head's products)
             self._sampled += 1
             self._new.append(token)
             if token == stop:
