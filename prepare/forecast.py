@@ -10,7 +10,7 @@ from prepare.encode import encode
 from prepare.plan import Plan, Unit
 from prepare.text import PIECE_BYTES
 from prepare.workspace import Workspace
-from shards.tokenizer import Tokenizer
+from shards.tokenizer import Tokenizer, load
 
 SAMPLED_UNITS = 3
 # Disk bytes per byte of text: two per token, and few texts have less than two bytes per token.
@@ -19,8 +19,13 @@ DISK_PER_BYTE = 1.1
 BASE_BYTES = 450 << 20
 
 
-def forecast(plan: Plan, tokenizer: Tokenizer, workers: int) -> str:
-    """Describe the work for people. Encodes the first batch of a few units."""
+def forecast(plan: Plan, tokenizer: Tokenizer | None, workers: int) -> str:
+    """Describe the work for people. Encodes the first batch of a few units.
+
+    `tokenizer` is None if it is yet to be trained: then GPT-2's counts the tokens.
+    """
+    untrained = "" if tokenizer else " of GPT-2's vocabulary, more than of one trained on the text"
+    tokenizer = tokenizer or load()
     text = tokens = documents = 0
     started = time.perf_counter()
     step = max(1, len(plan.units) // SAMPLED_UNITS)
@@ -42,7 +47,7 @@ files      {len(plan.files):,}, {stored / 1e6:,.1f} MB, about {weight / 1e6:,.1f
 split      {plan.rule.rule}, {plan.rule.val_fraction:g} for validation
 units      {len(plan.units):,}, the largest of about {largest / 1e6:,.1f} MB of text
 documents  about {documents * ratio:,.0f}
-tokens     about {weight * per_byte:,.0f}
+tokens     about {weight * per_byte:,.0f}{untrained}
 disk       about {weight * per_byte * 2 / 1e6:,.1f} MB
 time       about {seconds * ratio / workers:,.0f} s with {workers} workers
 memory     about {BASE_BYTES >> 20} MB per worker, and three times what one document or row group

@@ -39,8 +39,7 @@ from prepare.workspace import (
     Workspace,
 )
 from shards.manifest import MANIFEST_NAME, Manifest, Shard
-from shards.tokenizer import GPT2, Tokenizer, of_vocabulary, open_tokenizer
-from shards.tokenizer import load as load_tokenizer
+from shards.tokenizer import GPT2, Tokenizer
 from shards.vocabulary import TOKENIZER_NAME
 
 Result = TypeVar("Result")
@@ -53,17 +52,13 @@ def run(options: Options) -> None:
     workspace.check_folder()
     base = _require_manifest(workspace) if options.append else None
     # Load the vocabulary now: fail fast if there is none, and let forked workers inherit it.
-    tokenizer = _requested_tokenizer(options, base)
-    if tokenizer:
-        tokenizer.encode("")
+    tokenizer = requested_tokenizer(options, base)
     started = time.perf_counter()
     # Plan before anything is written, so that a mistyped source leaves no folder behind.
     all_text = takes_all_text(workspace)
     plan = make_plan(options, base, all_text)
     if options.plan:
-        if tokenizer is None:
-            print("The vocabulary is not trained yet: tokens are counted in GPT-2's vocabulary.")
-        print(forecast(plan, tokenizer or load_tokenizer(), options.workers))
+        print(forecast(plan, tokenizer, options.workers))
         return
     with workspace.locked(options.task):
         manifest = workspace.manifest()
@@ -85,13 +80,6 @@ def run(options: Options) -> None:
             job.run_units()
         if not options.task:
             job.write_manifest(started)
-
-
-def _requested_tokenizer(options: Options, base: Manifest | None) -> Tokenizer | None:
-    """Return the tokenizer of the options, or of the dataset to append to; None: to be trained."""
-    if base:
-        return open_tokenizer(base.tokenizer, base.location)
-    return None if options.vocab_size else load_tokenizer(options.tokenizer)
 
 
 def _require_manifest(workspace: Workspace) -> Manifest:
@@ -179,40 +167,18 @@ class Job:
         _show_progress(islice(results, len(finished), None), units, pending)
 
     def provide_tokenizer(self) -> Tokenizer:
-        """Return the plan's tokenizer, from its file in the folder, which is written if need be.
-
-        Raises ValueError if a vocabulary trained again is not that of the complete dataset.
-        """
-        plan, folder = self.plan, self.workspace.folder
-        if plan.vocabulary != GPT2 and not folder.exists(TOKENIZER_NAME):
-            tokenizer = self.tokenizer or self._train_vocabulary()
-            if self.manifest and tokenizer.identity != self.manifest.tokenizer:
-                raise ValueError(
-                    f"expected to train the vocabulary {self.manifest.tokenizer.hash[:12]} again, "
-                    f"found {tokenizer.hash[:12]}: a source or the package tokenizers changed; "
-                    f"restore {TOKENIZER_NAME}, or give another --out"
-                )
-            folder.write(TOKENIZER_NAME, tokenizer.to_json())
-        return self.workspace.tokenizer(plan)
+        """Return the plan's tokenizer; train it and write its file if the folder lacks it."""
+        plan, workspace = self.plan, self.workspace
+        if plan.vocabulary != GPT2 and not workspace.folder.exists(TOKENIZER_NAME):
+            workspace.store_tokenizer(self.tokenizer or self._train_vocabulary(), self.manifest)
+        return workspace.tokenizer(plan)
 
     def _train_vocabulary(self) -> Tokenizer:
-        """Train a vocabulary on a sample of the training split."""
         from prepare import vocabulary  # and with it the package tokenizers
 
-        plan, size = self.plan, self.options.vocab_size
-        self._find_exclusions(plan.units)
-        limit = vocabulary.sample_limit(plan)
-        function = vocabulary.SampleText(plan, self.workspace, limit)
-        found = tqdm(self._run(function, plan.units), "sample", len(plan.units), unit="unit")
-        texts = vocabulary.choose(found, limit)
-        characters = sum(map(len, texts))
-        print(
-            f"Training a vocabulary of {size:,} ids on {characters:,} characters of training text."
-        )
-        tokenizer = of_vocabulary(vocabulary.train(texts, size))
-        if tokenizer.n_vocab < size:
-            print(f"It has {tokenizer.n_vocab:,} ids: no pair of tokens is left that occurs twice.")
-        return tokenizer
+        self._find_exclusions(self.plan.units)
+        size = self.options.vocab_size
+        return vocabulary.train_tokenizer(self.plan, self.workspace, size, self._run)
 
     def _run(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[Result]:
         """Call a function on each unit, here or on a Ray cluster; yield results in any order."""

@@ -27,7 +27,7 @@ from prepare.text import BROKEN, PIECE_BYTES, byte_stream, next_cut, next_line, 
 from shards import stored_json
 from shards.manifest import SPLITS, Manifest, Shard
 from shards.remote import is_remote
-from shards.tokenizer import GPT2, load
+from shards.tokenizer import GPT2, Tokenizer, load, open_tokenizer
 
 FORMAT, VERSION = "mygpt-plan", 1
 REMEDY = "restore it, or give another --out (beside a complete dataset it may be removed)"
@@ -174,10 +174,17 @@ def make_plan(options: Options, base: Manifest | None = None, all_text: bool = T
 
 def _vocabulary(options: Options, base: Manifest | None) -> str:
     """Return the vocabulary requested, or that of the dataset to append to."""
-    if options.vocab_size:
+    tokenizer = requested_tokenizer(options, base)
+    if tokenizer is None:
         return f"{TRAINED} {options.vocab_size}"
-    identity = base.tokenizer if base else load(options.tokenizer).identity
-    return GPT2 if identity.name == GPT2 else identity.hash
+    return GPT2 if tokenizer.name == GPT2 else tokenizer.hash
+
+
+def requested_tokenizer(options: Options, base: Manifest | None) -> Tokenizer | None:
+    """Return the tokenizer of the options, or of the dataset to append to; None: to be trained."""
+    if base:
+        return open_tokenizer(base.tokenizer, base.location)
+    return None if options.vocab_size else load(options.tokenizer)
 
 
 def unit_number(shard: Shard) -> int:

@@ -7,20 +7,24 @@ gives the same vocabulary, in whatever order it was read.
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import xxhash
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Trainable
+from tokenizers import models, pre_tokenizers, trainers
+from tqdm import tqdm
 
 from prepare.documents import read
 from prepare.encode import content_hashes
 from prepare.plan import Plan, Unit
 from prepare.unit import check_unchanged, validation_mask
 from prepare.unit_functions import UnitFunction
+from prepare.workspace import Workspace
 from shards.cuts import cut
+from shards.tokenizer import Tokenizer, of_vocabulary
 from shards.vocabulary import Vocabulary, parse
 
 # Of more text a sample of about this much is taken, in pieces of documents whose hash is low. That
@@ -31,10 +35,24 @@ HASHES = 1 << 64
 Piece = tuple[int, str]  # its hash, and its text
 
 
-def sample_limit(plan: Plan) -> int:
-    """Return the hash below which a piece of the text belongs to the sample."""
+def train_tokenizer(
+    plan: Plan, workspace: Workspace, vocab_size: int, run: Callable[..., Iterator[list[Piece]]]
+) -> Tokenizer:
+    """Train a vocabulary on a sample of the plan's training split, showing progress.
+
+    `run` calls a function on units and yields the results in any order. The documents to leave out
+    must be in the workspace.
+    """
     text = sum(unit.weight for unit in plan.units)
-    return HASHES * min(SAMPLE_BYTES, text) // max(text, 1)
+    limit = HASHES * min(SAMPLE_BYTES, text) // max(text, 1)
+    found = run(SampleText(plan, workspace, limit), plan.units)
+    texts = choose(tqdm(found, "sample", len(plan.units), unit="unit"), limit)
+    characters = sum(map(len, texts))
+    print(f"Training a vocabulary of {vocab_size:,} ids on {characters:,} characters of the text.")
+    tokenizer = of_vocabulary(train(texts, vocab_size))
+    if tokenizer.n_vocab < vocab_size:
+        print(f"It has {tokenizer.n_vocab:,} ids: no pair of tokens is left that occurs twice.")
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -86,7 +104,7 @@ def train(texts: list[str], vocab_size: int) -> Vocabulary:
     The last id is `<|endoftext|>`.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not outlive a fork
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Trainable(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,

@@ -183,6 +183,16 @@ class Workspace:
         content = None if plan.vocabulary == GPT2 else self.folder.read(TOKENIZER_NAME)
         return load() if content is None else from_json(content, self.folder.path, known=True)
 
+    def store_tokenizer(self, tokenizer: Tokenizer, manifest: Manifest | None) -> None:
+        """Write `tokenizer.json`. Raises ValueError if it is not that of the complete dataset."""
+        if manifest and tokenizer.identity != manifest.tokenizer:
+            raise ValueError(
+                f"expected the vocabulary {manifest.tokenizer.hash[:12]} again, found "
+                f"{tokenizer.hash[:12]}: a source or the package tokenizers changed; restore "
+                f"{TOKENIZER_NAME}, or give another --out"
+            )
+        self.folder.write(TOKENIZER_NAME, tokenizer.to_json())
+
     def stored_plan(self, generation: int) -> Plan | None:
         """Return the plan that made a generation, or None. Raises ValueError if it is damaged."""
         for name, record in self._plans(generation):
