@@ -15,7 +15,15 @@ from prepare import finish
 from prepare.dedup import collect_held_out, find_duplicates, validation_units
 from prepare.forecast import check_disk_space, forecast
 from prepare.options import Options
-from prepare.plan import Plan, Unit, UnitResult, make_plan, total_bad, unit_number
+from prepare.plan import (
+    Plan,
+    Unit,
+    UnitResult,
+    make_plan,
+    requested_tokenizer,
+    total_bad,
+    unit_number,
+)
 from prepare.ray import run_ray
 from prepare.resume import finished_plan, start_or_resume, takes_all_text
 from prepare.split import VAL_SOURCE
@@ -51,7 +59,7 @@ def run(options: Options) -> None:
     workspace = Workspace(Folder(options.out))
     workspace.check_folder()
     base = _require_manifest(workspace) if options.append else None
-    # Load the vocabulary now: fail fast if there is none, and let forked workers inherit it.
+    # Load the vocabulary now: fail fast if there is none.
     tokenizer = requested_tokenizer(options, base)
     started = time.perf_counter()
     # Plan before anything is written, so that a mistyped source leaves no folder behind.
@@ -157,7 +165,7 @@ class Job:
         check_disk_space(pending, workspace)
         if pending:
             self._find_exclusions(units)
-            self.provide_tokenizer()
+            self.provide_tokenizer().encode("")  # forked workers inherit what that loads
         # On a cluster each node publishes its shards; uploads, too, are spread over the workers.
         workers_publish = self.options.engine != "local" or workspace.folder.remote
         write = WriteShards(self.plan, workspace, workers_publish, self._bad_limit())
