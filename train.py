@@ -19,10 +19,12 @@ Shapes: B sequences of a micro-batch, T block size.
 
 import os
 import sys
+import time
 
-from shards.cli import end_on_interrupt, end_with, one_line_errors, printable_text, script
+from shards.cli import end_on_interrupt, end_with, one_line_errors, printable_text
 
 if __name__ == "__main__":
+    process_started = time.monotonic()
     end_on_interrupt()
 
 from mygpt import settings
@@ -37,12 +39,12 @@ if __name__ == "__main__":
 
 import hashlib
 import struct
-import time
 from contextlib import nullcontext
 
 import torch
 
 from mygpt import autotune, checkpoint, plot, run_config, sharding, trackers
+from mygpt.describe import describe_end, describe_run
 from mygpt.distributed import EXIT_LOST, DistributedContext, RanksLost, autocast, init_distributed
 from mygpt.evaluate import Loss, default_batch_size, evaluate
 from mygpt.generate import Sampling, generate, trailing_space_note
@@ -60,10 +62,10 @@ from mygpt.run_config import RunRecord
 from mygpt.settings import TrainConfig
 from mygpt.spikes import fp16_overflow
 from mygpt.stopping import EXIT_STOPPED, Stop, Stopped
+from mygpt.time_budget import BudgetClock
 from mygpt.train_state import (
     TrainState,
     build_train_state,
-    describe_run,
     load_checkpoint,
     save_checkpoint,
 )
@@ -77,9 +79,12 @@ SAMPLE_TOKENS = 64
 
 
 @one_line_errors()
-def main(args: list[str] | None = None) -> int:
-    """Start or resume the run that the flags describe. Returns the exit code."""
-    started = time.monotonic()
+def main(args: list[str] | None = None, started: float | None = None) -> int:
+    """Start or resume the run that the flags describe. Returns the exit code.
+
+    `started`: the value of `time.monotonic()` from which --max-time and --time-budget count.
+    """
+    started = time.monotonic() if started is None else started
     config = settings.parse(sys.argv[1:] if args is None else args, str(__doc__))
     trackers.check(config)  # fail fast if one is not installed
     record, dataset = run_config.start_or_resume(config)
@@ -91,27 +96,29 @@ def main(args: list[str] | None = None) -> int:
             checkpoint.locked(config.log_dir) if ranks.is_main else nullcontext(),
             Stop(ranks, config.max_time, started).watch() as stop,
         ):
-            return train(record, dataset, ranks, stop)
+            clock = BudgetClock(config.log_dir, config.time_budget, started)
+            return train(record, dataset, ranks, stop, clock)
     except RanksLost as lost:
         print("error:", lost, file=sys.stderr)
         return EXIT_LOST
 
 
-def train(record: RunRecord, dataset: Mixture, ranks: DistributedContext, stop: Stop) -> int:
+def train(
+    record: RunRecord, dataset: Mixture, ranks: DistributedContext, stop: Stop, clock: BudgetClock
+) -> int:
     """Train from the newest checkpoint, or from the initial weights, to the last step."""
     run_config.check_ranks_agree(record, ranks)
     run_dir, log = record.config.log_dir, RunLog(record.config.log_dir, enabled=ranks.is_main)
     tokenizer = open_tokenizer(dataset.tokenizer) if record.config.sample_interval else None
     try:
-        record = autotune.resolve(record, dataset, ranks, log, stop, train_step, validate)
+        record = autotune.resolve(record, dataset, ranks, log, stop, clock, train_step, validate)
     except Stopped as stopped:
         log.write(f"stopped by {stopped} before the first step: the same command starts again")
         return EXIT_STOPPED
-    max_steps = record.config.max_steps
-    last = min(max_steps, record.config.stop_at or max_steps)
     newest, faults = checkpoint.agree_on_newest(run_dir, ranks)
     log.write(*(f"skipped a damaged checkpoint: {fault}" for fault in faults))
-    if newest >= last and not lacks_validation(record.config, newest):
+    max_steps = record.config.max_steps
+    if newest >= record.config.last_step and not lacks_validation(record.config, newest):
         reached = "is finished" if newest >= max_steps else "has reached --stop-at"
         log.write(f"nothing left to do: {run_dir} {reached}, step {newest} of {max_steps}")
         return 0
@@ -120,26 +127,18 @@ def train(record: RunRecord, dataset: Mixture, ranks: DistributedContext, stop: 
     state = build_train_state(record, dataset, ranks, init_weights=newest < 0)
     try:
         resume_or_init(state, newest, dataset, stop, log)
-        train_loop(state, last, tokenizer, stop, log)
+        train_loop(state, tokenizer, stop, clock, log)
     except Stopped as stopped:
         # The interrupted step or validation was discarded and the loader rewound.
         if state.step != state.saved_step:
             save_checkpoint(state, run_dir, None)
-            log.write(checkpoint_line(state.step, max_steps))
-        step = f"step {state.step} of {max_steps}"
+            log.write(checkpoint_line(state.step, state.config.max_steps))
+        clock.store(state)
+        step = f"step {state.step} of {state.config.max_steps}"
         log.write(f"stopped by {stopped} at {step}: the same command resumes")
         return EXIT_STOPPED
-    log.write(f"finished step {last} of {max_steps}")
-    if last < max_steps:
-        log.write("stopped by --stop-at: the same command without it trains to the end")
     if ranks.is_main:
-        log.write(f"log         {run_dir / 'log.txt'}")
-        log.write(f"picture     {plot.draw_or_explain(run_dir)}")
-        log.write(f"checkpoint  {checkpoint.find(run_dir)}")
-        if tokenizer:
-            log.write(f"samples     {run_dir / 'samples.jsonl'}")
-        log.write(f"sample      {script('eval.py')} {run_dir} --prompt TEXT")
-        log.write(f"next        {script('eval.py')} {run_dir}")
+        log.write(*describe_end(state))
     return 0
 
 
@@ -147,13 +146,15 @@ def train(record: RunRecord, dataset: Mixture, ranks: DistributedContext, stop: 
 
 
 def train_loop(
-    state: TrainState, last: int, tokenizer: Tokenizer | None, stop: Stop, log: RunLog
+    state: TrainState, tokenizer: Tokenizer | None, stop: Stop, clock: BudgetClock, log: RunLog
 ) -> None:
-    """Train to step `last`. Raises `Stopped` at a step boundary on a stop request."""
-    config, max_steps = state.config, state.config.max_steps
+    """Train to the last step. Raises `Stopped` at a step boundary on a stop request."""
+    config = state.config
     meter = Meter(config.total_batch_size, state.ideal_seconds, lambda: state.loader.wait_seconds)
     with trackers.open_trackers(config, state.step, enabled=state.ranks.is_main) as track:
-        while state.step < last:
+        while state.step < state.config.last_step:
+            clock.fit_length(state, log)
+            max_steps, last = state.config.max_steps, state.config.last_step
             with meter:
                 result = train_step(state, stop)
             step = state.step
@@ -211,6 +212,7 @@ def train_step(state: TrainState, stop: Stop) -> StepResult:
         warmup_steps=config.warmup_steps,
         max_steps=config.max_steps,
         schedule=config.schedule,
+        horizons=state.record.horizons,
     )
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
@@ -339,4 +341,4 @@ def resume_or_init(
 
 
 if __name__ == "__main__":
-    end_with(main)
+    end_with(lambda: main(started=process_started))

@@ -6,6 +6,7 @@ Where memory runs out with an error, on CUDA, micro-batches are tried with real 
 model. Elsewhere the system would kill the process instead: there a rule decides.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -27,6 +28,7 @@ from mygpt.model import GPT
 from mygpt.run_config import RunRecord
 from mygpt.settings import VALIDATIONS, TrainConfig
 from mygpt.stopping import Stop
+from mygpt.time_budget import BudgetClock
 from mygpt.train_state import TrainState, build_train_state, save_checkpoint
 from shards.mixture import Mixture
 
@@ -36,6 +38,9 @@ Result = TypeVar("Result")
 # 16 % longer in micro-batches of 128 tokens than of 2,048, and 1 % less again in twice as many; a
 # token of GPTConfigSmall takes as long in any.
 UNTRIED_TOKENS = 2048
+MIN_STEPS = 20  # for which a time budget must be enough: a step is then a twentieth of it at most
+# Share of the budget, and least number of steps, to measure. "cosine" has this one calibration.
+_MEASURED = {"cosine": (0.02, 3), "wsd": (0.002, 0)}
 # Memory that a tried size may fill: validation, NCCL's buffers and fragmentation need the rest.
 SHARE_OF_MEMORY = 0.9
 
@@ -46,12 +51,14 @@ def resolve(
     ranks: DistributedContext,
     log: RunLog,
     stop: Stop,
+    clock: BudgetClock,
     train_step: Callable[[TrainState, Stop], object],
     validate: Callable[[TrainState, Stop], object],
 ) -> RunRecord:
     """Return the record with micro-batch, number of steps and intervals resolved.
 
-    Raises `Stopped` on a stop request while measuring, and ValueError if no micro-batch fits.
+    Raises `Stopped` on a stop request while measuring, and ValueError if no micro-batch fits or
+    too few steps fit into --time-budget.
     """
     record = resolve_micro_batch(record, dataset, ranks, log)
     config = record.config
@@ -60,17 +67,20 @@ def resolve(
     if len(dataset.manifests) == 1:
         shards = dataset.manifests[0].splits["train"].shards
         windows = sum(shard.windows(config.model.block_size) for shard in shards)
-    max_steps = settings.steps_of(config, windows)
-    if not max_steps:
-        log.write(f"measuring how many steps fit into {config.time_budget:g} seconds")
-        trial = replace(record, config=config.resolved(max(1000, config.warmup_steps)))
-        max_steps = steps_in_budget(
-            config,
-            lambda: build_train_state(trial, dataset, ranks),
-            lambda state: train_step(state, stop),
-            lambda state: validate(state, stop),
-        )
-    return replace(record, config=config.resolved(max_steps))
+    if max_steps := settings.steps_of(config, windows):
+        return replace(record, config=config.resolved(max_steps))
+    log.write(f"measuring how many steps fit into {config.time_budget:g} seconds")
+    trial = replace(record, config=config.resolved(max(1000, config.warmup_steps)))
+    max_steps, validations = steps_in_budget(
+        config,
+        clock,
+        lambda: build_train_state(trial, dataset, ranks),
+        lambda state: train_step(state, stop),
+        lambda state: validate(state, stop),
+        log,
+    )
+    record = replace(record, config=config.resolved(max_steps, validations))
+    return record.with_horizon(0, max_steps) if config.schedule == "wsd" else record
 
 
 def resolve_micro_batch(
@@ -185,44 +195,83 @@ def _limited_memory(device: torch.device) -> Iterator[None]:
 
 def steps_in_budget(
     config: TrainConfig,
+    clock: BudgetClock,
     build: Callable[[], TrainState],
     train_step: Callable[[TrainState], object],
     validate: Callable[[TrainState], object],
-) -> int:
-    """Return how many steps fit into --time-budget, the same on all ranks.
+    log: RunLog,
+) -> tuple[int, int]:
+    """Return the steps and validations that fit into --time-budget, the same on all ranks.
 
     Measured on states that `build` makes and that are thrown away. What a process pays once, such
-    as compilation, is paid first; then a start, steps for a fiftieth of the budget, a validation
-    and a checkpoint are timed.
+    as compilation, is paid first; then a start, some steps, a validation and a checkpoint are
+    timed. A "wsd" run corrects the number later, so little is measured. Raises ValueError as soon
+    as it shows that less than `MIN_STEPS` fit.
     """
-    started = time.perf_counter()
-    state = build()
+    state, start_seconds = build(), 0.0
+    ranks = state.ranks
+    _check_budget(config, clock, ranks, _estimate_step(state))
     train_step(state)
-    validate(state)
-    del state  # there may be no room for two
+    if ranks.device.type == "cuda":
+        validate(state)
+    if config.schedule == "cosine":
+        del state  # there may be no room for two
 
-    def start() -> TrainState:
-        state = build()
-        train_step(state)
-        return state
+        def start() -> TrainState:
+            state = build()
+            train_step(state)
+            return state
+
+        start_seconds, state = _timed(start)
 
     def validate_and_save() -> None:
         validate(state)
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(state, Path(folder), None)
 
-    start_seconds, state = _timed(start)
     step_seconds, _ = _timed(lambda: train_step(state))
-    # All ranks must take the same number of steps: rank 0 decides.
-    count = state.ranks.broadcast_object(int(config.time_budget / 50 / step_seconds))
-    step_seconds = median(
-        _timed(lambda: train_step(state))[0] for _ in range(max(3, min(count, 100)))
-    )
+    _check_budget(config, clock, ranks, step_seconds)
+    # All ranks must take equally many steps: rank 0 decides, here and below.
+    share, least = _MEASURED[config.schedule]
+    count = ranks.broadcast_object(int(share * config.time_budget / step_seconds))
+    more = [_timed(lambda: train_step(state))[0] for _ in range(max(least, min(count, 100)))]
+    step_seconds = median([step_seconds, *more])
+    log.write(f"a step takes {step_seconds:.3g} s, now measuring a validation and a checkpoint")
     round_seconds, _ = _timed(validate_and_save)
-    left = config.time_budget - (time.perf_counter() - started) - start_seconds
-    return state.ranks.broadcast_object(
-        steps_that_fit(left, step_seconds, round_seconds, config.val_interval)
-    )
+    left = clock.left() - start_seconds
+    validations = validations_that_fit(left, round_seconds)
+    steps = steps_that_fit(left, step_seconds, round_seconds, config.val_interval, validations)
+    log.write(f"these take {round_seconds:.3g} s: about {steps} steps fit")
+    if config.schedule == "wsd":
+        steps = max(steps, MIN_STEPS)
+        if ranks.is_main:
+            clock.begin(round_seconds)
+    return ranks.broadcast_object((steps, validations))
+
+
+def _estimate_step(state: TrainState) -> float:
+    """Return the seconds of a step, extrapolated from a pass of one micro-batch."""
+    size, device = state.config.micro_batch, state.ranks.device
+    seconds, _ = _timed(lambda: _fits(state.model, size, device))
+    if device.type == "cuda" or seconds < 10:  # a first pass compiles, or allocates memory
+        seconds, _ = _timed(lambda: _fits(state.model, size, device))
+    state.zero_grad()
+    return seconds * state.grad_accum_steps
+
+
+def _check_budget(
+    config: TrainConfig, clock: BudgetClock, ranks: DistributedContext, step_seconds: float
+) -> None:
+    """Raise ValueError, on all ranks, if less than `MIN_STEPS` steps fit into the time left."""
+    step_seconds, left = ranks.broadcast_object((step_seconds, clock.left()))
+    if MIN_STEPS * step_seconds > left:
+        least = math.ceil(1.25 * MIN_STEPS * step_seconds + config.time_budget - left)
+        raise ValueError(
+            f"one step takes about {step_seconds:.2g} s here: --time-budget "
+            f"{config.time_budget:g} is too short for {MIN_STEPS} steps; give --time-budget "
+            f"{least}, a --total-batch-size below {config.total_batch_size}, or a smaller model: "
+            "the preset tiny is for CPUs"
+        )
 
 
 def _timed(call: Callable[[], Result]) -> tuple[float, Result]:
@@ -232,14 +281,27 @@ def _timed(call: Callable[[], Result]) -> tuple[float, Result]:
     return time.perf_counter() - started, result
 
 
+def validations_that_fit(seconds: float, round_seconds: float) -> int:
+    """Return the number of validations of a run of `seconds`, each taking `round_seconds`.
+
+    At least 1; `VALIDATIONS` unless they would take more than a fifth of the time.
+    """
+    most = 0.2 * max(0.0, seconds)
+    return max(1, min(VALIDATIONS, int(most / round_seconds) if round_seconds else VALIDATIONS))
+
+
 def steps_that_fit(
-    seconds: float, step_seconds: float, round_seconds: float, val_interval: int
+    seconds: float,
+    step_seconds: float,
+    round_seconds: float,
+    val_interval: int,
+    validations: int = VALIDATIONS,
 ) -> int:
     """Return how many steps fit into `seconds`, at least 1, leaving a twentieth of it unused.
 
     `round_seconds`: a validation with its checkpoint, once per `val_interval` steps or, if that is
-    0, `VALIDATIONS` times in the run.
+    0, `validations` times in the run.
     """
     if not val_interval:
-        return max(1, int((0.95 * seconds - VALIDATIONS * round_seconds) / step_seconds))
+        return max(1, int((0.95 * seconds - validations * round_seconds) / step_seconds))
     return max(1, int(0.95 * seconds / (step_seconds + round_seconds / val_interval)))

@@ -119,6 +119,26 @@ class DistributedContext:
         self.all_reduce_sum([0])
 
 
+class LaggedMax:
+    """Maximum over the ranks that costs no waiting: a call returns that of the call before.
+
+    Its messages have arrived in the meantime. All ranks must call `exchange` equally often.
+    """
+
+    def __init__(self) -> None:
+        self._pending: Callable[[], int] | None = None
+
+    def exchange(self, value: int, ranks: DistributedContext) -> int:
+        """Give this call's value, and return the maximum of the previous one's, at first 0.
+
+        With a world size of 1, return the value itself.
+        """
+        if ranks.world_size == 1:
+            return value
+        previous, self._pending = self._pending, ranks.all_reduce_max_async(value)
+        return previous() if previous else 0
+
+
 def find_device(name: str) -> str:
     """Resolve "auto" to CUDA, else MPS, else CPU; return any other name as it is.
 

@@ -1,11 +1,12 @@
 """`RUN/config.json`: the settings and datasets of a run, and what a resume may change.
 
     {"format": "mygpt-run", "version": 2, "fingerprint": "0a1b...", "generations": {"web": 0},
-     "earlier": [], "config": {"max_steps": 700, "seed": 1337, ..., "model": {"n_layers": 4, ...}},
-     "checksum": "51c0..."}
+     "earlier": [], "horizons": [], "checksum": "51c0...",
+     "config": {"max_steps": 700, "seed": 1337, ..., "model": {"n_layers": 4, ...}}}
 
 Written before the first step with everything resolved: what was measured (micro-batch, number of
-steps) is measured once in the life of a run (promise 7).
+steps) is measured once in the life of a run (promise 7). A length that the clock decides on the way
+(`mygpt/time_budget.py`) is added to "horizons" before the first step that it concerns.
 """
 
 import json
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mygpt import checkpoint
 from mygpt.config import GPTConfig
 from mygpt.log import end_torn_line
+from mygpt.optim import Horizon
 from mygpt.pretrained import from_pretrained
 from mygpt.settings import (
     LENGTHS,
@@ -64,13 +66,33 @@ class Earlier:
 class RunRecord:
     """Content of `RUN/config.json`: the resolved settings and the identity of the datasets.
 
-    `earlier` lists what the datasets were before `--generation latest` advanced them, oldest first.
+    `earlier` lists what the datasets were before `--generation latest` advanced them, oldest first;
+    `horizons` the lengths of a run that follows the clock, the last one being that of `config`.
     """
 
     config: TrainConfig
     fingerprint: str
     generations: dict[str, int]
     earlier: tuple[Earlier, ...] = ()
+    horizons: tuple[Horizon, ...] = ()
+
+    def __post_init__(self) -> None:
+        since = [horizon.since for horizon in self.horizons]
+        steps = [horizon.max_steps for horizon in self.horizons]
+        if since and (since != sorted({0, *since}) or steps[-1] != self.config.max_steps):
+            raise ValueError("expected horizons in ascending order, the last that of the config")
+        if any(last <= first for first, last in zip(since, steps, strict=True)):
+            raise ValueError("expected horizons that lie ahead of the step they begin with")
+
+    @property
+    def lengths(self) -> set[int]:
+        """All lengths in steps that the run has had: its checkpoints name one of them."""
+        return {horizon.max_steps for horizon in self.horizons}
+
+    def with_horizon(self, since: int, max_steps: int) -> "RunRecord":
+        """Return the record of a run whose length is `max_steps` from step `since` on."""
+        config = replace(self.config, max_steps=max_steps)
+        return replace(self, config=config, horizons=(*self.horizons, Horizon(since, max_steps)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as it is stored."""
@@ -80,6 +102,7 @@ class RunRecord:
             "fingerprint": self.fingerprint,
             "generations": self.generations,
             "earlier": list(map(asdict, self.earlier)),
+            "horizons": list(map(asdict, self.horizons)),
             "config": to_dict(self.config),
         }
         return stored_json.with_checksum(record)
@@ -136,10 +159,12 @@ def start_or_resume(requested: TrainConfig) -> tuple[RunRecord, Mixture]:
             f"{dataset.tokenizer.n_vocab} in {config.data[0]}: give --vocab-size "
             f"{dataset.tokenizer.n_vocab}"
         )
-    record = RunRecord(config, dataset.fingerprint, dataset.generations)
-    if stored and config.generation == "latest":
-        return _advance_generation(stored, record, dataset)
-    return replace(record, earlier=stored.earlier if stored else ()), dataset
+    if not stored:
+        return RunRecord(config, dataset.fingerprint, dataset.generations), dataset
+    record = replace(stored, config=config, generations=dataset.generations)
+    if config.generation == "latest":
+        return _advance_generation(record, dataset)
+    return record, dataset
 
 
 def _world_size() -> int:
@@ -152,17 +177,15 @@ def _pretrained_shape(config: TrainConfig) -> GPTConfig:
     return replace(shape, block_size=min(shape.block_size, config.model.block_size))
 
 
-def _advance_generation(
-    stored: RunRecord, record: RunRecord, dataset: Mixture
-) -> tuple[RunRecord, Mixture]:
+def _advance_generation(record: RunRecord, dataset: Mixture) -> tuple[RunRecord, Mixture]:
     """Move the record to the newest generation of every dataset, if any has grown."""
     latest = Mixture.load(record.config.data)
     if latest.fingerprint == dataset.fingerprint:
-        return replace(record, earlier=stored.earlier), dataset
+        return record, dataset
     until = max(checkpoint.newest_intact(record.config.log_dir)[0], 0)
-    former = Earlier(until, stored.fingerprint, stored.generations)
-    earlier = (*stored.earlier, former)
-    return RunRecord(record.config, latest.fingerprint, latest.generations, earlier), latest
+    former = Earlier(until, record.fingerprint, record.generations)
+    record = replace(record, fingerprint=latest.fingerprint, generations=latest.generations)
+    return replace(record, earlier=(*record.earlier, former)), latest
 
 
 def resume(stored: TrainConfig, requested: TrainConfig) -> TrainConfig:

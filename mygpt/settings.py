@@ -15,7 +15,7 @@ import tyro
 
 from mygpt.config import GPT2_SHAPES, OPTIMIZERS, GPTConfig, GPTConfigSmall
 
-VALIDATIONS = 10  # validations per run unless --val-interval says otherwise
+VALIDATIONS = 10  # per run, unless --val-interval or a tight --time-budget says otherwise
 # Four ways to give the length of a run; exactly one is used, and it becomes max_steps.
 LENGTHS = ("max_steps", "max_tokens", "epochs", "time_budget")
 # Settings in which 0 means "not decided yet": filled in by `resolved`, or on resume by the run.
@@ -142,21 +142,27 @@ class TrainConfig:
             raise ValueError("--micro-batch auto can't try sizes on --shard full: give a number")
         if not any(getattr(self, name) for name in LENGTHS):
             raise ValueError(f"a run needs a length: give {_flags_of(LENGTHS)}")
-        if self.max_steps and self.warmup_steps > self.max_steps:
+        # The clock may end a run of a time budget even in its warm-up.
+        if 0 < self.max_steps < self.warmup_steps and not self.time_budget:
             raise ValueError(
                 f"--warmup-steps must be at most max_steps = {self.max_steps}, "
                 f"got {self.warmup_steps}"
             )
 
-    def resolved(self, max_steps: int) -> "TrainConfig":
+    @property
+    def last_step(self) -> int:
+        """The step after which training ends: that of --stop-at, else of the run."""
+        return min(self.max_steps, self.stop_at or self.max_steps)
+
+    def resolved(self, max_steps: int, validations: int = VALIDATIONS) -> "TrainConfig":
         """Return the settings with `max_steps`, and with open intervals derived from it."""
-        tenth = max(1, max_steps // VALIDATIONS)
+        interval = max(1, max_steps // validations)
         return replace(
             self,
             max_steps=max_steps,
-            warmup_steps=self.warmup_steps or max(1, tenth // 2),
-            val_interval=self.val_interval or tenth,
-            checkpoint_interval=self.checkpoint_interval or tenth,
+            warmup_steps=self.warmup_steps or max(1, max_steps // 20),
+            val_interval=self.val_interval or interval,
+            checkpoint_interval=self.checkpoint_interval or interval,
         )
 
 

@@ -6,11 +6,11 @@ between the batches of a validation, equally often on all ranks, and returns the
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from mygpt.distributed import DistributedContext
+from mygpt.distributed import DistributedContext, LaggedMax
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: nothing is wrong, run the same command again
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows lacks the last one
@@ -64,7 +64,7 @@ class Stop:
         self._deadline = since + max_seconds if max_seconds else None
         self._interrupt = Interrupt()
         self._agreed = 0
-        self._pending: Callable[[], int] | None = None
+        self._lagged = LaggedMax()
 
     def requested(self) -> bool:
         """Return True once any rank has a stop request. All ranks must call this equally often.
@@ -74,12 +74,7 @@ class Stop:
         """
         if self._agreed:
             return True
-        if self._ranks.world_size == 1:
-            self._agreed = self._local()
-        else:
-            previous = self._pending
-            self._pending = self._ranks.all_reduce_max_async(self._local())
-            self._agreed = previous() if previous else 0
+        self._agreed = self._lagged.exchange(self._local(), self._ranks)
         return self._agreed != 0
 
     def _local(self) -> int:

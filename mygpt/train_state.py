@@ -1,8 +1,8 @@
 """Everything the next optimizer step depends on, and how it is built, saved and restored."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mygpt import checkpoint, optim, run_config, settings, sharding
 from mygpt.distributed import DistributedContext, compute_dtype, peak_flops
-from mygpt.evaluate import unigram_loss
-from mygpt.log import baseline_line
 from mygpt.model import GPT
 from mygpt.pretrained import from_pretrained
 from mygpt.run_config import RunRecord
@@ -22,9 +20,7 @@ from mygpt.settings import TrainConfig
 from mygpt.spikes import Spikes
 from shards.loader import TokenLoader
 from shards.mixture import Mixture
-from shards.reader import EvalWindows, token_counts
-
-MAX_COUNTED_TOKENS = 2**28  # beyond, counting the unigram baseline would delay the start
+from shards.reader import EvalWindows
 
 
 @dataclass
@@ -224,48 +220,10 @@ def _check_identity(state: TrainState, folder: Path, stored: dict[str, Any]) -> 
             f"expected the stream position {expected} after {stored['step']} steps in {folder}, "
             f"found {stored['loader'].get('position')}: it was altered; use another checkpoint"
         )
+    former = run_config.from_dict(stored["config"], folder)
+    if former.max_steps in record.lengths:
+        former = replace(former, max_steps=state.config.max_steps)
     try:
-        run_config.resume(run_config.from_dict(stored["config"], folder), state.config)
+        run_config.resume(former, state.config)
     except ValueError as error:
         raise ValueError(f"{folder} and its run's config.json differ: {error}") from None
-
-
-def describe_run(state: TrainState, dataset: Mixture) -> Iterator[str]:
-    """Yield the lines that say what is about to be trained, on what and how."""
-    config, shape, loader = state.config, state.config.model, state.loader
-    tokens = config.max_steps * config.total_batch_size
-    epochs = tokens / shape.block_size / loader.windows_per_epoch
-    yield (
-        f"data   {' '.join(config.data)} ({state.record.fingerprint[:12]}): "
-        f"{dataset.tokens('train'):,} training tokens, {loader.unused_tokens:,} of them in no "
-        "window of an epoch"
-    )
-    for former in state.record.earlier:
-        names = ", ".join(f"{name} {number}" for name, number in former.generations.items())
-        yield f"grown  up to step {former.until} the data were those of generation {names}"
-    yield f"length {config.max_steps:,} steps = {tokens:,} tokens = {epochs:.2f} epochs"
-    yield (
-        f"model  {shape.n_layers} layers, {shape.n_heads} heads, {shape.n_embed} wide, "
-        f"{shape.block_size} tokens of context: {state.model.num_params():,} parameters, "
-        f"{state.model.num_params(non_embedding=True):,} outside the embeddings"
-    )
-    yield (
-        f"batch  {config.total_batch_size:,} tokens = {config.micro_batch} sequences * "
-        f"{shape.block_size} tokens * {state.grad_accum_steps} accumulation steps * "
-        f"{state.ranks.world_size} ranks"
-    )
-    dtype = str(compute_dtype(state.ranks.device)).removeprefix("torch.")
-    scaled = ", with loss scaling: this GPU has no bfloat16" if state.scaler.is_enabled() else ""
-    yield f"device {state.ranks.device}, {dtype}{scaled}"
-    if config.shard != "none" and state.ranks.world_size > 1:
-        yield f"shard  {config.shard}, over {state.ranks.world_size} ranks"
-    yield from _baseline(state, dataset)
-
-
-def _baseline(state: TrainState, dataset: Mixture) -> Iterator[str]:
-    """Yield the validation losses that need no model, unless counting tokens would take long."""
-    if len(dataset.manifests) == 1 and dataset.tokens("train") <= MAX_COUNTED_TOKENS:
-        manifest = dataset.manifests[0]
-        windows = EvalWindows(manifest, "val", state.config.model.block_size)
-        unigram = unigram_loss(token_counts(manifest, "train"), windows)
-        yield baseline_line(unigram.mean, math.log(dataset.tokenizer.n_vocab))

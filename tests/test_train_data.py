@@ -215,7 +215,7 @@ def test_samples_are_written_and_change_nothing(
     assert "note: the prompt 'a ' ends in a space" in shown
     assert shown.count("\nsample 4  def") == shown.count("\nsample 4  é") == 1
     assert f"\nsamples     {tmp_path / 'told' / 'samples.jsonl'}\n" in shown
-    assert f"\nsample      python eval.py {tmp_path / 'told'} --prompt TEXT\n" in shown
+    assert f"\nsample      python eval.py {tmp_path / 'told'} --prompt def\n" in shown
     assert final_bytes(tmp_path / "told") == final_bytes(tmp_path / "plain")
     samples = run_config.read_samples(tmp_path / "told")
     assert [(one["step"], one["prompt"]) for one in samples] == [

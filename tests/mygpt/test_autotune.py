@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import train
-from mygpt import autotune, checkpoint, optim, run_config, settings
+from mygpt import autotune, checkpoint, optim, run_config, settings, time_budget
 from mygpt.config import GPTConfig
 from mygpt.distributed import DistributedContext
 from mygpt.log import RunLog
 from mygpt.model import GPT
 from mygpt.run_config import RunRecord
+from mygpt.time_budget import BudgetClock
 from shards.mixture import Mixture
 from tests.dataset import VOCABULARY, write_dataset
 
@@ -166,25 +167,86 @@ def test_what_cannot_go_together_is_refused(
     assert words in capsys.readouterr().err
 
 
+class Machine:
+    """A fake clock, and a run on it whose first step and first validation take longer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, device: str) -> None:
+        self.now, self.calls = 0.0, {"step": 0, "validation": 0}
+        self.ranks = DistributedContext(0, 0, 1, torch.device(device))
+        self.log = RunLog(folder)
+        for module in (autotune, time_budget):
+            for name in ("perf_counter", "monotonic"):
+                monkeypatch.setattr(module.time, name, lambda: self.now)
+        monkeypatch.setattr(autotune, "save_checkpoint", lambda *_: None)
+
+    def takes(self, name: str, first: float, later: float) -> None:
+        self.now += later if self.calls[name] else first
+        self.calls[name] += 1
+
+    def steps_in_budget(self, *flags: str, step: float, first: float) -> tuple[int, int]:
+        config = settings.parse(["tiny", *flags], "")
+        return autotune.steps_in_budget(
+            config,
+            BudgetClock(self.log.path.parent, config.time_budget, started=0.0),
+            lambda: SimpleNamespace(ranks=self.ranks),  # type: ignore[arg-type, return-value]
+            lambda _: self.takes("step", first, step),
+            lambda _: self.takes("validation", first, 0.1),
+            self.log,
+        )
+
+
+@pytest.mark.parametrize(("schedule", "most_steps"), [("cosine", 103), ("wsd", 102)])
 def test_what_a_process_pays_once_is_not_paid_for_every_validation(
-    monkeypatch: pytest.MonkeyPatch,
+    schedule: str, most_steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A first step and a first validation of 15 seconds, compilation; then 5 ms and 0.1 s each."""
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(autotune, "save_checkpoint", lambda *_: None)
-    calls = {"step": 0, "validation": 0}
+    machine = Machine(monkeypatch, tmp_path, "cuda")
+    monkeypatch.setattr(autotune, "_estimate_step", lambda _: 0.005)
+    flags = ("--time-budget", "290", "--schedule", schedule)
+    steps, validations = machine.steps_in_budget(*flags, step=0.005, first=15)
+    trained = 290 - machine.now
+    assert validations == settings.VALIDATIONS
+    assert steps * 0.005 + validations * 0.1 == pytest.approx(0.95 * trained, rel=0.01)
+    assert machine.calls["validation"] == 2
+    assert machine.calls["step"] <= most_steps
 
-    def takes(name: str, first: float, later: float) -> None:
-        clock.now += later if calls[name] else first
-        calls[name] += 1
 
-    steps = autotune.steps_in_budget(
-        settings.parse(["tiny", "--time-budget", "290"], ""),
-        lambda: SimpleNamespace(ranks=ALONE),  # type: ignore[arg-type, return-value]
-        lambda _: takes("step", 15, 0.005),
-        lambda _: takes("validation", 15, 0.1),
+@pytest.mark.parametrize(
+    ("estimate", "first", "taken"), [(80.0, 0, 0), (0.5, 80.0, 2)], ids=["one pass", "two steps"]
+)
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_budget_of_too_few_steps_is_refused_at_once(
+    schedule: str,
+    estimate: float,
+    first: float,
+    taken: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """After one pass of a micro-batch; or, if that was fast, as soon as a step has been timed."""
+    machine = Machine(monkeypatch, tmp_path, "cpu")
+    monkeypatch.setattr(autotune, "_estimate_step", lambda _: estimate)
+    with pytest.raises(ValueError, match=r"one step takes about 80 s here: --time-budget 100") as e:
+        machine.steps_in_budget(
+            "--time-budget", "100", "--schedule", schedule, step=80, first=first
+        )
+    assert "is too short for 20 steps; give --time-budget " in str(e.value)
+    assert machine.calls["validation"] == 0
+    assert machine.calls["step"] <= taken + (schedule == "cosine")
+
+
+def test_a_step_is_estimated_from_one_micro_batch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, tried = model_with_room(monkeypatch, 100)
+    state = SimpleNamespace(
+        model=model,
+        ranks=ALONE,
+        config=SimpleNamespace(micro_batch=4),
+        grad_accum_steps=1000,
+        zero_grad=lambda: model.zero_grad(),
     )
-    trained = 290 - clock.now
-    assert steps * 0.005 + settings.VALIDATIONS * 0.1 == pytest.approx(0.95 * trained, rel=0.01)
-    assert calls["validation"] == 2
+    seconds = autotune._estimate_step(state)  # type: ignore[arg-type]
+    assert tried == [4, 4]
+    assert seconds > 1000 * 1e-6
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -198,6 +198,16 @@ def test_steps_that_fit_fit(seconds: float, step: float, round_: float, interval
     assert cost(steps + 1) > 0.949 * seconds
 
 
+@pytest.mark.parametrize(
+    ("seconds", "each", "expected"),
+    [(290, 1.2, 10), (290, 12, 4), (290, 100, 1), (-5, 1, 1), (290, 0, 10)],
+)
+def test_validations_take_a_fifth_of_the_time_at_most(
+    seconds: float, each: float, expected: int
+) -> None:
+    assert autotune.validations_that_fit(seconds, each) == expected
+
+
 def test_the_dataset_is_never_guessed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="python -m prepare"):
         settings.only_dataset(tmp_path)

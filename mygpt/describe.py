@@ -1,0 +1,89 @@
+"""The lines at the start and the end of training: what is trained, on what, and what came of it."""
+
+import math
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from mygpt import checkpoint, plot
+from mygpt.distributed import compute_dtype
+from mygpt.evaluate import unigram_loss
+from mygpt.log import baseline_line, read
+from mygpt.train_state import TrainState
+from shards.cli import script
+from shards.mixture import Mixture
+from shards.reader import EvalWindows, token_counts
+
+MAX_COUNTED_TOKENS = 2**28  # beyond, counting the unigram baseline would delay the start
+
+
+def describe_run(state: TrainState, dataset: Mixture) -> Iterator[str]:
+    """Yield the lines that say what is about to be trained, on what and how."""
+    config, shape, loader = state.config, state.config.model, state.loader
+    tokens = config.max_steps * config.total_batch_size
+    epochs = tokens / shape.block_size / loader.windows_per_epoch
+    yield (
+        f"data   {' '.join(config.data)} ({state.record.fingerprint[:12]}): "
+        f"{dataset.tokens('train'):,} training tokens, {loader.unused_tokens:,} of them in no "
+        "window of an epoch"
+    )
+    for former in state.record.earlier:
+        names = ", ".join(f"{name} {number}" for name, number in former.generations.items())
+        yield f"grown  up to step {former.until} the data were those of generation {names}"
+    fitted = ", to be fitted to the clock" if state.record.horizons else ""
+    yield f"length {config.max_steps:,} steps = {tokens:,} tokens = {epochs:.2f} epochs{fitted}"
+    yield (
+        f"model  {shape.n_layers} layers, {shape.n_heads} heads, {shape.n_embed} wide, "
+        f"{shape.block_size} tokens of context: {state.model.num_params():,} parameters, "
+        f"{state.model.num_params(non_embedding=True):,} outside the embeddings"
+    )
+    yield (
+        f"batch  {config.total_batch_size:,} tokens = {config.micro_batch} sequences * "
+        f"{shape.block_size} tokens * {state.grad_accum_steps} accumulation steps * "
+        f"{state.ranks.world_size} ranks"
+    )
+    dtype = str(compute_dtype(state.ranks.device)).removeprefix("torch.")
+    scaled = ", with loss scaling: this GPU has no bfloat16" if state.scaler.is_enabled() else ""
+    yield f"device {state.ranks.device}, {dtype}{scaled}"
+    if config.shard != "none" and state.ranks.world_size > 1:
+        yield f"shard  {config.shard}, over {state.ranks.world_size} ranks"
+    yield from _baseline(state, dataset)
+
+
+def _baseline(state: TrainState, dataset: Mixture) -> Iterator[str]:
+    """Yield the validation losses that need no model, unless counting tokens would take long."""
+    if len(dataset.manifests) == 1 and dataset.tokens("train") <= MAX_COUNTED_TOKENS:
+        manifest = dataset.manifests[0]
+        windows = EvalWindows(manifest, "val", state.config.model.block_size)
+        unigram = unigram_loss(token_counts(manifest, "train"), windows)
+        yield baseline_line(unigram.mean, math.log(dataset.tokenizer.n_vocab))
+
+
+def describe_end(state: TrainState) -> Iterator[str]:
+    """Yield the lines that say how training ended, where its results lie and what comes next."""
+    config, run = state.config, state.config.log_dir
+    yield f"finished step {state.step} of {config.max_steps}"
+    if state.step < config.max_steps:
+        yield "stopped by --stop-at: the same command without it trains to the end"
+    yield from _below_baseline(run)
+    yield f"log         {run / 'log.txt'}"
+    yield f"picture     {plot.draw_or_explain(run)}"
+    yield f"checkpoint  {checkpoint.find(run)}"
+    if config.sample_interval:
+        yield f"samples     {run / 'samples.jsonl'}"
+    prompt = shlex.quote(next(filter(None, config.sample_prompt), "The"))
+    yield f"sample      {script('eval.py')} {run} --prompt {prompt}"
+    yield f"next        {script('eval.py')} {run}"
+
+
+def _below_baseline(run: Path) -> Iterator[str]:
+    """Yield a warning if the last validation was worse than predicting by frequencies alone."""
+    history = read(run)
+    if history.unigram is not None and history.val:
+        last = history.val[max(history.val)]
+        if not last < history.unigram:
+            yield (
+                f"warning     the validation loss, {last:.4f}, is no better than the unigram "
+                f"baseline, {history.unigram:.4f}, which knows only how frequent each token is: "
+                "train longer, or with another learning rate"
+            )
