@@ -18,12 +18,16 @@ end_with(lambda: exec(script, {"__name__": "__main__"}) or 0)
 """
 
 
-def start_ranks(count: int, script: str, *arguments: str) -> list[subprocess.Popen[str]]:
-    """`count` processes of a Python script given as text, each with one thread."""
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        return int(probe.getsockname()[1])
+
+
+def start_ranks(count: int, script: str, *arguments: str) -> list[subprocess.Popen[str]]:
+    """`count` processes of a Python script given as text, each with one thread."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "PYTHONPATH": str(ROOT)}
     return [
         subprocess.Popen(

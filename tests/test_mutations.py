@@ -26,7 +26,8 @@ from mygpt.hub import export
 from mygpt.report import __main__ as report
 from prepare.options import Options
 from prepare.plan import make_plan, read_plan
-from shards import explain, stored_json
+from shards import stored_json
+from shards.commands import explain
 from shards.manifest import Manifest, Source
 from tests.mygpt.support import STEPS, gpt2_dataset, write_run
 

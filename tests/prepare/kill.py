@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from itertools import count
@@ -145,22 +146,28 @@ def arguments(out: Path, sources: list[str], workers: int) -> list[str]:
     return ["prepare", *sources, "--out", str(out), "--workers", str(workers)]
 
 
-def start(argv: list[str], before: Callable[[], object] = lambda: None) -> int:
+def start(
+    argv: list[str],
+    before: Callable[[], object] = lambda: None,
+    main: Callable[[], object] = command.main,
+    errors: Path | None = None,
+) -> int:
     """Begin a run in a process group of its own; returns its process id."""
     if process := os.fork():
         os.setpgid(process, process)
         return process
     os.setpgid(0, 0)  # whoever of the two comes first
-    with open(errors_of(Path(argv[argv.index("--out") + 1])), "w") as errors:
-        os.dup2(errors.fileno(), 1)
-        os.dup2(errors.fileno(), 2)
+    with open(errors or errors_of(Path(argv[argv.index("--out") + 1])), "w") as told:
+        os.dup2(told.fileno(), 1)
+        os.dup2(told.fileno(), 2)
     sys.argv, code = argv, 1
     try:
         before()
-        command.main()
-        code = 0
+        code = int(main() or 0)
     except SystemExit as leaving:
         code = int(leaving.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
