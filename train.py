@@ -88,16 +88,16 @@ def main(args: list[str] | None = None, started: float | None = None) -> int:
     config = settings.parse(sys.argv[1:] if args is None else args, str(__doc__))
     trackers.check(config)  # fail fast if one is not installed
     record, dataset = run_config.start_or_resume(config)
-    if config.verify:
-        checks.check_local_part(dataset.manifests)
     try:
-        with (
-            init_distributed(config.device, config.deterministic) as ranks,
-            checkpoint.locked(config.log_dir) if ranks.is_main else nullcontext(),
-            Stop(ranks, config.max_time, started).watch() as stop,
-        ):
-            clock = BudgetClock(config.log_dir, config.time_budget, started)
-            return train(record, dataset, ranks, stop, clock)
+        with init_distributed(config.device, config.deterministic) as ranks:
+            if config.verify:  # each rank a part: one that fails must not leave others waiting
+                checks.check_local_part(dataset.manifests)
+            with (
+                checkpoint.locked(config.log_dir) if ranks.is_main else nullcontext(),
+                Stop(ranks, config.max_time, started).watch() as stop,
+            ):
+                clock = BudgetClock(config.log_dir, config.time_budget, started)
+                return train(record, dataset, ranks, stop, clock)
     except RanksLost as lost:
         print("error:", lost, file=sys.stderr)
         return EXIT_LOST

@@ -12,7 +12,6 @@ A process of its own, so that it may fork: a child is ready in milliseconds, wit
 """
 
 import argparse
-import json
 import os
 import random
 import resource
@@ -27,7 +26,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -326,13 +324,17 @@ Fault = Callable[[Trial], None]
 
 def main() -> int:
     """Run trials until the time is over; return 1 if one was lost."""
-    parser = argparse.ArgumentParser("python -m tests.siege", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m tests.siege", description=str(__doc__).splitlines()[0]
+    )
     parser.add_argument("--minutes", type=float, default=3)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the first")
     options = parser.parse_args()
     if IN_NAMESPACE not in os.environ and can_mount():
         os.environ[IN_NAMESPACE] = "1"
-        os.execvp("unshare", ["unshare", "-Urm", sys.executable, "-m", "tests.siege", *sys.argv[1:]])
+        os.execvp(
+            "unshare", ["unshare", "-Urm", sys.executable, "-m", "tests.siege", *sys.argv[1:]]
+        )
     prepare_to_fork()
     folder = Path(tempfile.mkdtemp(prefix="siege-"))
     with one_thread():

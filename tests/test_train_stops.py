@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,22 @@ import pytest
 
 import train
 from mygpt import checkpoint, log
+from mygpt.distributed import DistributedContext
 from mygpt.evaluate import Loss
 from mygpt.stopping import EXIT_STOPPED, Stop
 from mygpt.train_state import TrainState
 from shards import stored_json
 from tests.dataset import write_dataset
-from tests.training import ROOT, arguments, environment, final_bytes, on_ranks, refused, start
+from tests.training import (
+    ALONE,
+    ROOT,
+    arguments,
+    environment,
+    final_bytes,
+    on_ranks,
+    refused,
+    start,
+)
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -431,3 +443,20 @@ def test_a_shard_lost_or_altered_is_refused(
         assert words in capsys.readouterr().err
     path.write_bytes(whole)
     assert start(data, tmp_path / "run", "--verify", "--stop-at", "1") == 0
+
+
+def test_a_rank_that_finds_a_damaged_shard_has_met_the_others(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They notice its end; while they wait for all to meet they would not."""
+    met = []
+
+    @contextmanager
+    def meet(*flags: object) -> Iterator[DistributedContext]:
+        met.append(flags)
+        yield ALONE
+
+    monkeypatch.setattr(train, "init_distributed", meet)
+    monkeypatch.setattr(train.checks, "check_local_part", lambda _: met.append("verified"))
+    assert start(data, tmp_path, "--verify", "--stop-at", "1") == 0
+    assert met[1:] == ["verified"]
