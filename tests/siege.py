@@ -225,7 +225,8 @@ def chosen_file(trial: Trial, suffix: str = "") -> Path:
 def check_damaged(trial: Trial) -> None:
     """Nothing but the expected result and a refusal in one line."""
     codes = trial.end(trial.begin())
-    trial.check(codes, {0, EXIT_BAD_INPUT})
+    refused = {EXIT_BAD_INPUT, RANK_LOST} if EXIT_BAD_INPUT in codes else {EXIT_BAD_INPUT}
+    trial.check(codes, {0, *refused})
     if not any(codes):
         trial.check_result()
 
@@ -280,13 +281,14 @@ def run_commands(folder: Path) -> list[Command]:
     data.save(start / "data")
     write_run(start / "run", replace(data, folder=Path("data")), n_embed=8)
     (start / "text.txt").write_text("text\n" * 9)
-    files = ("run/config.json", "run/checkpoints/step_00000040/*", "data/manifest.json")
+    files = ("run/config.json", "run/checkpoints/step_00000040/*")
     flags = ("run", "--device", "cpu", "--max-new-tokens", "4")
     return [
         Command(
             "eval", evaluation.main, flags, lambda work: (work / "run/eval.json").read_bytes(),
-            start, start, files,
+            start, start, (*files, "data/manifest.json"),
         ),
+        # Without its dataset a model is exported all the same, with a card that says so.
         Command(
             "export", export_again, ("export", "run", "out"), lambda work: kill.files(work / "out"),
             start, start, files,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2TokenizerFast
@@ -120,7 +121,10 @@ def save_model(folder: Path, model: GPT, vocab_size: int, eot: int | None) -> No
         PREFIX + name: (tensor.T if name.endswith(TRANSPOSED) else tensor).contiguous().cpu()
         for name, tensor in tensors.items()
     }
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {folder}/model.safetensors ({error}): make room") from error
     config, generation = _configs(replace(model.config, vocab_size=vocab_size), eot)
     for name, values in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
@@ -159,12 +163,16 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
     """
     letters = _byte_letters()
     names = ["".join(letters[byte] for byte in token) for token in tokenizer.vocabulary()]
-    vocabulary = {name: i for i, name in enumerate(names)} | {END_OF_TEXT: tokenizer.eot}
+    # Without the empty name of <|endoftext|>: of two names of an id the library writes any.
+    vocabulary = {name: i for i, name in enumerate(names) if name} | {END_OF_TEXT: tokenizer.eot}
     pairs = [
         ("".join(letters[b] for b in left), "".join(letters[b] for b in right))
         for left, right in merges(tokenizer.vocabulary())
     ]
     theirs = GPT2TokenizerFast(vocab=vocabulary, merges=pairs, model_max_length=block_size)
+    # By hand first: on a full disk this is an OSError, and the library's a bare Exception.
+    text = theirs.backend_tokenizer.to_str(pretty=True)
+    (folder / "tokenizer.json").write_text(text, "utf-8")
     theirs.save_pretrained(folder)
 
 

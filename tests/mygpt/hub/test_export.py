@@ -1,6 +1,7 @@
 """An exported model is the same model: in transformers, back here, and as its card says."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,8 @@ def test_its_tokenizer_is_tiktokens(exported: Path) -> None:
     for text in TEXTS:
         assert theirs(text)["input_ids"] == ours.encode(text)
     assert theirs.decode(range(50256)) == ours.decode(list(range(50256)))
+    stored = json.loads((exported / "tokenizer.json").read_bytes())["model"]["vocab"]
+    assert len(stored) == ours.n_vocab and "" not in stored  # of two names any would be written
 
 
 def test_the_pipeline_needs_nothing_said(exported: Path) -> None:
@@ -171,6 +174,27 @@ def test_what_differs_is_not_written(
     with pytest.raises(ValueError, match=r"logits differ .* nothing written"):
         export.export(run[0], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no limits on a file's size")
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_a_full_disk_is_an_error_of_the_system(
+    part: str, run: tuple[Path, GPT], tmp_path: Path
+) -> None:
+    """As which the command tells it in one line; the libraries raise exceptions of their own."""
+    import resource  # not on Windows
+
+    gpt2 = tokenizer.load()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            if part == "model":
+                export.save_model(tmp_path, run[1], gpt2.n_vocab, gpt2.eot)
+            else:
+                export.save_tokenizer(tmp_path, gpt2, block_size=24)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_nothing_is_overwritten(run: tuple[Path, GPT], tmp_path: Path) -> None:
