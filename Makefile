@@ -23,7 +23,7 @@ ARGS ?=
 data_flag = $(if $(DATA),--data $(DATA))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor data demo train-small train-gpu4 eval sample report export verify-resume test test-all lint
+.PHONY: help setup doctor data demo train-small train-gpu4 eval sample play report export verify-resume test test-all lint
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -82,6 +82,9 @@ eval: $(VENV)/core ## evaluate and sample from the newest checkpoint: RUN=log/NA
 
 sample: $(VENV)/core ## a text from the newest checkpoint, within seconds: RUN=log/NAME PROMPT='Once upon'
 	$(RUN_PYTHON) eval.py $(RUN) --no-loss $(if $(PROMPT),--prompt '$(PROMPT)') --num-samples 1 $(ARGS)
+
+play: $(VENV)/core ## a page where the newest run continues what is typed: RUN='log/a log/b' (ARGS=--port n)
+	$(RUN_PYTHON) -m mygpt.play $(RUN) $(ARGS)
 
 report: $(VENV)/core ## write RUN/report.html, everything about a run on one page: RUN=log/NAME
 	$(RUN_PYTHON) -m mygpt.report $(or $(RUN),$(error give the run: make report RUN=log/NAME)) $(ARGS)

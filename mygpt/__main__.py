@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("train.py", "train a model, or resume its run"),
     "eval": ("eval.py", "loss over the validation split, questions, samples"),
     "sample": ("eval.py --no-loss", "samples from a run, within seconds"),
+    "play": ("mygpt.play", "a page for the browser where runs continue what is typed"),
     "report": ("mygpt.report", "runs as one HTML page"),
     "export": ("mygpt.hub export", "a run's model for Hugging Face's library"),
     "import": ("mygpt.hub import", "nanoGPT's checkpoint for train and eval"),

@@ -20,7 +20,7 @@ STANDALONE = {"mygpt.config", "mygpt.loss", "mygpt.model", "mygpt.optim"}
 ROOMS = {
     "prepare.formats",
     "shards.commands",
-    *("mygpt.eval", "mygpt.report", "mygpt.doctor", "mygpt.hub", "mygpt.trackers"),
+    *("mygpt.eval", "mygpt.report", "mygpt.doctor", "mygpt.hub", "mygpt.play", "mygpt.trackers"),
 }
 MAY_IMPORT = {
     "prepare": {"prepare", "shards"},
@@ -160,7 +160,7 @@ except SystemExit as exit_:
     print(json.dumps([exit_.code, sorted(sys.modules)]))
 """
 COMMANDS = [
-    *("prepare", "shards", "mygpt.hub", "mygpt.report", "mygpt.doctor"),
+    *("prepare", "shards", "mygpt.hub", "mygpt.report", "mygpt.doctor", "mygpt.play"),
     "mygpt.doctor.verify_resume",
     *(f"{name}.py" for name in SCRIPTS if name in FILES),
 ]

@@ -14,12 +14,10 @@ import eval as evaluation
 from mygpt import run_config
 from mygpt.report import __main__ as report
 from shards.manifest import Manifest
+from tests.browser import CHROMIUM
 from tests.mygpt.support import STEPS, gpt2_dataset, write_run
 
 ROOT = Path(__file__).parents[3]
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 EVIL = "Once </pre><script>alert(1)</script>"
 ANSWERS = {"questions": 10, "accuracy": 0.3, "accuracy_norm": 0.4, "chance": 0.25}
 
