@@ -56,8 +56,10 @@ from mygpt.generate import Sampling, trailing_space_note
 from shards import stored_json
 
 PAGE = files("mygpt.play").joinpath("play.html")
-POLICY = "default-src 'none'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
-POLICY += "script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+POLICY = (
+    "default-src 'none'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
+    "script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+)
 RANGES = {"temperature": (0, 10), "top_k": (0, 10**6), "max_new_tokens": (1, 10**4)}
 MAX_BODY = 2**20  # bytes of a request
 LIKELIEST = 5  # tokens whose probabilities are sent with each token
