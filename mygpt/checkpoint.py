@@ -16,15 +16,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from mygpt.distributed import DistributedContext
 from shards import stored_json
 from shards.cli import script
-from shards.files import atomic_file, atomic_folder, sync_folder
+from shards.files import atomic_file, atomic_folder, lock, sync_folder
 
 FORMAT, VERSION = "mygpt-checkpoint", 2
 OTHER = "restore it, or use another checkpoint"
@@ -246,18 +245,10 @@ def _state_bytes(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(stored_json.with_checksum(record), indent=1) + "\n").encode()
 
 
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of the run's folder; ValueError if another process trains there."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(run_dir / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"another process is training in {run_dir}: wait for it, or give another --log-dir"
-        ) from None
-    with lock:
-        yield
+def locked(run_dir: Path) -> AbstractContextManager[object]:
+    """Return the held lock of the run's folder; ValueError if another process trains there."""
+    message = f"another process is training in {run_dir}: wait for it, or give another --log-dir"
+    return lock(run_dir / ".lock", message)
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from shards.remote import retried
 from shards.tokenizer import string_buffers
 
 Result = TypeVar("Result")
+# A unit's result, and the folder of its staged shards if they are still to be published.
+Written = tuple[UnitResult, Path | None]
 
 # Units whose files are fsynced concurrently; a file system does several nearly as fast as one.
 PUBLISHERS = 8
@@ -69,16 +71,6 @@ class UnitFunction(Generic[Result]):
         )
 
 
-class Written(NamedTuple):
-    """A unit's result and the folder where its shards are staged.
-
-    None if they are published, or if the unit was stopped and so has none.
-    """
-
-    result: UnitResult
-    staged: Path | None
-
-
 @dataclass(frozen=True)
 class WriteShards(UnitFunction[Written]):
     """Turn a unit into shards."""
@@ -91,9 +83,11 @@ class WriteShards(UnitFunction[Written]):
         with self.staged_shards(unit, self.is_hopeless) as (result, staged):
             if result.stopped:
                 shutil.rmtree(staged)
-            elif self.publish:
+            elif not self.publish:
+                return result, staged
+            else:
                 self.workspace.finish_unit(result, staged)
-        return Written(result, None if self.publish or result.stopped else staged)
+        return result, None
 
 
 @dataclass(frozen=True)
@@ -156,9 +150,10 @@ def publish_in_background(written: Iterator[Written], workspace: Workspace) -> I
     """
 
     def publish(unit: Written) -> UnitResult:
-        if unit.staged:
-            workspace.finish_unit(unit.result, unit.staged)
-        return unit.result
+        result, staged = unit
+        if staged:
+            workspace.finish_unit(result, staged)
+        return result
 
     with ThreadPoolExecutor(PUBLISHERS) as pool:
         pending: deque[Future[UnitResult]] = deque()

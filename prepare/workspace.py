@@ -11,19 +11,25 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 from pyarrow import fs
 
 from prepare.plan import REMEDY, Plan, Unit, UnitResult, read_plan
 from shards import stored_json
-from shards.files import atomic_file, json_bytes, move_durably, remove_temporaries, sync_folder
+from shards.files import (
+    atomic_file,
+    json_bytes,
+    lock,
+    move_durably,
+    remove_temporaries,
+    sync_folder,
+)
 from shards.manifest import MANIFEST_NAME, Manifest, Shard, npy_header
 from shards.remote import filesystem, is_remote
 from shards.tokenizer import GPT2, Tokenizer, from_json, load
@@ -31,7 +37,6 @@ from shards.vocabulary import TOKENIZER_NAME
 
 WORK = ".prepare"
 PLAN = f"{WORK}/plan.json"
-PLAN_LOCK = f"{WORK}/plan.lock"
 # Written when a run was refused for its input: a corrected command may start over.
 REFUSED = f"{WORK}/refused"
 SHARD_FILE = re.compile(r"(train|val)_\d{5,}(_\d+)?(\.npy|\.docs\.parquet)")
@@ -138,30 +143,24 @@ class Workspace:
         if self.folder.remote:
             yield
             return
-        path = self.folder.local / WORK
-        path.mkdir(parents=True, exist_ok=True)
-        name = f"lock-{task.replace('/', '-of-')}" if task else "lock"
-        with self._lock(path / name):
+        with self._lock(f"lock-{task.replace('/', '-of-')}" if task else "lock"):
             # Acquire the own lock before testing others, so that two runs can't miss each other.
-            for other in [path / "lock"] if task else sorted(path.glob("lock-*")):
+            tasks = sorted(path.name for path in (self.folder.local / WORK).glob("lock-*"))
+            for other in ["lock"] if task else tasks:
                 with self._lock(other):
                     pass
             yield
 
-    @contextmanager
-    def plan_locked(self) -> Iterator[None]:
+    def plan_locked(self) -> AbstractContextManager[object]:
         """Hold the lock under which the plan is stored, for tasks that start at the same moment."""
-        with nullcontext() if self.folder.remote else self._lock(self.folder.local / PLAN_LOCK):
-            yield
+        return nullcontext() if self.folder.remote else self._lock("plan.lock")
 
-    def _lock(self, path: Path) -> filelock.AcquireReturnProxy:
-        try:
-            return filelock.FileLock(path).acquire(timeout=LOCK_SECONDS)
-        except filelock.Timeout:
-            raise ValueError(
-                f"expected to be alone in {self.folder}, found another prepare at work there: "
-                "wait for it to end, or give another --out"
-            ) from None
+    def _lock(self, name: str) -> AbstractContextManager[object]:
+        message = (
+            f"expected to be alone in {self.folder}, found another prepare at work there: "
+            "wait for it to end, or give another --out"
+        )
+        return lock(self.folder.local / WORK / name, message, LOCK_SECONDS)
 
     def check_folder(self) -> None:
         """Raise ValueError if the folder holds files but no dataset."""
@@ -231,12 +230,11 @@ class Workspace:
         name = f"{WORK}/{UNITS}/{unit.name}.json"
         try:
             record = self.folder.read_json(name) or {}
-            result = stored_json.build(UnitResult, record, name, retired=("checksum",))
+            stored_json.verify_checksum(record, name, REMEDY)  # myGPT 0.2 wrote none
+            result = stored_json.build(UnitResult, record, name)
         except ValueError:
             return None
-        # myGPT 0.2 wrote no checksum.
-        is_intact = "checksum" not in record or record == stored_json.with_checksum(record)
-        return result if is_intact and result.unit == unit.number else None
+        return result if result.unit == unit.number else None
 
     def faulty(self, shards: Iterable[Shard]) -> set[str]:
         """Return the files of the shards that are missing or cut, or whose index is.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import orjson
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -87,6 +88,18 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(path: Path, message: str, seconds: float = 0) -> AcquireReturnProxy:
+    """Return the held lock of the file `path`, for a `with` statement; it ends with the process.
+
+    Raises ValueError with `message` if another process holds it for so many seconds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(path).acquire(timeout=seconds)
+    except Timeout:
+        raise ValueError(message) from None
 
 
 def write_json(path: Path, value: Any) -> None:

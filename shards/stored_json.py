@@ -36,13 +36,18 @@ def read(path: Path, kind: str, versions: Collection[int], remedy: str) -> dict[
     """
     record = parse(path.read_bytes(), path, remedy)
     check_version(record, kind, versions, path, remedy)
-    if record.pop("checksum", actual := _checksum(record)) != actual:
-        raise ValueError(f"{path} was altered: its checksum is another; {remedy}")
+    verify_checksum(record, path, remedy)
     return record
 
 
+def verify_checksum(record: dict[str, Any], name: str | Path, remedy: str) -> None:
+    """Remove a record's checksum, if it has one. Raises ValueError if it is of other content."""
+    if record.pop("checksum", actual := _checksum(record)) != actual:
+        raise ValueError(f"{name} was altered: its checksum is another; {remedy}")
+
+
 def with_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record with a checksum of everything else in it, which `read` verifies."""
+    """Return the record with a checksum of everything else in it; see `verify_checksum`."""
     return {**record, "checksum": _checksum(record)}
 
 
