@@ -120,7 +120,8 @@ def test_a_complete_dataset(
     assert "nothing to do" in outcome.out
     assert contents(out) == whole
     assert others.stat().st_mtime_ns == before
-    assert {path.name for path in (out / ".prepare").iterdir()} <= {"lock", "plan.lock", "plan.json"}
+    left = {path.name for path in (out / ".prepare").iterdir()}
+    assert left <= {"lock", "plan.lock", "plan.json"}
     assert "again" not in run(corpus, "--out", out).out
 
 
