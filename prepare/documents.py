@@ -342,6 +342,8 @@ def cut_column(values: pa.Array) -> Iterator[pa.Array]:
     """Cut a text column that is far larger than `BATCH_BYTES` into parts of about that size."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
+    if pa.types.is_string_view(values.type) or pa.types.is_binary_view(values.type):
+        values = values.cast(pa.large_binary())  # views can't be filtered
     rows = -(-len(values) // (values.nbytes // (2 * BATCH_BYTES) + 1))
     for start in range(0, len(values), max(rows, 1)):
         yield values.slice(start, rows)
@@ -385,8 +387,6 @@ def column_batch(values: pa.Array, source: int, first: int) -> Batch:
 def text_batch(values: pa.Array, sources: np.ndarray, rows: np.ndarray) -> Batch:
     """Make a batch of what is UTF-8 among `values`, strings or bytes without nulls."""
     bad = []
-    if pa.types.is_string_view(values.type) or pa.types.is_binary_view(values.type):
-        values = values.cast(pa.large_binary())
     is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
     try:
         # The parquet reader does not check that strings are UTF-8; a cast from bytes does.

@@ -25,6 +25,11 @@ from prepare.sources import InputFile
 from prepare.text import byte_stream, damage
 
 MAGIC = b"ARROW1\0\0"  # begins the file format; the stream follows
+AS_BYTES = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}
 
 
 def columns(file: InputFile) -> Columns | None:
@@ -66,8 +71,8 @@ def _open(file: InputFile) -> Iterator[pa.RecordBatchReader]:
 
 def _texts(batch: pa.RecordBatch, column: str) -> Iterator[pa.Array]:
     """Yield the text column in parts of moderate size, as bytes: nothing in it was checked."""
+    batch.validate()  # or a negative length ends the process
     values = column_at(batch, column)
-    values.validate()
     rows = BATCH_ROWS
     if pa.types.is_dictionary(values.type):
         values.indices.validate(full=True)
@@ -84,7 +89,6 @@ def _texts(batch: pa.RecordBatch, column: str) -> Iterator[pa.Array]:
 
 def _as_bytes(values: pa.Array) -> pa.Array:
     """Return a text column as bytes, its offsets checked."""
-    plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
-    values = values.view(plain.get(values.type, values.type))
+    values = values.view(AS_BYTES.get(values.type, values.type))
     values.validate(full=True)
     return values

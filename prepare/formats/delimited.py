@@ -26,8 +26,8 @@ from prepare.sources import InputFile
 from prepare.text import BROKEN, MAX_DOCUMENT_BYTES, byte_blocks, damage, one_line, too_large
 
 BYTES = "latin-1"
-# Runs of characters that are neither quotes nor delimiters nor line ends.
-CONTENT = re.compile(rb'[^",\t\r\n]+')
+# Content of a field, doubled quotes included, between what tells where fields and rows end.
+CONTENT = re.compile(rb'[^",\t\r\n]+(?:""[^",\t\r\n]*)*')
 Row = tuple[int, int, list[str] | str]
 
 
@@ -74,13 +74,13 @@ def read(file: InputFile, part: Slice) -> Iterator[Batch]:
 def _batch(source: int, texts: list[bytes], rows: list[int], bad: list[BadDocuments]) -> Batch:
     sources = np.full(len(texts), source, np.int32)
     batch = text_batch(pa.array(texts, pa.large_binary()), sources, np.array(rows, np.int64))
-    batch.bad += bad
+    batch.bad = sorted(batch.bad + bad, key=lambda one: one.position)
     return batch
 
 
 def _rows(file: InputFile) -> Iterator[Row]:
     """Yield (offset, bytes, fields) of the rows that are not blank; of a bad one the reason."""
-    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    csv.field_size_limit(MAX_DOCUMENT_BYTES + MAX_DOCUMENT_BYTES // 4)
     lines = _Lines(byte_blocks(file.path, file.compression))
     delimiter = "\t" if ".tsv" in file.name.lower()[-8:] else ","
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -109,8 +109,8 @@ def _rows(file: InputFile) -> Iterator[Row]:
 class _Lines(Iterator[str]):
     """Lines of a file as Latin-1, with how far they were read.
 
-    Of a row above `MAX_DOCUMENT_BYTES` only quotes, delimiters and line ends are handed on: where
-    it ends is found, and its content never held.
+    Of a row above `MAX_DOCUMENT_BYTES` only the structure is handed on from there: where it ends is
+    found, and its content not held.
     """
 
     def __init__(self, blocks: Iterable[bytes]) -> None:

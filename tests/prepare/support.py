@@ -103,8 +103,9 @@ def make(out: Path, *arguments: object) -> Path:
 def shrink(patch: pytest.MonkeyPatch, **constants: int) -> None:
     """Set size constants in whichever modules of prepare hold them."""
     modules = [
-        importlib.import_module(f"prepare.{info.name}")
-        for info in pkgutil.iter_modules(prepare.__path__)
+        importlib.import_module(info.name)
+        for info in pkgutil.walk_packages(prepare.__path__, "prepare.")
+        if info.name != "prepare.__main__"
     ]
     for name, value in constants.items():
         holders = [module for module in modules if hasattr(module, name)]
