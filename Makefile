@@ -10,8 +10,13 @@ INSTALL := $(RUN_PYTHON) -m pip install --disable-pip-version-check -c constrain
 # embedded corpus, the source text of Python's standard library.
 INPUT ?= $(if $(wildcard input.txt),input.txt,stdlib)
 # The dataset's name follows from the input: books for books.txt, corpus/ and corpus/*.jsonl.
+# make splits words at spaces, so the name has _ for them.
+space := $(subst ,, )
+one_word = $(subst $(space),_,$(INPUT))
 stem = $(subst *,,$(subst ?,,$(firstword $(subst ., ,$(notdir $(1:/=))))))
-NAME ?= $(or $(call stem,$(INPUT)),$(call stem,$(patsubst %/,%,$(dir $(INPUT)))),text)
+NAME ?= $(or $(call stem,$(one_word)),$(call stem,$(patsubst %/,%,$(dir $(one_word)))),text)
+# A value as one word of the shell, whatever is in it.
+quoted = '$(subst ','\'',$1)'
 
 # For the training and evaluation targets; without them the programs find the only dataset there
 # is, and the newest run.
@@ -20,7 +25,8 @@ RUN ?=
 DEVICE ?= auto
 NPROC ?= 4
 ARGS ?=
-data_flag = $(if $(DATA),--data $(DATA))
+run_word = $(if $(RUN),$(call quoted,$(RUN)))
+data_flag = $(if $(DATA),--data $(call quoted,$(DATA)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup doctor data demo train-small train-gpu4 eval sample play report export verify-resume test test-all lint
@@ -56,7 +62,7 @@ doctor: $(VENV)/core ## what of this machine works, and what to do about the res
 	@$(RUN_PYTHON) -m mygpt.doctor $(ARGS)
 
 data: $(VENV)/core ## prepare a dataset: INPUT=file|folder|glob|uri, NAME=... (ARGS=... more flags)
-	$(RUN_PYTHON) -m prepare '$(INPUT)' --out data/$(NAME) $(ARGS)
+	$(RUN_PYTHON) -m prepare $(call quoted,$(INPUT)) --out $(call quoted,data/$(NAME)) $(ARGS)
 
 demo: $(VENV)/core ## text to trained, evaluated model on this machine, in at most ten minutes
 	$(RUN_PYTHON) -m prepare stdlib --out data/stdlib
@@ -70,28 +76,28 @@ demo: $(VENV)/core ## text to trained, evaluated model on this machine, in at mo
 	@echo "next        make data INPUT=your.txt, then: make train-small DATA=data/your"
 
 train-small: $(VENV)/core ## train GPTConfigSmall: DATA=data/NAME RUN=log/NAME (ARGS=... more flags)
-	$(RUN_PYTHON) train.py small $(data_flag) --log-dir $(or $(RUN),log/small) --device $(DEVICE) $(ARGS)
+	$(RUN_PYTHON) train.py small $(data_flag) --log-dir $(call quoted,$(or $(RUN),log/small)) --device $(DEVICE) $(ARGS)
 
 train-gpu4: $(VENV)/core ## train GPT-2 124M on four GPUs: NPROC=n, DEVICE=cpu, DATA=, RUN=
 	@$(RUN_PYTHON) -m mygpt.distributed --device $(DEVICE) -- $(NPROC)
 	$(VENV)/bin/torchrun --standalone --nproc_per_node=$(NPROC) train.py gpt2 $(data_flag) \
-	  --log-dir $(or $(RUN),log/gpt2) --device $(DEVICE) $(ARGS)
+	  --log-dir $(call quoted,$(or $(RUN),log/gpt2)) --device $(DEVICE) $(ARGS)
 
 eval: $(VENV)/core ## evaluate and sample from the newest checkpoint: RUN=log/NAME (ARGS=... more flags)
-	$(RUN_PYTHON) eval.py $(RUN) $(data_flag) $(ARGS)
+	$(RUN_PYTHON) eval.py $(run_word) $(data_flag) $(ARGS)
 
 sample: $(VENV)/core ## a text from the newest checkpoint, within seconds: RUN=log/NAME PROMPT='Once upon'
-	$(RUN_PYTHON) eval.py $(RUN) --no-loss $(if $(PROMPT),--prompt '$(PROMPT)') --num-samples 1 $(ARGS)
+	$(RUN_PYTHON) eval.py $(run_word) --no-loss $(if $(PROMPT),--prompt $(call quoted,$(PROMPT))) --num-samples 1 $(ARGS)
 
 play: $(VENV)/core ## a page where the newest run continues what is typed: RUN='log/a log/b' (ARGS=--port n)
 	$(RUN_PYTHON) -m mygpt.play $(RUN) $(ARGS)
 
 report: $(VENV)/core ## write RUN/report.html, everything about a run on one page: RUN=log/NAME
-	$(RUN_PYTHON) -m mygpt.report $(or $(RUN),$(error give the run: make report RUN=log/NAME)) $(ARGS)
+	$(RUN_PYTHON) -m mygpt.report $(or $(run_word),$(error give the run: make report RUN=log/NAME)) $(ARGS)
 
 export: $(VENV)/core ## a run's model for Hugging Face's library: RUN=log/NAME OUT=FOLDER
-	$(RUN_PYTHON) -m mygpt.hub export $(or $(RUN),$(error give the run: make export RUN=log/NAME)) \
-	  $(or $(OUT),exported/$(notdir $(RUN:/=))) $(ARGS)
+	$(RUN_PYTHON) -m mygpt.hub export $(or $(run_word),$(error give the run: make export RUN=log/NAME)) \
+	  $(if $(OUT),$(call quoted,$(OUT)),exported/"$$(basename $(run_word))") $(ARGS)
 
 verify-resume: $(VENV)/core ## does a resumed run equal one never stopped, here? DATA=, PRESET=tiny, STEPS=10
 	$(RUN_PYTHON) -m mygpt.doctor.verify_resume $(or $(PRESET),tiny) $(data_flag) --device $(DEVICE) \

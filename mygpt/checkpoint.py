@@ -95,7 +95,10 @@ def find(target: Path, best: bool = False) -> Path:
     if not best and (finished := steps(target)):
         return folder_of(target, finished[-1])
     if not target.is_dir():
-        raise FileNotFoundError(f"expected a run in {target}, found no such folder: name another")
+        raise FileNotFoundError(
+            f"expected a run in {target}, found no such folder in {Path.cwd()}: name one by its "
+            "path from here"
+        )
     kind = "a validated checkpoint" if best else "a checkpoint"
     raise FileNotFoundError(
         f"expected a run with {kind} in {target}, found none: let train.py reach its first one"
@@ -157,8 +160,8 @@ def newest_run(root: Path) -> Path:
     found = [path.parent for path in root.glob("**/checkpoints/step_*/state.json")]
     if not found:
         raise FileNotFoundError(
-            f"no checkpoint of a run under {root}/: train one with `{script('train.py')}`, or name "
-            "a run"
+            f"no checkpoint of a run under {root}/ in {Path.cwd()}: train one with "
+            f"`{script('train.py')}`, or name a run by its path from here"
         )
     return max(found, key=lambda folder: (folder.stat().st_mtime_ns, folder.name)).parents[1]
 

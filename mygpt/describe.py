@@ -10,7 +10,7 @@ from mygpt.distributed import compute_dtype
 from mygpt.evaluate import unigram_loss
 from mygpt.log import baseline_line, read
 from mygpt.train_state import TrainState
-from shards.cli import script
+from shards.cli import counted, script
 from shards.mixture import Mixture
 from shards.reader import EvalWindows, token_counts
 
@@ -38,9 +38,9 @@ def describe_run(state: TrainState, dataset: Mixture) -> Iterator[str]:
         f"{state.model.num_params(non_embedding=True):,} outside the embeddings"
     )
     yield (
-        f"batch  {config.total_batch_size:,} tokens = {config.micro_batch} sequences * "
-        f"{shape.block_size} tokens * {state.grad_accum_steps} accumulation steps * "
-        f"{state.ranks.world_size} ranks"
+        f"batch  {config.total_batch_size:,} tokens = {counted(config.micro_batch, 'sequence')} * "
+        f"{shape.block_size} tokens * {counted(state.grad_accum_steps, 'accumulation step')} * "
+        f"{counted(state.ranks.world_size, 'rank')}"
     )
     dtype = str(compute_dtype(state.ranks.device)).removeprefix("torch.")
     scaled = ", with loss scaling: this GPU has no bfloat16" if state.scaler.is_enabled() else ""

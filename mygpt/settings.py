@@ -385,8 +385,8 @@ def only_dataset(folder: Path = Path("data")) -> Path:
     datasets = sorted(path.parent for path in folder.glob("*/manifest.json"))
     if not datasets:
         raise FileNotFoundError(
-            f"no dataset under {folder}/: make one with `python -m prepare SOURCE --out "
-            f"{folder}/NAME`, or name its folder with --data"
+            f"no dataset under {folder}/ in {Path.cwd()}: make one with `python -m prepare SOURCE "
+            f"--out {folder}/NAME`, or name its folder with --data"
         )
     if len(datasets) > 1:
         raise ValueError(

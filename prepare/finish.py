@@ -1,14 +1,16 @@
 """Results of all units turned into the manifest, the quarantine list and the closing summary."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from prepare.documents import BadDocuments
 from prepare.plan import Plan, UnitResult, list_bad
+from prepare.sources import describe_left_out
+from prepare.split import HASH, POSITION, VAL_SOURCE, SplitRule
 from prepare.text import BROKEN
 from prepare.workspace import QUARANTINE
 from shards import stored_json
-from shards.cli import printable
+from shards.cli import counted, printable
 from shards.manifest import SPLITS, Manifest, Source, Split
 from shards.tokenizer import Tokenizer
 
@@ -146,24 +148,30 @@ def losses(entries: list[Entry], text: int) -> list[str]:
     return lines
 
 
-def check_splits(manifest: Manifest) -> None:
-    """Raise ValueError if a split has no text."""
+def check_splits(manifest: Manifest, entries: Sequence[Entry]) -> None:
+    """Raise ValueError if a split has no text; `entries` list what is bad."""
     if not manifest.counts["written"]:
+        first = f"; {entries[0].source}: {entries[0].reason}" if entries else ""
         raise ValueError(
             f"expected text in the sources, found none ({manifest.counts['empty']} empty and "
-            f"{manifest.counts['quarantined']} bad documents): give sources with text"
+            f"{manifest.counts['quarantined']} bad documents{first}): give sources with text"
         )
+    written = counted(manifest.counts["written"], "document")
     for name, split in manifest.splits.items():
         if not any(shard.tokens > 1 for shard in split.shards):
             raise ValueError(
-                f"expected {name} text, found none among {manifest.counts['written']} documents: "
+                f"expected {name} text, found none among {written}: "
                 "give more documents, or choose what is validation text by --split position (one "
                 "text file), another --val-fraction, or --val-source, and run again"
             )
 
 
 def summary(
-    manifest: Manifest, results: Sequence[UnitResult], entries: list[Entry], seconds: float
+    plan: Plan,
+    manifest: Manifest,
+    results: Sequence[UnitResult],
+    entries: list[Entry],
+    seconds: float,
 ) -> str:
     """Describe the dataset for people; `seconds` is the time that this run took."""
     counts, splits = manifest.counts, manifest.splits
@@ -172,14 +180,37 @@ def summary(
     duplicates = f" + {counts['duplicates']:,} duplicates" if counts.get("duplicates") else ""
     lines = [
         f"documents  {counts['read']:,} read = {counts['written']:,} written + "
-        f"{counts['empty']:,} empty + {counts['quarantined']:,} quarantined{duplicates}",
+        f"{counts['empty']:,} empty + {counts['quarantined']:,} quarantined{duplicates}"
+        + (" (the two parts of a text count as two)" if plan.rule.rule == POSITION else ""),
         *losses(entries, new),
         f"text       {new / 1e6:,.1f} MB in {seconds:.1f} s, {new / 1e6 / seconds:,.1f} MB/s",
         f"tokens     {tokens:,}, {text / tokens:.2f} bytes each",
     ]
     for name, split in splits.items():
         lines.append(
-            f"{name:9}  {split.tokens:,} tokens ({split.tokens / tokens:.1%}), "
-            f"{split.documents:,} documents, {len(split.shards)} shards"
+            f"{name:9}  {counted(split.tokens, 'token')} ({split.tokens / tokens:.1%}), "
+            f"{counted(split.documents, 'document')}, {counted(len(split.shards), 'shard')}"
         )
-    return "\n".join(lines)
+    if plan.left_out:
+        lines.append(
+            f"other      {describe_left_out(plan.left_out)}: no text; name such a file as SOURCE, "
+            "and its type and what to do are said"
+        )
+    return "\n".join([*lines, *_far_split(plan.rule, splits)])
+
+
+def _far_split(rule: SplitRule, splits: Mapping[str, Split]) -> Iterator[str]:
+    """Yield a line if the validation split is far from the size that was requested."""
+    documents = sum(split.documents for split in splits.values())
+    requested = rule.val_fraction
+    actual = splits["val"].tokens / sum(split.tokens for split in splits.values())
+    if rule.rule == VAL_SOURCE or abs(actual - requested) < min(requested, 1 - requested) / 2:
+        return
+    why = "it is cut at the end of a line, and some lines are long: break them"
+    if rule.rule == HASH:
+        why = (
+            f"whole documents are drawn, and there are few or very unequal ones "
+            f"({counted(documents, 'document')}): cut long ones, or give --val-source, another "
+            "--val-fraction, or --split position for one text file, and another --out"
+        )
+    yield f"note       {actual:.1%} of the tokens are validation text, not {requested:.0%}: {why}"

@@ -8,8 +8,10 @@ from itertools import islice
 from prepare.documents import read
 from prepare.encode import encode
 from prepare.plan import Plan, Unit
+from prepare.sources import describe_left_out
 from prepare.text import PIECE_BYTES
 from prepare.workspace import Workspace
+from shards.cli import counted
 from shards.tokenizer import Tokenizer, load
 
 SAMPLED_UNITS = 3
@@ -42,14 +44,15 @@ def forecast(plan: Plan, tokenizer: Tokenizer | None, workers: int) -> str:
     largest = max((unit.weight for unit in plan.units), default=0)
     ratio = weight / max(text, 1)
     stored = sum(file.size for file in plan.files)
+    other = f"\nother      {describe_left_out(plan.left_out)}: no text" if plan.left_out else ""
     return f"""\
-files      {len(plan.files):,}, {stored / 1e6:,.1f} MB, about {weight / 1e6:,.1f} MB of text
+files      {len(plan.files):,}, {stored / 1e6:,.1f} MB, about {weight / 1e6:,.1f} MB of text{other}
 split      {plan.rule.rule}, {plan.rule.val_fraction:g} for validation
 units      {len(plan.units):,}, the largest of about {largest / 1e6:,.1f} MB of text
 documents  about {documents * ratio:,.0f}
 tokens     about {weight * per_byte:,.0f}{untrained}
 disk       about {weight * per_byte * 2 / 1e6:,.1f} MB
-time       about {seconds * ratio / workers:,.0f} s with {workers} workers
+time       about {seconds * ratio / workers:,.0f} s with {counted(workers, "worker")}
 memory     about {BASE_BYTES >> 20} MB per worker, and three times what one document or row group
            has above {PIECE_BYTES >> 20} MB (25 times a stretch without white space)"""
 

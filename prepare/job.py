@@ -1,6 +1,7 @@
 """The whole job: plan the work, start or resume it, run its units, write the manifest."""
 
 import json
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +47,7 @@ from prepare.workspace import (
     Folder,
     Workspace,
 )
+from shards.cli import counted
 from shards.manifest import MANIFEST_NAME, Manifest, Shard
 from shards.tokenizer import GPT2, Tokenizer
 from shards.vocabulary import TOKENIZER_NAME
@@ -141,8 +143,9 @@ class Job:
         self.provide_tokenizer()
         if units:
             print(
-                f"Preparing {len(units)} of {len(plan.units)} units again: {len(faulty)} shards "
-                f"are missing or damaged, and {len(touched)} sources have another time."
+                f"Preparing {len(units)} of {counted(len(plan.units), 'unit')} again: missing or "
+                f"damaged {counted(len(faulty), 'shard')}, another time on "
+                f"{counted(len(touched), 'source')}."
             )
             workspace.remove(ARRAYS)  # those of an append in progress are other ones
             self._find_exclusions(plan.units)
@@ -161,7 +164,7 @@ class Job:
         finished = workspace.results(units)
         pending = [unit for unit in units if unit.number not in finished]
         if finished:
-            print(f"Resuming: {len(finished)} of {len(units)} units are finished.")
+            print(f"Resuming: {len(finished)} of {counted(len(units), 'unit')} finished.")
         check_disk_space(pending, workspace)
         if pending:
             self._find_exclusions(units)
@@ -280,16 +283,16 @@ class Job:
         manifest = finish.build_manifest(plan, results, self.provide_tokenizer(), self.manifest)
         entries = self._check_bad(results)
         try:
-            finish.check_splits(manifest)
+            finish.check_splits(manifest, entries)
         except ValueError:
             workspace.discard_plan(plan)  # every remedy changes the plan
             raise
-        text = finish.summary(manifest, results, entries, time.perf_counter() - started)
+        text = finish.summary(plan, manifest, results, entries, time.perf_counter() - started)
         workspace.log(*(warning for result in results for warning in result.warnings), text)
         folder.write_json(MANIFEST_NAME, manifest.to_dict())
         workspace.remove_intermediates()
         print(text)
-        print(f"The dataset is in {folder}: python -m shards info {folder}")
+        print(f"The dataset is in {folder}: python -m shards info {shlex.quote(str(folder))}")
 
 
 def _show_progress(

@@ -160,6 +160,14 @@ def _difference(workspace: Workspace, stored: Plan, plan: Plan) -> str:
             )
     names = [field.name for field in fields(Plan) if field.compare and field.name != "units"]
     differing = [name for name in names if getattr(stored, name) != getattr(plan, name)]
+    if "rule" in differing:
+        rules = asdict(stored.rule), asdict(plan.rule)
+        differing.remove("rule")
+        differing += [
+            f"{'split' if name == 'rule' else name} ({plan_value} instead of {value})"
+            for (name, value), plan_value in zip(rules[0].items(), rules[1].values(), strict=True)
+            if value != plan_value
+        ]
     columns = [" and ".join(sorted({f.column for f in p.files})) for p in (stored, plan)]
     if columns[0] != columns[1]:
         differing.append(f"text column ({columns[1]} instead of {columns[0]})")
@@ -177,6 +185,7 @@ def _check_same_sources(workspace: Workspace, manifest: Manifest, plan: Plan) ->
     if (stored, same_rules) != (planned, (asdict(plan.rule), plan.vocabulary == GPT2)):
         raise ValueError(
             f"expected a new folder, found another dataset in {workspace.folder} ({len(stored)} "
-            f"sources, split {manifest.split_rule}, tokenizer {manifest.tokenizer.name}): give "
-            "another --out, or --append to add to it"
+            f"sources, split {manifest.split_rule}, tokenizer {manifest.tokenizer.name}) than the "
+            f"one to be made ({len(planned)} sources, split {asdict(plan.rule)}): give another "
+            "--out, or --append to add to it"
         )

@@ -12,7 +12,7 @@ import posixpath
 import shlex
 import sysconfig
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -46,6 +46,8 @@ DATASET_STATE = {"state.json", "dataset_info.json"}
 DATASET_DATA = "data-"
 # Files inspected concurrently: most of that time is waiting, for a network above all.
 INSPECTED_AT_ONCE = 16
+# Types of files left out that are named on the terminal.
+NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,13 @@ class _Search:
         if self.reason:
             found = describe_left_out(self.left_out)
             return ValueError(f"expected text in {self.source}, found {found}: {self.reason}")
+        types, why = "text files, " + ", ".join(KINDS), ""
+        if not self.all_text:
+            types = f"{', '.join(FIRST_KINDS)}, for a dataset that myGPT 0.2 started"
+            why = f" ('{self.source.rstrip('/')}/**', say, for all text)"
         return FileNotFoundError(
             f"expected input in {self.source}, found no file with text: give a file, folder or "
-            f"glob of text files, {', '.join(KINDS)}, or `{STDLIB}`"
+            f"glob{why} of {types}, or `{STDLIB}`"
         )
 
     def _named(self, info: fs.FileInfo) -> Iterator[InputFile]:
@@ -266,9 +272,12 @@ class _Search:
             yield InputFile(f"{name}/{member}", path, size, mtime, kind, ZIP, self.val)
 
 
-def describe_left_out(left_out: Counter[str]) -> str:
+def describe_left_out(left_out: Mapping[str, int]) -> str:
     """Return counts of files by type as a phrase: `3 .png, 1 .pdf`."""
-    return ", ".join(f"{number:,} {suffix}" for suffix, number in left_out.most_common())
+    by_count = sorted(left_out.items(), key=lambda pair: (-pair[1], pair[0]))
+    named = [f"{number:,} {suffix}" for suffix, number in by_count[:NAMED]]
+    more = len(by_count) - NAMED
+    return ", ".join([*named, f"{more:,} more types"] if more > 0 else named)
 
 
 def _is_hidden(inside: str) -> bool:

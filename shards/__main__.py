@@ -7,7 +7,7 @@ Exit code: 0; 1 from `verify` when a shard is wrong; 2 for bad input, with one l
 
 import sys
 
-from shards.cli import end_on_interrupt, one_line_errors
+from shards.cli import counted, end_on_interrupt, one_line_errors
 
 if __name__ == "__main__":
     end_on_interrupt()
@@ -46,9 +46,11 @@ class Verify:
                 shards, wrong = shards + 1, wrong + bool(faults)
                 bar.update(shard.tokens)
         if wrong:
-            print(f"{wrong} of {shards} shards are wrong; restore them, or prepare again")
+            verb = "are" if shards > 1 else "is"
+            print(f"{wrong} of {counted(shards, 'shard')} {verb} wrong; restore, or prepare again")
             return EXIT_WRONG
-        print(f"all {shards} shards are what the manifest says: {manifest.fingerprint}")
+        which = f"all {shards:,} shards are" if shards > 1 else "the shard is"
+        print(f"{which} what the manifest says: {manifest.fingerprint}")
         return 0
 
 

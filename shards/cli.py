@@ -17,6 +17,11 @@ EXIT_INTERRUPTED = 130  # the convention of shells for Ctrl-C
 CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+def counted(count: int, noun: str) -> str:
+    """Format a count with its noun: 1 document, 2,000 documents."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def printable_text(text: str) -> str:
     """Return a text of several lines with its control characters escaped."""
     return "\n".join(map(printable, text.split("\n")))

@@ -34,7 +34,7 @@ INDEX_SCHEMA = pa.schema(
     [
         ("offset", pa.int64()),  # of the document's first token, its <|endoftext|>, in the shard
         ("source", pa.int32()),  # index into the manifest's sources
-        ("row", pa.int64()),  # the document's position in its source: row, line or byte, from 0
+        ("row", pa.int64()),  # the document's position in its source: row or byte, from 0
         ("text_bytes", pa.int64()),  # its UTF-8 size
         # True: continues the row before, maybe of the shard before; no <|endoftext|> stands here.
         ("continued", pa.bool_()),
@@ -252,6 +252,11 @@ class Manifest:
 
 def _read_local(folder: Path) -> bytes:
     path = folder / MANIFEST_NAME
+    if folder.is_file():
+        raise ValueError(
+            f"expected a dataset, found the file {folder}: make a dataset of it first, by "
+            f"`make data INPUT={folder}` or `python -m prepare {folder} --out data/{folder.stem}`"
+        )
     if not path.is_file():  # a FIFO would be waited for
         found = "another kind of file" if path.exists() else "none"
         raise FileNotFoundError(

@@ -24,6 +24,14 @@ MAX_OPEN = 4096
 LARGE_TOKENS = 1 << 29
 COUNTED_AT_ONCE = 1 << 22
 REMEDY = "restore it, or prepare the dataset again"
+# What `row` of an index counts in sources of these types; bytes in all others.
+COUNTED_IN = {".parquet": "row", ".arrow": "row", ".bin": "token"}
+
+
+def position(source: str, row: int) -> str:
+    """Return where a document begins in its source, for people: `row 5`, `byte 1,024`."""
+    units = [unit for suffix, unit in COUNTED_IN.items() if suffix in source.lower()[-12:]]
+    return f"{units[0] if units else 'byte'} {row:,}"
 
 
 class ShardReader:

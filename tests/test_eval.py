@@ -419,11 +419,21 @@ def loss_in_windows(model: GPT, data: Path, block_size: int) -> Loss:
 
 
 def test_what_is_no_model_is_said(
-    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    assert "found no such folder: name another" in refused(capsys, tmp_path / "no" / "where")
+    error = refused(capsys, tmp_path / "no" / "where")
+    assert f"found no such folder in {Path.cwd()}: name one by its path" in error
+    monkeypatch.chdir(tmp_path)  # where there is no log/
+    for target in ([], ["log/demo"]):
+        assert f"in {tmp_path}: " in refused(capsys, *target)
+    error = refused(capsys, run, "--hellaswag", "none.jsonl")
+    assert "in none.jsonl, found no such file: get it by curl -LO https://" in error
     shape = {"vocab_size": 60, "n_positions": 20, "n_embd": 8, "n_layer": 1, "n_head": 2}
     GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "model")
     error = refused(capsys, tmp_path / "model", "--data", data, "--num-samples", "0")

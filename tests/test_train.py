@@ -340,7 +340,7 @@ def test_the_only_dataset_is_taken_and_named(
     flags = ["tiny", *FLAGS, "--stop-at", "1"]
     with pytest.raises(SystemExit):
         train.main(flags)
-    assert "no dataset under data/" in capsys.readouterr().err
+    assert f"no dataset under data/ in {tmp_path}: " in capsys.readouterr().err
     shutil.copytree(data, tmp_path / "data" / "mine")
     assert train.main(flags) == 0
     assert "taking data/mine, the only dataset there" in capsys.readouterr().out

@@ -27,6 +27,8 @@ from mygpt.model import GPT
 from shards import stored_json
 from shards.tokenizer import Tokenizer
 
+# Its validation questions, as its authors published them.
+HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 # Questions per rank between two writes to the items file: enough to keep the device busy.
 QUESTIONS_PER_ROUND = {"cpu": 16, "mps": 256, "cuda": 256}
 
@@ -79,6 +81,9 @@ def read(path: Path, hellaswag: bool = False) -> list[Question]:
     ValueError, naming the line, for one that is no question.
     """
     questions = []
+    if not path.is_file():
+        remedy = f"get it by curl -LO {HELLASWAG}" if hellaswag else "check the path"
+        raise FileNotFoundError(f"expected questions in {path}, found no such file: {remedy}")
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shards import stored_json
-from shards.cli import script
+from shards.cli import counted, script
 
 MAX_GROUPS = 12  # rows per table; eval.json has all of them
 BITS_NOTE = (
@@ -127,11 +127,6 @@ def read(path: Path) -> dict[str, Any]:
 def number(value: float | None, spec: str = ".4f") -> str:
     """Format a number; JSON has null for one that is not finite."""
     return format(math.nan if value is None else value, spec)
-
-
-def counted(count: int, noun: str) -> str:
-    """Format a count with its noun: 1 document, 2,000 documents."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def text(report: Mapping[str, Any]) -> str:

@@ -107,8 +107,9 @@ def _is_pretrained(path: Path) -> bool:
     if path.is_dir():
         is_run = (path / "checkpoints").is_dir() or (path / "log.txt").is_file()
         return (path / "config.json").is_file() and not is_run
-    # "gpt2" or "owner/model", unless "owner" is a folder here: then a path in it was meant.
-    is_here = len(path.parts) == 2 and Path(path.parts[0]).is_dir()
+    # "gpt2" or "owner/model", unless "owner" is a folder here, or log: then a path was meant.
+    owner = path.parts[0] if len(path.parts) == 2 else ""
+    is_here = owner == "log" or (bool(owner) and Path(owner).is_dir())
     return len(path.parts) <= 2 and not path.is_absolute() and not is_here
 
 

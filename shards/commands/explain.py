@@ -19,10 +19,10 @@ import pyarrow as pa
 from tyro.conf import UseAppendAction, arg
 
 from shards import stored_json
-from shards.cli import printable
+from shards.cli import counted, printable
 from shards.manifest import Manifest
 from shards.mixture import Mixture
-from shards.reader import ShardReader, read_index
+from shards.reader import ShardReader, position, read_index
 from shards.stream import MixedStream
 from shards.tokenizer import Tokenizer, open_tokenizer
 
@@ -84,8 +84,8 @@ class Row:
         """Return the row for people: its origin, and its text or the start of it."""
         lines = [f"=== row {self.row}: {self.source}, {self.shard} from token {self.token} ==="]
         lines += [
-            f"  {p.tokens} tokens of document {p.document}, from its token {p.offset}: {p.file}, "
-            f"row {p.row}"
+            f"  {counted(p.tokens, 'token')} of document {p.document}, from its token {p.offset}: "
+            f"{p.file}, {position(p.file, p.row)}"
             for p in self.pieces
         ]
         shown = " ".join(self.text[: 2 * SHOWN_CHARACTERS].split())[:SHOWN_CHARACTERS]

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from tyro.conf import Positional, arg
 
-from shards.cli import printable, printable_text
+from shards.cli import counted, printable, printable_text
 from shards.files import atomic_file
 from shards.manifest import Manifest, TokenizerIdentity
-from shards.reader import evenly_spaced, open_tokens, read_index
+from shards.reader import evenly_spaced, open_tokens, position, read_index
 from shards.tokenizer import open_tokenizer
 
 LARGEST_SOURCES = 5
@@ -59,9 +59,9 @@ class Show:
         found = find_document(Manifest.load(self.folder), self.split, self.document)
         onward = f" on over {found.shards} shards" if found.shards > 1 else ""
         print(
-            f"=== {self.split} document {self.document}: {printable(found.source)}, row "
-            f"{found.row}; "
-            f"{found.file} from token {found.offset}{onward}, {len(found.ids):,} tokens ==="
+            f"=== {self.split} document {self.document}: {printable(found.source)}, "
+            f"{position(found.source, found.row)}; {found.file} from token {found.offset}{onward}, "
+            f"{counted(len(found.ids), 'token')} ==="
         )
         print(printable_text(found.text()))
         return 0
@@ -99,7 +99,7 @@ def find_document(manifest: Manifest, split: str, number: int) -> Document:
     if not 0 <= number < total:
         raise ValueError(
             f"expected --document from 0 to {total - 1} for {split}, found {number}: "
-            f"{manifest.location} has {total} {split} documents"
+            f"{manifest.location} has {counted(total, f'{split} document')}"
         )
     first = int(np.searchsorted(ends, number, side="right"))
     before = int(ends[first]) - shards[first].documents
@@ -211,10 +211,10 @@ def _split_lines(name: str, split: dict[str, Any], total: int) -> list[str]:
         f"{int(value):,} {_quantile_name(float(at))}"
         for at, value in split["document_tokens"].items()
     ]
-    partly = f" (from {read} shards)" if read < split["shards"] else ""
+    partly = f" (from {counted(read, 'shard')})" if read < split["shards"] else ""
     return [
         f"{name:12} {split['tokens']:,} tokens ({split['tokens'] / max(total, 1):.1%}), "
-        f"{split['documents']:,} documents, {split['text_bytes']:,} bytes of text, "
+        f"{counted(split['documents'], 'document')}, {split['text_bytes']:,} bytes of text, "
         f"{split['bytes_per_token']:.2f} bytes per token",
         f"  shards     {split['shards']:,} of {low:,} to {high:,} tokens",
         f"  lengths    {', '.join(lengths)} tokens per document{partly}",

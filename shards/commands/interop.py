@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from shards import tokenizer
+from shards.cli import counted
 from shards.files import atomic_folder
 from shards.manifest import DTYPE, INDEX_SCHEMA, SPLITS, Manifest, Shard, Source, Split
 from shards.reader import open_tokens
@@ -49,8 +50,9 @@ class Import:
         with progress(size // 2, "import") as bar:  # two bytes per token
             manifest = import_files(self.files, self.out, self.format, bar.update)
         print(
-            f"{manifest.counts['written']:,} documents, {total_tokens(manifest):,} tokens in "
-            f"{self.out}: python -m shards info {self.out}"
+            f"{counted(manifest.counts['written'], 'document')}, "
+            f"{counted(total_tokens(manifest), 'token')} in {self.out}: "
+            f"python -m shards info {self.out}"
         )
         return 0
 
@@ -71,7 +73,7 @@ class Export:
         manifest = Manifest.load(self.folder)
         with progress(total_tokens(manifest), "export") as bar:
             names = export(manifest, self.out, self.format, bar.update)
-        print(f"{len(names)} files in {self.out}: {names[0]} to {names[-1]}")
+        print(f"{counted(len(names), 'file')} in {self.out}: {names[0]} to {names[-1]}")
         return 0
 
 

@@ -323,3 +323,45 @@ def test_killed_twice(killable: Path, tmp_path: Path) -> None:
     assert contents(killable) == contents(whole)
     held(killable)
     assert Manifest.load(killable, generation=0).fingerprint == fingerprint
+
+
+class TestDatasetOf02:
+    """A dataset that was started when folders gave only some types goes on like that."""
+
+    @pytest.fixture
+    def old(self, tmp_path: Path) -> Path:
+        """One of a folder that holds other text too, with a plan as it was stored then."""
+        write_jsonl(tmp_path / "corpus/a.jsonl", texts(60))
+        out = make(tmp_path / "out", tmp_path / "corpus")
+        plan = json.loads((out / ".prepare/plan.json").read_bytes())
+        del plan["all_text"], plan["left_out"]
+        (out / ".prepare/plan.json").write_text(json.dumps(plan))
+        (tmp_path / "corpus/model.py").write_text("print(1)\n")
+        (tmp_path / "corpus/table.csv").write_text("text\nx\n")
+        return out
+
+    @pytest.mark.parametrize("plan", ["stored", "lost"])
+    def test_the_same_command_finds_the_same_files(
+        self, plan: str, old: Path, tmp_path: Path
+    ) -> None:
+        if plan == "lost":
+            shutil.rmtree(old / ".prepare")
+        before = contents(old)
+        assert "nothing to do" in run(tmp_path / "corpus", "--out", old).out
+        assert contents(old) == before
+        new = make(tmp_path / "new", tmp_path / "corpus")
+        assert len(Manifest.load(new).sources) == 3
+
+    def test_appends_too(self, old: Path, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "more/b.jsonl", texts(60, 1))
+        (tmp_path / "more/c.py").write_text("print(2)\n")
+        for _ in range(2):
+            assert run(tmp_path / "more", "--out", old, "--append").code == 0
+        found = [source.name for source in Manifest.load(old).sources]
+        assert found == ["corpus/a.jsonl", "more/b.jsonl"]
+        make(old, tmp_path / "corpus/*.py", "--append")  # a glob names them
+        assert Manifest.load(old).sources[-1].name == "corpus/model.py"
+        (tmp_path / "code").mkdir()
+        (tmp_path / "code/d.py").write_text("print(3)\n")
+        error = run(tmp_path / "code", "--out", old, "--append").error
+        assert "for a dataset that myGPT 0.2 started" in error and "code/**" in error

@@ -211,7 +211,7 @@ class TestTouched:
         out = make(tmp_path / "out", corpus)
         os.utime(corpus, ns=(0, 0))
         outcome = run(corpus, "--out", out)
-        assert "1 sources have another time" in outcome.out, outcome.err
+        assert "another time on 1 source" in outcome.out, outcome.err
         assert "nothing to do" in outcome.out
         assert contents(out) == whole
         assert "again" not in run(corpus, "--out", out).out

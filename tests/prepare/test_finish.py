@@ -11,7 +11,17 @@ from prepare.documents import BadDocuments
 from prepare.finish import Entry
 from prepare.plan import UNLISTED, Unit, list_bad
 from prepare.text import BROKEN
-from tests.prepare.support import contents, held, make, quarantine, run, shrink, texts, write_jsonl
+from tests.prepare.support import (
+    contents,
+    held,
+    make,
+    quarantine,
+    run,
+    shrink,
+    text_of,
+    texts,
+    write_jsonl,
+)
 
 
 def corpus(path: Path, good: int, bad: int) -> Path:
@@ -58,7 +68,7 @@ def test_raising_max_bad_goes_on_from_what_is_finished(tmp_path: Path) -> None:
     assert run(source, "--out", tmp_path / "out").code == 2
     shard = (tmp_path / "out/train_00000.npy").stat().st_mtime_ns
     outcome = run(source, "--out", tmp_path / "out", "--max-bad", 20)
-    assert "Resuming: 1 of 1 units are finished." in outcome.out
+    assert "Resuming: 1 of 1 unit finished." in outcome.out
     assert (tmp_path / "out/train_00000.npy").stat().st_mtime_ns == shard
     assert json.loads((tmp_path / "out/manifest.json").read_bytes())["counts"]["quarantined"] == 20
 
@@ -76,7 +86,7 @@ def test_the_summary(tmp_path: Path) -> None:
         split = manifest["splits"][side]
         share = split["tokens"] / sum(s["tokens"] for s in manifest["splits"].values())
         assert (
-            f"{split['tokens']:,} tokens ({share:.1%}), {split['documents']:,} documents, 1 shards"
+            f"{split['tokens']:,} tokens ({share:.1%}), {split['documents']:,} documents, 1 shard"
         ) in outcome.out
     assert "1,003 read = 1,000 written + 0 empty + 3 quarantined" in outcome.out
     assert "MB/s" in outcome.out
@@ -225,3 +235,49 @@ def test_it_ends_as_soon_as_too_much_is_bad(
         "the first in a.jsonl at 0"
         in run(source, tmp_path / "b.jsonl", "--out", tmp_path / "out", *flags).error
     )
+
+
+def test_a_split_far_from_what_was_requested_is_said(tmp_path: Path) -> None:
+    large = text_of("train") + " and so on" * 500
+    documents = [large, *(f"{i} {text_of('val')}" for i in range(40)), text_of("val")]
+    write_jsonl(tmp_path / "a.jsonl", documents)
+    outcome = run(tmp_path / "a.jsonl", "--out", tmp_path / "out")
+    (note,) = [line for line in outcome.out.splitlines() if line.startswith("note")]
+    assert "of the tokens are validation text, not 10%: whole documents are drawn" in note
+    assert "(42 documents): cut long ones, or give --val-source" in note
+    (tmp_path / "long.txt").write_text("word " * 300 + "\n" + "word " * 700)
+    outcome = run(tmp_path / "long.txt", "--out", tmp_path / "long", "--val-fraction", 0.9)
+    assert "validation text, not 90%" in outcome.out
+    (tmp_path / "last.txt").write_text("word " * 800 + "\n" + "word " * 150 + "\nword\n")
+    outcome = run(tmp_path / "last.txt", "--out", tmp_path / "last")
+    assert "not 10%: it is cut at the end of a line, and some lines are long" in outcome.out
+    many = [f"document {i}" for i in range(3000)]
+    write_jsonl(tmp_path / "many.jsonl", many)
+    assert "\nnote" not in run(tmp_path / "many.jsonl", "--out", tmp_path / "many").out
+
+
+def test_one_book_and_what_lies_beside_it(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("a line\n" * 1000)
+    outcome = run(book, "--out", tmp_path / "out")
+    assert "2 written + 0 empty + 0 quarantined (the two parts of a text count" in outcome.out
+    assert "900 documents" not in outcome.out and "1 document, 1 shard\n" in outcome.out
+    for number in range(3):
+        (tmp_path / "more").mkdir(exist_ok=True)
+        (tmp_path / "more" / f"{number}.txt").write_text(f"{number} " * 100)
+        (tmp_path / "more" / f"{number}.png").write_bytes(b"\0")
+    (tmp_path / "more" / "notes.pdf").write_bytes(b"%PDF")
+    command = (tmp_path / "more", "--val-source", book)
+    for options in (["--plan"], []):
+        outcome = run(*command, "--out", tmp_path / "more-out", *options)
+        assert "other      3 .png, 1 .pdf: no text" in outcome.out
+    (tmp_path / "more" / "new.png").write_bytes(b"\0")  # no text: the dataset stays what it is
+    assert "nothing to do" in run(*command, "--out", tmp_path / "more-out").out
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_text_in_another_encoding_is_named(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("naïve café\n".encode(encoding) * 100)
+    error = run(tmp_path / "a.txt", "--out", tmp_path / "out").error
+    assert f"text in {encoding.title().replace('Utf', 'UTF')}" in error
+    assert "iconv -f" in error

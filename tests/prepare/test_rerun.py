@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -93,7 +94,17 @@ def test_finished_units_are_not_done_again(
         run(corpus, "--out", tmp_path / "out")
     first = (tmp_path / "out/train_00000.npy").stat().st_mtime_ns
     outcome = run(corpus, "--out", tmp_path / "out")
-    assert "Resuming: 1 of 3 units are finished." in outcome.out
+    assert "Resuming: 1 of 3 units finished." in outcome.out
     assert (tmp_path / "out/train_00000.npy").stat().st_mtime_ns == first
     assert contents(tmp_path / "out") == contents(whole)
     assert len(json.loads((whole / "manifest.json").read_bytes())["sources"]) == 3
+
+
+def test_another_fraction_is_refused_with_both(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", texts(60))
+    out = make(tmp_path / "out", tmp_path / "a.jsonl")
+    error = run(tmp_path / "a.jsonl", "--out", out, "--val-fraction", 0.2).error
+    assert "found other val_fraction (0.2 instead of 0.1): repeat them" in error
+    shutil.rmtree(out / ".prepare")
+    error = run(tmp_path / "a.jsonl", "--out", out, "--val-fraction", 0.2).error
+    assert "'val_fraction': 0.1" in error and "'val_fraction': 0.2" in error

@@ -217,7 +217,7 @@ def test_every_document_is_shown(folder: Path, answer: Answer) -> None:
             header, _, shown = out.partition("\n")
             assert (code, err, shown) == (0, "", text + "\n")
             name = f"{split}_{shard:05d}"
-            assert f"{split} document {number}: texts/{name}, row {row}; {name}.npy" in header
+            assert f"{split} document {number}: texts/{name}, byte {row}; {name}.npy" in header
             assert f"{len(gpt2.encode(text)) + 1:,} tokens" in header
 
 
@@ -235,9 +235,9 @@ def test_a_document_over_several_shards_is_joined(tmp_path: Path, answer: Answer
         "short\n",
         "short\n",
     ]
-    assert "long.txt, row 0; train_00000.npy from token 2 on over 3 shards, 10 tokens" in shown[1]
-    assert "b.txt, row 7; train_00002.npy from token 1, 2 tokens" in shown[2]
-    assert "c.jsonl, row 0; train_00003.npy from token 0, 2 tokens" in shown[3]
+    assert "long.txt, byte 0; train_00000.npy from token 2 on over 3 shards, 10 tokens" in shown[1]
+    assert "b.txt, byte 7; train_00002.npy from token 1, 2 tokens" in shown[2]
+    assert "c.jsonl, byte 0; train_00003.npy from token 0, 2 tokens" in shown[3]
 
 
 @pytest.mark.parametrize("number", [-1, 2, 10**20])
@@ -302,7 +302,7 @@ def test_the_shard_that_is_wrong_is_named(tmp_path: Path, answer: Answer, name: 
     assert any("train_00001" in line and words in line for line in wrong), out
     assert not any("00002" in line or "val" in line for line in wrong)
     count = 2 if name == "another index" else 1
-    assert f"{count} of 4 shards are wrong; restore them, or prepare again" in out
+    assert f"{count} of 4 shards are wrong; restore, or prepare again" in out
 
 
 def test_every_wrong_shard_is_named_once(tmp_path: Path, answer: Answer) -> None:

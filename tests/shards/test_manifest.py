@@ -86,6 +86,9 @@ def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
         Manifest.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="found no such folder"):
         Manifest.load(tmp_path / "data")
+    (tmp_path / "books.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"found the file .*, by `make data INPUT=\S+txt`"):
+        Manifest.load(tmp_path / "books.txt")
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"format": 1', "\ufffd", "[]", "null", "3", '"x"'])
