@@ -80,7 +80,7 @@ train-small: $(VENV)/core ## train GPTConfigSmall: DATA=data/NAME RUN=log/NAME (
 
 train-gpu4: $(VENV)/core ## train GPT-2 124M on four GPUs: NPROC=n, DEVICE=cpu, DATA=, RUN=
 	@$(RUN_PYTHON) -m mygpt.distributed --device $(DEVICE) -- $(NPROC)
-	$(VENV)/bin/torchrun --standalone --nproc_per_node=$(NPROC) train.py gpt2 $(data_flag) \
+	$(RUN_PYTHON) -m mygpt.launch --standalone --nproc_per_node=$(NPROC) train.py gpt2 $(data_flag) \
 	  --log-dir $(call quoted,$(or $(RUN),log/gpt2)) --device $(DEVICE) $(ARGS)
 
 eval: $(VENV)/core ## evaluate and sample from the newest checkpoint: RUN=log/NAME (ARGS=... more flags)

@@ -9,10 +9,11 @@ resumes the run in --log-dir. Exit codes:
 
     0   finished, or stopped by --stop-at
     2   invalid input, full disk or diverged training: one line says which, and what to do
-    75  stopped at a checkpoint by SIGINT, SIGTERM, SIGUSR1 or --max-time: run the command again
+    75  stopped at a checkpoint by SIGTERM, SIGUSR1 or --max-time: run the command again
+    130 likewise, by Ctrl-C (SIGINT)
     1   other ranks were lost: see their output
 
-Under torchrun every code but 0 becomes 1.
+Under torchrun every code but 0 becomes 1, under `python -m mygpt.launch` they stay.
 
 Shapes: B sequences of a micro-batch, T block size.
 """
@@ -61,7 +62,7 @@ from mygpt.optim import learning_rate
 from mygpt.run_config import RunRecord
 from mygpt.settings import TrainConfig
 from mygpt.spikes import fp16_overflow
-from mygpt.stopping import EXIT_STOPPED, Stop, Stopped
+from mygpt.stopping import Stop, Stopped
 from mygpt.time_budget import BudgetClock
 from mygpt.train_state import (
     TrainState,
@@ -114,7 +115,7 @@ def train(
         record = autotune.resolve(record, dataset, ranks, log, stop, clock, train_step, validate)
     except Stopped as stopped:
         log.write(f"stopped by {stopped} before the first step: the same command starts again")
-        return EXIT_STOPPED
+        return stop.exit_code
     newest, faults = checkpoint.agree_on_newest(run_dir, ranks)
     log.write(*(f"skipped a damaged checkpoint: {fault}" for fault in faults))
     max_steps = record.config.max_steps
@@ -136,7 +137,7 @@ def train(
         clock.store(state)
         step = f"step {state.step} of {state.config.max_steps}"
         log.write(f"stopped by {stopped} at {step}: the same command resumes")
-        return EXIT_STOPPED
+        return stop.exit_code
     if ranks.is_main:
         log.write(*describe_end(state))
     return 0

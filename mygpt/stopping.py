@@ -4,6 +4,7 @@ SIGINT, SIGTERM and SIGUSR1 only set a flag. `Stop.requested` is called before e
 between the batches of a validation, equally often on all ranks, and returns the same on all.
 """
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 from mygpt.distributed import DistributedContext, LaggedMax
+from shards.cli import EXIT_INTERRUPTED
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: nothing is wrong, run the same command again
+ANSWER = "stopping at a checkpoint once this micro-step is done; again to end at once"
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows lacks the last one
 REPEATED_AFTER = 1.0  # seconds after which the same signal again is another request
 # Ranks exchange the number of a signal, 0 for no request, or this: no number in SIGNALS is lower.
@@ -20,15 +23,20 @@ _MAX_TIME = 1
 
 
 class Interrupt:
-    """Flag set by signals: `seen` is the number of the first one inside `watch`, 0 before."""
+    """Flag set by signals: `seen` is the number of the first one inside `watch`, 0 before.
 
-    def __init__(self) -> None:
-        self.seen = 0
+    `answer` is written to stderr at once after the signal's name: it may take long to be obeyed.
+    """
+
+    def __init__(self, answer: str = "") -> None:
+        self.seen, self._answer = 0, answer
         self._first_times: dict[int, float] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         first = self._first_times.setdefault(number, now)
+        if self._answer and not self.seen:  # not print: another one may have been interrupted
+            os.write(2, f"\n{signal.Signals(number).name}: {self._answer}\n".encode())
         self.seen = self.seen or number
         if now - first > REPEATED_AFTER:
             # A repeated signal ends the process at once. Not within a second: torchrun forwards
@@ -62,7 +70,7 @@ class Stop:
     def __init__(self, ranks: DistributedContext, max_seconds: float = 0, since: float = 0) -> None:
         self._ranks = ranks
         self._deadline = since + max_seconds if max_seconds else None
-        self._interrupt = Interrupt()
+        self._interrupt = Interrupt(ANSWER if ranks.is_main else "")
         self._agreed = 0
         self._lagged = LaggedMax()
 
@@ -91,6 +99,11 @@ class Stop:
     def reason(self) -> str:
         """The cause, once `requested` is true: "--max-time" or the name of a signal."""
         return "--max-time" if self._agreed == _MAX_TIME else signal.Signals(self._agreed).name
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code that says so: of Ctrl-C the one that ends a shell's loop, else 75."""
+        return EXIT_INTERRUPTED if self._agreed == signal.SIGINT else EXIT_STOPPED
 
     @contextmanager
     def watch(self) -> Iterator["Stop"]:

@@ -38,6 +38,7 @@ HIDDEN_FLAGS = {"--tyro-print-completion"}  # of every command whose flags come 
 COMMANDS = (
     *("train.py", "eval.py", "prepare", "shards", "mygpt.hub", "mygpt.report"),
     *("mygpt.play", "mygpt.doctor", "mygpt.doctor.verify_resume", "mygpt.distributed"),
+    "mygpt.launch",
 )
 # Commands that hand flags they don't know themselves to train.py.
 TRAINING = ("mygpt.doctor.verify_resume", "docs/recipes/train.sbatch")
@@ -397,9 +398,11 @@ def without_text(text: str) -> Iterator[str]:
 
 
 def test_every_flag_has_a_text() -> None:
-    assert {name: list(without_text(text)) for name, text in help_texts().items()} == {
-        name: [] for name in COMMANDS
-    }
+    texts = {name: text for name, text in help_texts().items() if name != "mygpt.launch"}
+    assert "torchrun" in help_texts()["mygpt.launch"]  # whose help is not ours
+    assert not [
+        (name, *without_text(text)) for name, text in texts.items() if [*without_text(text)]
+    ]
 
 
 def test_a_flag_without_a_text_would_be_seen() -> None:

@@ -18,14 +18,22 @@ ALONE = DistributedContext(0, 0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_asks_to_stop_and_says_so(number: signal.Signals) -> None:
+def test_a_signal_asks_to_stop_and_says_so(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
     with Stop(ALONE).watch() as stop:
         assert not stop.requested()
         stop.check()
         signal.raise_signal(number)
+        # Before anybody has looked at the flag, which may take a micro-step.
+        told = capfd.readouterr().err
+        assert told == f"\n{number.name}: {stopping.ANSWER}\n"
+        signal.raise_signal(number)
+        assert not capfd.readouterr().err
         assert stop.requested()
         with pytest.raises(Stopped, match=number.name):
             stop.check()
+        assert stop.exit_code == (130 if number == signal.SIGINT else 75)
 
 
 def test_max_time_counts_from_the_start_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
