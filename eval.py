@@ -17,6 +17,9 @@ eval.json and eval.md in the run's folder; docs/EVALUATION.md explains each.
 
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from io import TextIOWrapper
 from pathlib import Path
@@ -104,12 +107,13 @@ from mygpt.eval.completion import Completer, continuations, converse
 from mygpt.eval.documents import DocumentWindows, Losses, evaluate_documents
 from mygpt.eval.multiple_choice import Question
 from mygpt.eval.quantize import with_weights
+from mygpt.eval.retokenize import retokenize
 from mygpt.eval.target import Target
 from mygpt.generate import Sampling, trailing_space_note
 from mygpt.model import GPT
 from shards.files import atomic_file, write_json
 from shards.mixture import Mixture
-from shards.tokenizer import Tokenizer, open_tokenizer
+from shards.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class Inputs:
     reference: Target | None
     data: Mixture | None  # None with --no-loss
     tokenizer: Tokenizer | None  # None if no text is read or generated
+    other_tokenizer: Tokenizer | None  # the reference's, if it is another than the dataset's
     questions: dict[str, list[Question]]  # by the name of their file
     prompts: list[str]
     sampling: Sampling
@@ -143,6 +148,8 @@ def open_inputs(config: EvalConfig) -> Inputs:
     """Open all inputs; FileNotFoundError or ValueError if one is missing or they don't fit."""
     own = target.find(config.target, config.best)
     data = own.open_data(config.data) if config.loss and not config.interactive else None
+    if data:
+        own.check_vocabulary(data)
     questions = {path.stem: multiple_choice.read(path) for path in config.choices}
     if len(questions) < len(config.choices) or (config.hellaswag and "hellaswag" in questions):
         raise ValueError("expected files of different names with --choices: rename one of them")
@@ -153,11 +160,13 @@ def open_inputs(config: EvalConfig) -> Inputs:
         prompts.append(read_prompt(config.prompt_file))
     tokenizer = None
     if questions or config.num_samples or config.interactive:
-        tokenizer = open_tokenizer(data.tokenizer) if data else own.tokenizer(config.data)
+        tokenizer = own.tokenizer(config.data, data)
+    reference = target.find(config.reference) if config.reference else None
     return Inputs(
         config=config,
         target=own,
-        reference=target.find(config.reference) if config.reference else None,
+        reference=reference,
+        other_tokenizer=find_other_tokenizer(reference, data, tokenizer),
         data=data,
         tokenizer=tokenizer,
         questions=questions,
@@ -167,6 +176,18 @@ def open_inputs(config: EvalConfig) -> Inputs:
         ),
         document=config.out or (own.run and own.run / "eval.md"),
     )
+
+
+def find_other_tokenizer(
+    reference: Target | None, data: Mixture | None, tokenizer: Tokenizer | None
+) -> Tokenizer | None:
+    """Return the reference's tokenizer if it is another than the model's."""
+    if reference is None:
+        return None
+    if data:
+        return reference.other_tokenizer(data)
+    found = reference.tokenizer()
+    return found if tokenizer and found.identity != tokenizer.identity else None
 
 
 def read_prompt(path: Path) -> str:
@@ -179,7 +200,7 @@ def read_prompt(path: Path) -> str:
 
 def evaluate(inputs: Inputs, ranks: DistributedContext) -> None:
     """Measure on all ranks; on the main rank print, sample and write the files."""
-    data, reference = inputs.data, inputs.reference
+    data, reference, other_tokenizer = inputs.data, inputs.reference, inputs.other_tokenizer
     n_vocab = data.tokenizer.n_vocab if data else 0
     model = inputs.target.load(ranks.device, n_vocab, inputs.config.block_size)
     block_size = inputs.config.block_size or model.config.block_size
@@ -193,43 +214,64 @@ def evaluate(inputs: Inputs, ranks: DistributedContext) -> None:
     other_losses = None
     if reference is not None:
         model.cpu()  # a GPU may have no memory for two models
-        other = reference.load(ranks.device, n_vocab, block_size)
-        other_losses, results = measure(other, block_size, windows, inputs, ranks)
+        other_vocab = other_tokenizer.n_vocab if other_tokenizer else n_vocab
+        other = reference.load(ranks.device, other_vocab, block_size)
+        with other_windows(inputs, windows) as theirs:
+            tokenizer = other_tokenizer or inputs.tokenizer
+            other_losses, results = measure(other, block_size, theirs, tokenizer, inputs, ranks)
         report["reference"] = reference.identity(other) | results
+        if other_tokenizer:
+            report["reference"]["tokenizer"] = other_tokenizer.name
         del other
         model.to(ranks.device)
-    losses, results = measure(model, block_size, windows, inputs, ranks)
+    losses, results = measure(model, block_size, windows, inputs.tokenizer, inputs, ranks)
     if ranks.is_main:
         report |= results
-        if losses and other_losses:
-            report["reference"] |= metrics.compared(losses, other_losses)
+        if losses and other_losses and windows:
+            in_bits = metrics.compared_in_bits(losses, other_losses, windows.text_bytes)
+            in_nats = {} if other_tokenizer else metrics.compared(losses, other_losses)
+            report["reference"] |= in_bits | in_nats
         if losses and windows and data:
             report |= metrics.of_split(losses, windows, data)
         publish(report, model, inputs)
+
+
+@contextmanager
+def other_windows(
+    inputs: Inputs, windows: DocumentWindows | None
+) -> Iterator[DocumentWindows | None]:
+    """Yield windows over the same documents in the vocabulary of the reference."""
+    if not (windows and inputs.data and inputs.other_tokenizer):
+        yield windows
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        manifests = retokenize(inputs.data.manifests, "val", inputs.other_tokenizer, Path(folder))
+        yield DocumentWindows(manifests, "val", windows.block_size)
 
 
 def measure(
     model: GPT,
     block_size: int,
     windows: DocumentWindows | None,
+    tokenizer: Tokenizer | None,
     inputs: Inputs,
     ranks: DistributedContext,
 ) -> tuple[Losses | None, dict[str, Any]]:
     """Evaluate the windows and the questions: the losses, and the results as in eval.json.
 
-    The same on all ranks.
+    The same on all ranks. `tokenizer` is the model's, if there are questions.
     """
     losses, results, answers, progress = None, {}, {}, sys.stderr.isatty()
     if windows is not None:
         losses = evaluate_documents(model, windows, ranks, inputs.config.batch_size, progress)
         results = metrics.of_documents(losses, windows.text_bytes)
     for name, questions in inputs.questions.items():
-        assert inputs.tokenizer is not None, "opened if there are questions"
+        assert tokenizer is not None, "opened if there are questions"
         items = inputs.document and multiple_choice.items_file(
             inputs.document, name, model, questions, block_size, ranks.device
         )
         answers[name] = multiple_choice.answer(
-            model, questions, inputs.tokenizer, ranks, block_size, items, progress
+            model, questions, tokenizer, ranks, block_size, items, progress
         )
     return losses, results | {"choices": metrics.of_answers(answers)}
 

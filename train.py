@@ -71,7 +71,6 @@ from mygpt.train_state import (
     save_checkpoint,
 )
 from shards import checks
-from shards.files import write_json
 from shards.mixture import Mixture
 from shards.tokenizer import Tokenizer, open_tokenizer
 
@@ -110,7 +109,9 @@ def train(
     """Train from the newest checkpoint, or from the initial weights, to the last step."""
     run_config.check_ranks_agree(record, ranks)
     run_dir, log = record.config.log_dir, RunLog(record.config.log_dir, enabled=ranks.is_main)
-    tokenizer = open_tokenizer(dataset.tokenizer) if record.config.sample_interval else None
+    tokenizer = None
+    if record.config.sample_interval:
+        tokenizer = open_tokenizer(dataset.tokenizer, *dataset.locations)
     try:
         record = autotune.resolve(record, dataset, ranks, log, stop, clock, train_step, validate)
     except Stopped as stopped:
@@ -324,7 +325,7 @@ def resume_or_init(
     config, is_main = state.config, state.ranks.is_main
     if is_main:
         checkpoint.set_aside(config.log_dir, after=newest)  # damaged: their steps are trained again
-        write_json(config.log_dir / "config.json", state.record.to_dict())
+        run_config.write(state.record, dataset)
         checkpoint.prune(config.log_dir, config.keep, config.keep_every)
     state.ranks.barrier()
     if newest >= 0:

@@ -32,6 +32,7 @@ from mygpt.distributed import DistributedContext
 from shards import stored_json
 from shards.cli import script
 from shards.files import atomic_file, atomic_folder, lock, sync_folder
+from shards.vocabulary import TOKENIZER_NAME
 
 FORMAT, VERSION = "mygpt-checkpoint", 2
 OTHER = "restore it, or use another checkpoint"
@@ -188,6 +189,8 @@ def save(
                 name: _save_tensors(temporary / name, tensors)
                 for name, tensors in ((MODEL, weights), (OPTIMIZER, optimizer))
             }
+            if (run_dir / TOKENIZER_NAME).is_file():  # the model can't be used without it
+                shutil.copyfile(run_dir / TOKENIZER_NAME, temporary / TOKENIZER_NAME)
             (temporary / "state.json").write_bytes(_state_bytes(record))
     except (OSError, SafetensorError) as error:
         raise OSError(

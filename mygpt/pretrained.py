@@ -16,6 +16,8 @@ from torch import Tensor
 from mygpt.config import GPTConfig
 from mygpt.model import GPT
 from shards import stored_json
+from shards.tokenizer import Tokenizer, tokenizer_beside
+from shards.vocabulary import TOKENIZER_NAME
 
 # Settings that change the function computed, with the values that are ours. The first of them is
 # what a config.json without the key means.
@@ -92,13 +94,22 @@ def read_config(folder: Path, block_size: int | None = None, dropout: float = 0.
     return replace(config, block_size=block_size or positions)
 
 
+def read_tokenizer(name_or_folder: str | Path) -> Tokenizer | None:
+    """Return the tokenizer of such a model; None if there is no `tokenizer.json` beside it.
+
+    Raises FileNotFoundError as `from_pretrained`, and ValueError for one of another kind.
+    """
+    folder = _folder(name_or_folder)
+    return tokenizer_beside(folder) if (folder / TOKENIZER_NAME).is_file() else None
+
+
 def _folder(name_or_folder: str | Path) -> Path:
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)
     from huggingface_hub import snapshot_download  # half a second that a folder does not cost
 
     try:
-        files = ["config.json", "model*.safetensors"]
+        files = ["config.json", "model*.safetensors", TOKENIZER_NAME]
         return Path(snapshot_download(str(name_or_folder), allow_patterns=files))
     except (OSError, ValueError) as error:  # no network, no such model, or not a valid name
         reason = str(error).strip().split("\n")[0]

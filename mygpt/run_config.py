@@ -21,7 +21,7 @@ from mygpt import checkpoint
 from mygpt.config import GPTConfig
 from mygpt.log import end_torn_line
 from mygpt.optim import Horizon
-from mygpt.pretrained import from_pretrained
+from mygpt.pretrained import from_pretrained, read_tokenizer
 from mygpt.settings import (
     LENGTHS,
     RETIRED,
@@ -32,7 +32,10 @@ from mygpt.settings import (
     shallow,
 )
 from shards import stored_json
+from shards.files import atomic_file, write_json
 from shards.mixture import Mixture
+from shards.tokenizer import GPT2, read_stored
+from shards.vocabulary import TOKENIZER_NAME
 
 if TYPE_CHECKING:
     from mygpt.distributed import DistributedContext
@@ -153,6 +156,9 @@ def start_or_resume(requested: TrainConfig) -> tuple[RunRecord, Mixture]:
         dataset = Mixture.load(config.data)
     if config.init_from and not stored:
         config = replace(config, model=_pretrained_shape(config))
+        _check_vocabulary(config.init_from, dataset)
+    elif config.model.vocab_size == GPTConfig.vocab_size and not stored:  # not given
+        config = replace(config, model=replace(config.model, vocab_size=dataset.tokenizer.n_vocab))
     if dataset.tokenizer.n_vocab > config.model.vocab_size:
         raise ValueError(
             f"expected a vocabulary of at most {config.model.vocab_size}, the model's, found "
@@ -177,6 +183,27 @@ def _pretrained_shape(config: TrainConfig) -> GPTConfig:
     return replace(shape, block_size=min(shape.block_size, config.model.block_size))
 
 
+def _check_vocabulary(init_from: str, dataset: Mixture) -> None:
+    """Raise ValueError if --init-from's model has its tokenizer beside it, and it is another."""
+    found = read_tokenizer(init_from)
+    if found and found.identity != dataset.tokenizer:
+        raise ValueError(
+            f"expected a dataset in the vocabulary of {init_from}, {found.name}, found "
+            f"{dataset.tokenizer.name} {dataset.tokenizer.hash[:12]}: prepare the text with "
+            f"--tokenizer {init_from if found.name != GPT2 else GPT2}"
+        )
+
+
+def write(record: RunRecord, dataset: Mixture) -> None:
+    """Write the record as `config.json`, and beside it the vocabulary, unless it is GPT-2's."""
+    run_dir = record.config.log_dir
+    content = read_stored(dataset.manifests[0].location)
+    if content is not None and dataset.tokenizer.name != GPT2:
+        with atomic_file(run_dir / TOKENIZER_NAME) as file:
+            file.write(content)
+    write_json(run_dir / "config.json", record.to_dict())
+
+
 def _advance_generation(record: RunRecord, dataset: Mixture) -> tuple[RunRecord, Mixture]:
     """Move the record to the newest generation of every dataset, if any has grown."""
     latest = Mixture.load(record.config.data)
@@ -196,6 +223,9 @@ def resume(stored: TrainConfig, requested: TrainConfig) -> TrainConfig:
     if requested.init_from:  # the shape came from there and is not repeated on the command line
         block_size = min(requested.model.block_size, stored.model.block_size)
         shape = replace(stored.model, block_size=block_size, dropout=requested.model.dropout)
+        requested = replace(requested, model=shape)
+    if requested.model.vocab_size == GPTConfig.vocab_size:  # not given
+        shape = replace(requested.model, vocab_size=stored.model.vocab_size)
         requested = replace(requested, model=shape)
     values = _flat(requested)
     for name, value in _flat(stored).items():

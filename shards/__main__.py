@@ -19,7 +19,7 @@ from typing import Annotated, get_args
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from shards.checks import verify
+from shards.checks import tokenizer_faults, verify
 from shards.commands.explain import Explain
 from shards.commands.inspect import Info, Show
 from shards.commands.interop import Export, Import, progress, total_tokens
@@ -45,9 +45,13 @@ class Verify:
                     bar.write(f"wrong: {fault}")
                 shards, wrong = shards + 1, wrong + bool(faults)
                 bar.update(shard.tokens)
+        others = tokenizer_faults(manifest)
+        for fault in others:
+            print(f"wrong: {fault}")
         if wrong:
             verb = "are" if shards > 1 else "is"
             print(f"{wrong} of {counted(shards, 'shard')} {verb} wrong; restore, or prepare again")
+        if wrong or others:
             return EXIT_WRONG
         which = f"all {shards:,} shards are" if shards > 1 else "the shard is"
         print(f"{which} what the manifest says: {manifest.fingerprint}")

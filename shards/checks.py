@@ -16,10 +16,26 @@ import numpy as np
 from shards import remote
 from shards.manifest import DTYPE, Manifest, Shard, Split
 from shards.reader import REMEDY, open_file, open_tokens, parse_index, read_header
+from shards.tokenizer import BPE, P50K, open_tokenizer, read_stored
+from shards.vocabulary import TOKENIZER_NAME
 
 BLOCK_BYTES = 1 << 22
 # Between two shards of a background check: the batches come first.
 PAUSE_SECONDS = 0.001
+
+
+def tokenizer_faults(manifest: Manifest) -> list[str]:
+    """Return the faults of `tokenizer.json`, which is there unless the vocabulary is GPT-2's."""
+    if not manifest.tokenizer.name.startswith((P50K, BPE)):
+        return []
+    try:
+        tokenizer = open_tokenizer(manifest.tokenizer, manifest.location)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    if read_stored(manifest.location) != tokenizer.to_json():
+        path = manifest.location_of(TOKENIZER_NAME)
+        return [f"expected {path} as prepare wrote it, found another: {REMEDY}"]
+    return []
 
 
 def verify(manifest: Manifest) -> Iterator[tuple[Shard, list[str]]]:

@@ -157,6 +157,11 @@ class Mixture:
         return {component.name: manifest.generation for component, manifest in pairs}
 
     @property
+    def locations(self) -> list[str]:
+        """The folders or URIs of the sources."""
+        return [manifest.location for manifest in self.manifests]
+
+    @property
     def tokenizer(self) -> TokenizerIdentity:
         """The tokenizer of all sources."""
         return self.manifests[0].tokenizer

@@ -33,14 +33,13 @@ from shards import remote
 from shards.cuts import SAFE_CUT_BYTES, cut
 from shards.files import write_json
 from shards.manifest import MANIFEST_NAME, Manifest, TokenizerIdentity
-from shards.vocabulary import END_OF_TEXT, TOKENIZER_NAME, Vocabulary, parse
+from shards.vocabulary import END_OF_TEXT, GPT2_HASH, P50K_HASH, TOKENIZER_NAME, Vocabulary, parse
 
-# Names of OpenAI's vocabularies that the 16 bits of an id hold; the hashes are those of their
-# published files. p50k_base is GPT-2's with runs of 2 to 25 spaces after <|endoftext|>.
+# OpenAI's vocabularies that the 16 bits of an id hold. r50k_base is GPT-2's by another name;
+# p50k_base is GPT-2's with runs of 2 to 25 spaces after <|endoftext|>.
 GPT2, R50K, P50K = "gpt2", "r50k_base", "p50k_base"
 P50K_SPACES = range(2, 26)
-GPT2_HASH = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-P50K_HASH = "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069"
+BPE = "bpe-"  # begins the name of any other, which ends in the number of its ids
 # tiktoken builds a Python list of ints, so it gets pieces of about this many characters.
 PIECE = 1 << 20
 # gigatoken gets about this many bytes at a time, and may make the process grow by this much.
@@ -89,6 +88,11 @@ class Tokenizer:
     def vocabulary(self) -> list[bytes]:
         """Return the bytes of each id, in the order of the ids; none for special tokens."""
         return list(self._vocabulary.tokens)
+
+    @property
+    def specials(self) -> dict[str, int]:
+        """The ids of the special tokens, `<|endoftext|>` among them, by name."""
+        return dict(self._vocabulary.specials)
 
     def to_json(self) -> bytes:
         """Return the content of its `tokenizer.json`: the same vocabulary, the same bytes."""
@@ -164,9 +168,9 @@ def load(name: str | Path = GPT2) -> Tokenizer:
     if name == P50K:
         return _load_p50k()
     place = str(name)
-    if (content := _stored(place, MANIFEST_NAME)) is not None:
+    if (content := read_stored(place, MANIFEST_NAME)) is not None:
         return open_tokenizer(Manifest.parse(content, place).tokenizer, place)
-    content = Path(place).read_bytes() if os.path.isfile(place) else _stored(place, TOKENIZER_NAME)
+    content = Path(place).read_bytes() if os.path.isfile(place) else read_stored(place)
     if content is None:
         raise ValueError(
             f"expected the tokenizer {GPT2}, {R50K}, {P50K}, a dataset, or a {TOKENIZER_NAME} or "
@@ -185,7 +189,7 @@ def open_tokenizer(identity: TokenizerIdentity, *places: str | Path) -> Tokenize
     if identity.name == GPT2:
         found = _load_gpt2()
     else:
-        stored = ((place, _stored(str(place), TOKENIZER_NAME)) for place in places)
+        stored = ((place, read_stored(place)) for place in places)
         place, content = next(((p, c) for p, c in stored if c is not None), ("", None))
         if content is None:
             raise FileNotFoundError(
@@ -203,14 +207,18 @@ def open_tokenizer(identity: TokenizerIdentity, *places: str | Path) -> Tokenize
     return found
 
 
-def stored_tokenizer(folder: str | Path) -> Tokenizer:
-    """Return the tokenizer beside a model: that of its `tokenizer.json`, without one GPT-2's."""
-    content = _stored(str(folder), TOKENIZER_NAME)
-    return _load_gpt2() if content is None else from_json(content, str(folder), known=True)
+def tokenizer_beside(folder: str | Path) -> Tokenizer:
+    """Return the tokenizer of a model's folder: that of its `tokenizer.json`, without one GPT-2's.
+
+    Raises ValueError for a file of another kind, VocabularyNotFoundError as `load` does.
+    """
+    content = read_stored(folder)
+    return _load_gpt2() if content is None else from_json(content, str(folder))
 
 
-def _stored(place: str, name: str) -> bytes | None:
+def read_stored(place: str | Path, name: str = TOKENIZER_NAME) -> bytes | None:
     """Return the content of a file in a folder or at a URI, None if it is not there."""
+    place = str(place)
     if remote.is_remote(place):
         try:
             return remote.read(place, name)
@@ -230,7 +238,7 @@ def of_vocabulary(vocabulary: Vocabulary) -> Tokenizer:
     """Return the tokenizer of a vocabulary; it is GPT-2's if it has its ids."""
     if (vocabulary.hash, vocabulary.specials) == (GPT2_HASH, {END_OF_TEXT: 50256}):
         return _load_gpt2()
-    name = P50K if vocabulary.hash == P50K_HASH else f"bpe-{len(vocabulary.tokens)}"
+    name = P50K if vocabulary.hash == P50K_HASH else f"{BPE}{len(vocabulary.tokens)}"
     return _assemble(name, vocabulary, _encoding(vocabulary))
 
 

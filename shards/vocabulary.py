@@ -22,6 +22,9 @@ END_OF_TEXT = "<|endoftext|>"
 MAX_IDS = 1 << 16  # an id is stored in 16 bits
 OTHERS = "take another tokenizer, or train a vocabulary with --vocab-size"
 RESTORE = "restore it"
+# The sha256 of the files of OpenAI's vocabularies.
+GPT2_HASH = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+P50K_HASH = "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069"
 # Tokens are split by GPT-2's pattern, with nothing done to the text before.
 PRE_TOKENIZER = {
     "type": "ByteLevel",
@@ -140,7 +143,7 @@ def parse(content: bytes, name: str, known: bool = False) -> Vocabulary:
     try:
         _check_pipeline(record)
         vocabulary = _vocabulary(record["model"]["vocab"], record.get("added_tokens") or [])
-        if not known:
+        if not known and vocabulary.hash not in (GPT2_HASH, P50K_HASH):
             _check_merges(record["model"]["merges"], vocabulary)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"expected a tokenizer in {name}, found {error!r}: {remedy}") from None

@@ -213,7 +213,7 @@ def test_what_is_missing_is_said(
     assert "expected a run with a checkpoint" in refused(capsys, tmp_path)
     assert "--num-samples must be 0 to 10000" in refused(capsys, run, "--num-samples", "-1")
     assert "--top-p must be above 0" in refused(capsys, run, "--top-p", "0")
-    assert "expected the tokenizer gpt2, found 'random'" in refused(capsys, run)
+    assert "of the tokenizer random as" in refused(capsys, run)
     assert "if it was moved" in refused(capsys, run, "--data", tmp_path)
     assert "no-such-file" in refused(capsys, gpt2_run, "--prompt-file", "no-such-file")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
@@ -508,7 +508,7 @@ def test_samples_of_a_run_need_no_dataset_but_its_tokenizer(
     flags = ("--no-loss", "--max-new-tokens", "3")
     here = report(capsys, gpt2_run, *flags, samples=True)
     assert report(capsys, gpt2_run, *flags, "--data", tmp_path / "gone", samples=True) == here
-    assert "expected the tokenizer gpt2, found 'random'" in refused(capsys, run, *flags)
+    assert "of the tokenizer random as" in refused(capsys, run, *flags)
 
 
 # --- samples

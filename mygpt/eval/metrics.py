@@ -172,6 +172,12 @@ def compared(losses: Losses, other: Losses) -> dict[str, Any]:
     return _estimate("difference", ratio(losses.nats - other.nats, losses.tokens))
 
 
+def compared_in_bits(losses: Losses, other: Losses, text_bytes: np.ndarray) -> dict[str, Any]:
+    """The same in bits per byte, whatever the vocabularies; documents have `text_bytes`, (D,)."""
+    bits = (losses.nats - other.nats) / math.log(2)
+    return _estimate("difference_bits_per_byte", ratio(bits, text_bytes))
+
+
 def of_answers(answers: Mapping[str, Answers]) -> dict[str, Any]:
     """Accuracies by file of questions."""
     return {

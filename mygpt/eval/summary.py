@@ -13,6 +13,10 @@ MAX_GROUPS = 12  # rows per table; eval.json has all of them
 BITS_NOTE = (
     "Bits per byte: all nats, those of <|endoftext|> included, over the UTF-8 bytes of the text."
 )
+VOCABULARY_NOTE = (
+    "The reference has another vocabulary, {}: compare bits per byte only. Nats and perplexities "
+    "are per token of each model's own."
+)
 POSITION_NOTE = "Windows start anywhere in a document: a short context is often the middle of one."
 CHOICE_NOTE = "Normalised: the log-probability of an ending divided by its characters."
 Rows = list[tuple[str, ...]]  # of a table, the header first
@@ -80,8 +84,11 @@ class _Model:
 
 @dataclass(frozen=True, kw_only=True)
 class _Reference(_Model, _Metrics):
-    difference: float | None
+    difference: float | None = None  # absent if the vocabularies differ
     difference_se: float | None = None
+    difference_bits_per_byte: float | None = None  # absent in files of 0.2
+    difference_bits_per_byte_se: float | None = None
+    tokenizer: str = ""  # the reference's, if it is another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +196,10 @@ def _model(identity: Mapping[str, Any]) -> str:
 def tables(report: Mapping[str, Any]) -> Iterator[tuple[Rows, str]]:
     """Yield the tables of a report (an eval.json), losses first, each with the note below it."""
     if "loss" in report:
-        yield _with_note(_losses(report), "documents", BITS_NOTE)
+        note = BITS_NOTE
+        if other := report.get("reference", {}).get("tokenizer"):
+            note = f"{VOCABULARY_NOTE.format(other)} {note}"
+        yield _with_note(_losses(report), "documents", note)
         for key in ("components", "sources"):
             # Sources of one document each, such as source files, say little one by one.
             if any(group["documents"] > 1 for group in report[key]):
@@ -219,8 +229,11 @@ def _losses(report: Mapping[str, Any]) -> Rows:
         nats, bits = _with_error(metrics, "loss"), _with_error(metrics, "bits_per_byte")
         rows.append((name, nats, number(metrics["perplexity"], ",.2f"), bits))
     if reference:
-        difference = _with_error(reference, "difference", "+")
-        rows.append(("this model minus the reference", difference, "", ""))
+        nats, bits = (
+            _with_error(reference, key, "+") if key in reference else ""
+            for key in ("difference", "difference_bits_per_byte")
+        )
+        rows.append(("this model minus the reference", nats, "", bits))
     return rows
 
 

@@ -15,7 +15,7 @@ from mygpt import checkpoint, pretrained, run_config
 from mygpt.model import GPT
 from mygpt.settings import TrainConfig, only_dataset
 from shards.mixture import Mixture
-from shards.tokenizer import Tokenizer, open_tokenizer
+from shards.tokenizer import GPT2, Tokenizer, open_tokenizer, tokenizer_beside
 from shards.tokenizer import load as load_tokenizer
 
 SOURCE = Path(__file__).parents[2]
@@ -57,12 +57,39 @@ class Target:
         generations, fingerprint = self.state["generations"], self.state["fingerprint"]
         return Mixture.load(specs or self.config.data, generations, expect=fingerprint)
 
-    def tokenizer(self, specs: Sequence[str] = ()) -> Tokenizer:
-        """Open the tokenizer of the model's dataset, or the default one if that is not here."""
-        if self.config is not None:
-            with suppress(FileNotFoundError):
-                return open_tokenizer(self.open_data(specs).tokenizer)
-        return load_tokenizer()
+    def tokenizer(self, specs: Sequence[str] = (), data: Mixture | None = None) -> Tokenizer:
+        """Open the tokenizer of `data`, by default the model's dataset.
+
+        If that is not here it is the one beside the model, without one GPT-2's.
+        """
+        if data is None and self.config is None:
+            return pretrained.read_tokenizer(self.name) or load_tokenizer()
+        try:
+            data = data or self.open_data(specs)
+        except FileNotFoundError:
+            return tokenizer_beside(self.name)
+        return open_tokenizer(data.tokenizer, self.name, *data.locations)
+
+    def other_tokenizer(self, data: Mixture) -> Tokenizer | None:
+        """Return the model's tokenizer if it is another than the dataset's, as far as is known."""
+        if self.config is None:
+            found = pretrained.read_tokenizer(self.name)
+            return found if found and found.identity != data.tokenizer else None
+        with suppress(FileNotFoundError):
+            if self.open_data().tokenizer == data.tokenizer:
+                return None
+        found = self.tokenizer()
+        return found if found.identity != data.tokenizer else None
+
+    def check_vocabulary(self, data: Mixture) -> None:
+        """Raise ValueError if the model's tokenizer is known and is not that of the dataset."""
+        if other := self.other_tokenizer(data):
+            given = GPT2 if other.name == GPT2 else self.name
+            raise ValueError(
+                f"expected a dataset in the vocabulary of {self.name}, {other.name}, found "
+                f"{data.tokenizer.name} {data.tokenizer.hash[:12]}: prepare the text with "
+                f"--tokenizer {given}, or give the model as --reference"
+            )
 
     def load(self, device: torch.device, n_vocab: int = 0, block_size: int = 0) -> GPT:
         """Load the model in evaluation mode, float32.

@@ -8,10 +8,9 @@ The folder appears only after transformers has opened it and computed the logits
 computes; the card states the largest difference.
 """
 
-import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,9 @@ from mygpt.pretrained import PREFIX, TRANSPOSED
 from mygpt.report import run_summary
 from shards.cli import script
 from shards.files import atomic_folder
-from shards.tokenizer import END_OF_TEXT, Tokenizer, open_tokenizer
+from shards.tokenizer import Tokenizer, open_tokenizer, tokenizer_beside
 from shards.tokenizer import load as load_tokenizer
+from shards.vocabulary import merges, spelled
 
 # Text that both libraries read: words, code, numbers, other scripts, unusual white space.
 COMPARED_TEXT = """The quick brown fox jumps over the lazy dog. It's 1984, isn't it?
@@ -50,8 +50,11 @@ def export(target: Path, out: Path, best: bool = False, data: Sequence[str] = ()
     about = run_summary.of_checkpoint(folder, data)
     if data and about.dataset is None:
         raise ValueError(f"{about.missing}: give the --data that the model was trained on")
-    known = about.dataset.tokenizer if about.dataset else None
-    tokenizer = open_tokenizer(known) if known else load_tokenizer()
+    if about.dataset:
+        places = about.dataset.locations
+        tokenizer = open_tokenizer(about.dataset.tokenizer, folder, *places)
+    else:
+        tokenizer = tokenizer_beside(folder)
     if about.config.model.vocab_size < tokenizer.n_vocab:
         raise ValueError(
             f"expected at least the {tokenizer.n_vocab} ids of the tokenizer {tokenizer.name}, "
@@ -161,43 +164,16 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
 
     There, as in every GPT-2, `<|endoftext|>` in a text is that token; ours takes it as text.
     """
-    letters = _byte_letters()
-    names = ["".join(letters[byte] for byte in token) for token in tokenizer.vocabulary()]
-    # Without the empty name of <|endoftext|>: of two names of an id the library writes any.
-    vocabulary = {name: i for i, name in enumerate(names) if name} | {END_OF_TEXT: tokenizer.eot}
-    pairs = [
-        ("".join(letters[b] for b in left), "".join(letters[b] for b in right))
-        for left, right in merges(tokenizer.vocabulary())
-    ]
-    theirs = GPT2TokenizerFast(vocab=vocabulary, merges=pairs, model_max_length=block_size)
+    tokens = tokenizer.vocabulary()
+    vocabulary = {spelled(token): i for i, token in enumerate(tokens) if token}
+    pairs = [(spelled(left), spelled(right)) for left, right in merges(tokens)]
+    theirs = GPT2TokenizerFast(
+        vocab=vocabulary | tokenizer.specials, merges=pairs, model_max_length=block_size
+    )
     # By hand first: on a full disk this is an OSError, and the library's a bare Exception.
     text = theirs.backend_tokenizer.to_str(pretty=True)
     (folder / "tokenizer.json").write_text(text, "utf-8")
     theirs.save_pretrained(folder)
-
-
-def merges(vocabulary: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the two tokens that each token but the single bytes is merged from, in order of ids.
-
-    A token's own merge is the last one when its bytes are encoded, so encoding them with the
-    tokens before it leaves exactly the two parts.
-    """
-    ranks = {token: rank for rank, token in enumerate(vocabulary)}
-    for rank, token in enumerate(vocabulary):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-            i = pairs.index(min(pairs))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            yield parts[0], parts[1]
-
-
-def _byte_letters() -> list[str]:
-    """The character that stands for each byte in GPT-2's files: itself if it is printable."""
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
 
 
 def compare(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> str:

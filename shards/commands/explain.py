@@ -144,7 +144,7 @@ def rows_of(run_dir: Path, step: int, row: int | None, data: Sequence[str]) -> I
     if row is not None and not 0 <= row < rows:
         raise ValueError(f"expected --row from 0 to {rows - 1}, found {row}")
     mixture = _open_data(record, step, list(data or config.data))
-    tokenizer = open_tokenizer(mixture.tokenizer)
+    tokenizer = open_tokenizer(mixture.tokenizer, run_dir, *mixture.locations)
     stream = MixedStream(mixture, "train", block_size, config.seed, config.shuffle_shards)
     chosen = np.arange(rows) if row is None else np.array([row])
     windows = zip(chosen, *stream.locate((step - 1) * rows + chosen), strict=True)

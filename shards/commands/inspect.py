@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from shards.cli import counted, printable, printable_text
 from shards.files import atomic_file
-from shards.manifest import Manifest, TokenizerIdentity
+from shards.manifest import Manifest
 from shards.reader import evenly_spaced, open_tokens, position, read_index
 from shards.tokenizer import open_tokenizer
 
@@ -75,7 +75,7 @@ class Document:
     and its first token there; `shards` is the number of shards that it spans.
     """
 
-    tokenizer: TokenizerIdentity
+    manifest: Manifest
     ids: np.ndarray
     source: str
     row: int
@@ -85,7 +85,8 @@ class Document:
 
     def text(self) -> str:
         """Return the decoded document, without its `<|endoftext|>`."""
-        return open_tokenizer(self.tokenizer).decode(self.ids[self.ids != self.tokenizer.eot])
+        tokenizer = open_tokenizer(self.manifest.tokenizer, self.manifest.location)
+        return tokenizer.decode(self.ids[self.ids != tokenizer.eot])
 
 
 def find_document(manifest: Manifest, split: str, number: int) -> Document:
@@ -117,7 +118,7 @@ def find_document(manifest: Manifest, split: str, number: int) -> Document:
         if starts.size:
             break
     return Document(
-        tokenizer=manifest.tokenizer,
+        manifest=manifest,
         ids=np.concatenate(parts),
         source=manifest.sources[origin["source"]].name,
         row=origin["row"],

@@ -17,6 +17,7 @@ from mygpt.generate import Sampling, generate
 from mygpt.model import GPT
 from shards.cli import printable_text
 from shards.tokenizer import Tokenizer, load
+from shards.vocabulary import END_OF_TEXT, Vocabulary
 from tests.mygpt.support import decided
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -32,7 +33,8 @@ GREEDY = Sampling(temperature=0, max_new_tokens=9)
 def bytes_tokenizer(eot: int) -> Tokenizer:
     """A tokenizer of single bytes."""
     encoding = tiktoken.Encoding("bytes", pat_str=".", mergeable_ranks=RANKS, special_tokens={})
-    return Tokenizer("bytes", 256, eot, "", _reference=encoding)
+    vocabulary = Vocabulary((*RANKS, b"", b""), {END_OF_TEXT: eot})
+    return Tokenizer("bytes", 256, eot, "", vocabulary, _reference=encoding)
 
 
 @pytest.fixture(scope="module")
