@@ -31,7 +31,7 @@ STAGES = (
     Stage("text", "bench.gpu.text:prepare", beside="all"),
     Stage("warm", "bench.gpu.speed:warm", beside="smoke"),
     Stage("smoke", "bench.gpu.smoke:run", seconds=65, least=30),
-    Stage("micro", "bench.gpu.micro:run", seconds=30, least=15),
+    Stage("micro", "bench.gpu.micro:run", seconds=45, least=15),
     Stage("train", "bench.gpu.speed:train", seconds=150, least=60),
     Stage("profile", "bench.gpu.speed:profile", seconds=30, least=20),
     Stage("generate", "bench.gpu.speed:generate", seconds=40, least=20),

@@ -127,7 +127,7 @@ def attention(setting: Setting) -> Figures:
 
 
 def losses(setting: Setting) -> Figures:
-    """The loss and its gradients for one chunk, in all forms, and kernels over its logits alone."""
+    """The loss of one chunk and its gradients: ours and torch's, compiled and not."""
     c, device = setting.config.model, torch.device(setting.device)
     rows = chunk_rows(device.type)
     x, weight = random(setting, rows, c.n_embed).float(), random(setting, c.vocab_size, c.n_embed)
@@ -142,10 +142,6 @@ def losses(setting: Setting) -> Figures:
     for name, mean in means.items():
         step = partial(_loss_step, mean, x, weight, targets)
         yield f"loss and gradients of {rows} tokens, {name}", seconds_of(step), flop
-    logits = random(setting, rows, c.vocab_size + -c.vocab_size % 128)
-    for kernel in (masked_gradients, padded_gradients, exp2_gradients):
-        call = torch.compile(kernel, dynamic=False) if setting.on_gpu else kernel
-        yield kernel.__name__, seconds_of(partial(call, logits, targets, c.vocab_size)), 0
 
 
 def _torch_mean(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -156,29 +152,3 @@ def _loss_step(mean: Callable[..., Tensor], x: Tensor, weight: Tensor, targets: 
     with autocast(x.device):
         value = mean(x, weight, targets)
     torch.autograd.grad(value, (x, weight))
-
-
-def masked_gradients(logits: Tensor, targets: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """Gradient (R, W) and losses (R,) of logits (R, W), padded columns masked in the kernel."""
-    padding = torch.arange(logits.size(1), device=logits.device) >= vocab
-    return padded_gradients(logits.masked_fill(padding, -math.inf), targets, vocab)
-
-
-def padded_gradients(logits: Tensor, targets: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """The same for logits whose padded columns hold minus infinity, or nothing."""
-    wide = logits.float()
-    normalizer = wide.logsumexp(1, keepdim=True)
-    hit = torch.arange(wide.size(1), device=wide.device) == targets[:, None]
-    loss = (normalizer - wide.gather(1, targets[:, None])).squeeze(1)
-    return ((wide - normalizer).exp() - hit.float()).to(logits.dtype), loss
-
-
-def exp2_gradients(logits: Tensor, targets: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """As `padded_gradients`, by powers of two and with 32-bit column numbers."""
-    wide, to_bits = logits.float(), math.log2(math.e)
-    largest = wide.amax(1, keepdim=True) * to_bits
-    normalizer = largest + torch.exp2(wide * to_bits - largest).sum(1, keepdim=True).log2()
-    columns = torch.arange(wide.size(1), device=wide.device, dtype=torch.int32)
-    hit = columns == targets[:, None].to(torch.int32)
-    loss = (normalizer * math.log(2) - wide.gather(1, targets[:, None])).squeeze(1)
-    return (torch.exp2(wide * to_bits - normalizer) - hit.float()).to(logits.dtype), loss

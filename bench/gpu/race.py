@@ -59,11 +59,8 @@ def run(setting: Setting) -> None:
     data = str(text.find(setting))
     seconds = min(MOST[setting.device], setting.left / 2 - OVERHEAD[setting.device])
     setting.note({"data": Path(data).name, "racing_seconds": round(seconds, 1)})
-    builders = {OURS: ours, PLAIN: plain}
-    makers = {
-        name: (turn_of, setting, name, build, data, seconds) for name, build in builders.items()
-    }
-    worker.measure(makers, 1, setting.note)
+    for name, build in ((OURS, ours), (PLAIN, plain)):  # each with all of the GPU's memory
+        worker.measure({name: (turn_of, setting, name, build, data, seconds)}, 1, setting.note)
 
 
 def turn_of(setting: Setting, name: str, build: Build, data: str, seconds: float) -> worker.Turn:

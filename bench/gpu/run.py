@@ -9,8 +9,7 @@ from bench.gpu.setting import Setting
 from bench.train import MICRO_BATCH
 from mygpt import log
 
-STEPS, VAL_TOKENS = 20, 2**17
-KEPT_LINES = 12
+STEPS, KEPT_LINES = 20, 12
 
 
 def run(setting: Setting) -> None:
@@ -19,7 +18,7 @@ def run(setting: Setting) -> None:
     train = [
         *("train.py", setting.preset, "--data", str(text.find(setting))),
         *("--log-dir", str(folder), "--max-steps", str(STEPS), "--device", setting.device),
-        *("--micro-batch", str(MICRO_BATCH[setting.device]), "--val-tokens", str(VAL_TOKENS)),
+        *("--micro-batch", str(MICRO_BATCH[setting.device]), "--val-tokens", "8192"),
     ]
     commands = {
         "start": [*train, "--stop-at", str(STEPS // 2)],

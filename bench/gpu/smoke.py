@@ -65,27 +65,23 @@ def gradients(setting: Setting) -> Errors:
     device = torch.device(setting.device)
     oracle = GPT(SHAPE).double()
     tokens = torch.randint(SHAPE.vocab_size, (4, SHAPE.block_size + 1))
-    _backward(oracle, tokens)
-    errors = {}
+    expected, errors = _backward(oracle, tokens), {}
     for name in ("eager", "compiled"):
         model = GPT(SHAPE)
         model.load_state_dict(oracle.state_dict())
         model.to(device)
         if name == "compiled":
             model.compile()
-        with autocast(device):
-            errors[f"{name}, loss"] = error_of(
-                _backward(model, tokens.to(device)), _backward(oracle, tokens)
-            )
+        errors[f"{name}, loss"] = error_of(_backward(model, tokens.to(device)), expected)
         pairs = zip(model.named_parameters(), oracle.parameters(), strict=True)
         errors |= {f"{name}, {p}": error_of(_grad(a), _grad(b)) for (p, a), b in pairs}
     return _worst(errors)
 
 
 def _backward(model: GPT, tokens: Tensor) -> Tensor:
-    """The loss () of tokens (B, T + 1), with fresh gradients."""
-    model.zero_grad()
-    _, value = model(tokens[:, :-1], tokens[:, 1:])
+    """The loss () of tokens (B, T + 1), whose gradients the model then has."""
+    with autocast(tokens.device):
+        _, value = model(tokens[:, :-1], tokens[:, 1:])
     value.backward()
     return value
 
@@ -112,10 +108,8 @@ def cross_entropy(setting: Setting) -> Errors:
         fused = loss.LinearCrossEntropy()
         if name == "compiled":
             fused.compile()
-        with autocast(device):
-            actual = _with_gradients(
-                x.to(device), weight.to(device), targets.to(device), fused.mean
-            )
+        here = (x.to(device), weight.to(device), targets.to(device))
+        actual = _with_gradients(*here, fused.mean)
         parts = zip(("loss", "x", "weight"), actual, expected, strict=True)
         errors |= {f"{name}, {part}": error_of(a, b) for part, a, b in parts}
     return errors
@@ -130,7 +124,8 @@ def _with_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss () and the gradients of x (N, C) and weight (V, C)."""
     x, weight = (part.detach().clone().requires_grad_() for part in (x, weight))
-    value = mean(x, weight, targets)
+    with autocast(x.device):
+        value = mean(x, weight, targets)
     value.backward()
     return value, _grad(x), _grad(weight)
 

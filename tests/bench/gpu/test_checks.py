@@ -111,22 +111,7 @@ def test_every_operation_is_measured(setting: Setting, monkeypatch: pytest.Monke
     assert len(groups["block_products"]) == len(set(groups["block_products"])) == 12
     assert groups["head_products"][:2] == ["logits 4 × 131", "logits 4 × 256"]
     assert any(name.startswith("math") for name in groups["attention"])
-    assert groups["losses"][-3:] == ["masked_gradients", "padded_gradients", "exp2_gradients"]
+    losses = ["torch's", "ours"]
+    assert [name.rpartition(", ")[2] for name in groups["losses"]] == losses
     figures = [g for f in read(setting.out) for g in f["figures"]]
     assert all(figure["ms"] > 0 for figure in figures)
-
-
-@pytest.mark.parametrize(
-    "kernel", [micro.masked_gradients, micro.padded_gradients, micro.exp2_gradients]
-)
-def test_the_loss_kernels_compute_the_gradient(kernel: Any) -> None:
-    logits = torch.randn(5, 131).requires_grad_()
-    targets = torch.randint(131, (5,))
-    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    expected.sum().backward()
-    padded = torch.full((5, 256), 0.0 if kernel is micro.masked_gradients else -torch.inf)
-    padded[:, :131] = logits.detach()
-    gradient, losses = kernel(padded, targets, 131)
-    torch.testing.assert_close(losses, expected.detach())
-    torch.testing.assert_close(gradient[:, :131], logits.grad)
-    assert not gradient[:, 131:].any()
