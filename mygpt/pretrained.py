@@ -1,4 +1,4 @@
-"""GPT-2 models in Hugging Face's format: a folder, or a name on its hub, to our GPT.
+"""Models that are there already, read as our GPT: runs, checkpoints, Hugging Face's format.
 
 `train.py --init-from` and `eval.py` read models through it. `mygpt.hub` writes such folders.
 """
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mygpt import checkpoint
 from mygpt.config import GPTConfig
 from mygpt.model import GPT
 from shards import stored_json
@@ -39,12 +40,16 @@ LEFT_OUT = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 def from_pretrained(
     name_or_folder: str | Path, block_size: int | None = None, dropout: float = 0.0
 ) -> GPT:
-    """Load the GPT-2 in a folder of Hugging Face's format, or of that name on its hub ("gpt2").
+    """Load a run's newest checkpoint, a checkpoint, or a GPT-2 in Hugging Face's format.
 
-    A folder holds `config.json` and `model.safetensors` (or several `model-*.safetensors`).
-    `block_size` keeps only the first positions. The weights are float32, on the CPU. Raises
-    FileNotFoundError or ValueError, in one line, if it is missing, damaged or not a GPT-2.
+    That is a folder with `config.json` and `model.safetensors` (or several `model-*.safetensors`),
+    or a name on the hub ("gpt2"). `block_size` keeps only the first positions. The weights are
+    float32, on the CPU. Raises FileNotFoundError or ValueError, in one line, if it is missing,
+    damaged or not a GPT-2.
     """
+    path = Path(name_or_folder)
+    if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
+        return _from_checkpoint(checkpoint.find(path), block_size, dropout)
     folder = _folder(name_or_folder)
     config = read_config(folder, block_size, dropout)
     tensors = _read(folder)
@@ -56,6 +61,17 @@ def from_pretrained(
             config = replace(config, bias=True)
         else:
             tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
+    return build(config, tensors, folder)
+
+
+def _from_checkpoint(folder: Path, block_size: int | None, dropout: float) -> GPT:
+    """Load a checkpoint of ours."""
+    path = folder / "state.json"
+    shape = checkpoint.read_state(folder)["config"]["model"]
+    config = replace(stored_json.build(GPTConfig, shape, path), dropout=dropout)
+    config = _with_block_size(config, block_size, path)
+    tensors = checkpoint.load_weights(folder)
+    tensors["wpe.weight"] = tensors["wpe.weight"][: config.block_size].clone()
     return build(config, tensors, folder)
 
 
@@ -84,7 +100,13 @@ def read_config(folder: Path, block_size: int | None = None, dropout: float = 0.
         "dropout": dropout,
         "bias": values.get("bias", True),  # only exports of myGPT have the key
     }
-    config = stored_json.build(GPTConfig, shape, path, remedy=remedy)
+    return _with_block_size(
+        stored_json.build(GPTConfig, shape, path, remedy=remedy), block_size, path
+    )
+
+
+def _with_block_size(config: GPTConfig, block_size: int | None, path: Path) -> GPTConfig:
+    """Return the shape with fewer positions; ValueError if the model has not so many."""
     positions = config.block_size
     if block_size is not None and block_size > positions:
         raise ValueError(

@@ -90,7 +90,7 @@ class TrainConfig:
     generation: Literal["own", "latest"] = "own"  # latest: use all that the datasets have grown to
     shuffle_shards: int = 0  # shuffle within groups of this many shards; 0: globally
     verify: bool = False  # check the hash of every shard first
-    init_from: str = ""  # initial weights: gpt2, gpt2-medium, ... or a folder in that format
+    init_from: str = ""  # initial weights: a run, a checkpoint, gpt2 or another GPT-2 of the hub
     log_dir: Path = Path("log")  # folder of the run; an existing run is resumed
     seed: int = 1337  # of initial weights, data order and dropout
     max_steps: int = 19073  # optimizer steps, the schedule's horizon; or one of the next three

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,8 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from mygpt import checkpoint
 from mygpt.config import GPT2_SHAPES
 from mygpt.pretrained import from_pretrained, read_config
+from tests.mygpt.support import STEPS, gpt2_dataset, write_run
 
 TINY = {"vocab_size": 97, "n_positions": 20, "n_embd": 24, "n_layer": 2, "n_head": 3}
 
@@ -51,6 +54,26 @@ def test_the_loss_equals_hugging_faces(tmp_path):
     idx = torch.randint(0, 97, (3, 20))
     _, loss = from_pretrained(tmp_path)(idx[:, :-1], idx[:, 1:])
     torch.testing.assert_close(loss, theirs(idx, labels=idx).loss)
+
+
+def test_a_run_and_a_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    model = write_run(run, gpt2_dataset(tmp_path / "data"), dropout=0.2, bias=False)
+    half = from_pretrained(checkpoint.folder_of(run, STEPS // 2))
+    idx = torch.randint(0, 50257, (2, 24))
+    for found in (from_pretrained(run), from_pretrained(str(checkpoint.folder_of(run, STEPS)))):
+        assert found.config == replace(model.config, dropout=0.0)
+        assert found.lm_head.weight is found.wte.weight
+        torch.testing.assert_close(found(idx)[0], model(idx)[0], rtol=0, atol=0)
+    assert not half(idx)[0].equal(model(idx)[0])
+    short = from_pretrained(run, block_size=8, dropout=0.1).eval()
+    assert (short.config.block_size, short.config.dropout) == (8, 0.1)
+    torch.testing.assert_close(short(idx[:, :8])[0], model(idx)[0][:, :8], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="give --block-size 24"):
+        from_pretrained(run, block_size=25)
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="let train"):
+        from_pretrained(tmp_path / "new")
 
 
 def test_fewer_positions(tmp_path):
