@@ -6,6 +6,7 @@ Shapes: B prompts, T tokens of the longest one, V vocab_size.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -204,19 +205,28 @@ def noise(
     from a hash of (seed, text, position).
     """
     starts = [_hash(f"{seed} {text} {position}".encode()) for text in texts]
-    counter = torch.arange(vocab, device=device) * _GOLDEN_GAMMA
-    bits = torch.tensor(starts, device=device)[:, None] + counter  # (B, V), int64 that wraps around
+    if device.type == "cpu":  # numpy multiplies int64 faster
+        bits = splitmix64(np.array(starts)[:, None], np.arange(vocab))
+    else:
+        start, counter = torch.tensor(starts, device=device), torch.arange(vocab, device=device)
+        bits = splitmix64(start[:, None], counter)
+    uniform = (torch.as_tensor(bits).float() + 0.5) * 2**-32  # above 0
+    return uniform.neg_().log1p_().neg_().log_().neg_()  # log1p keeps the smallest apart
+
+
+def splitmix64(start: Any, counter: Any) -> Any:
+    """Return 32 bits per counter, arrays or tensors of int64, which wraps around."""
+    bits = start + counter * _GOLDEN_GAMMA
     bits ^= _shift(bits, 30)
     bits *= _MIX_1
     bits ^= _shift(bits, 27)
     bits *= _MIX_2
     bits ^= _shift(bits, 31)
-    uniform = (_shift(bits, 32).float() + 0.5) * 2**-32  # above 0; log1p keeps the smallest apart
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    return _shift(bits, 32)
 
 
-def _shift(bits: Tensor, n: int) -> Tensor:
-    """Shift int64 to the right with zeros following: torch's own shift repeats the sign."""
+def _shift(bits: Any, n: int) -> Any:
+    """Shift int64 to the right with zeros following: the operator repeats the sign."""
     return (bits >> n) & (2 ** (64 - n) - 1)
 
 

@@ -4,12 +4,13 @@ import hashlib
 import math
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mygpt.config import GPTConfig
-from mygpt.generate import Sampling, generate, noise, sample, stream
+from mygpt.generate import Sampling, generate, noise, sample, splitmix64, stream
 from mygpt.model import GPT, KeyValueCache
 
 VOCAB, BLOCK = 61, 12
@@ -294,17 +295,17 @@ def test_the_noise_is_splitmix64_of_a_hash():
         state = state + 0x9E3779B97F4A7C15 & mask
     found = noise(7, [5, -3], 11, 1000, CPU)[1]
     torch.testing.assert_close(found, torch.tensor(expected))
+    tensors = splitmix64(torch.tensor([state - 2**63, 1])[:, None], torch.arange(1000))
+    arrays = splitmix64(np.array([state - 2**63, 1])[:, None], np.arange(1000))
+    assert tensors.tolist() == arrays.tolist()  # on a GPU as on a CPU
 
 
 def test_noise_differs_with_seed_text_and_position_and_is_finite_at_its_ends(monkeypatch):
     every = [noise(*key, 50, CPU) for key in ((1, [1], 1), (2, [1], 1), (1, [2], 1), (1, [1], 2))]
     assert len({tuple(row.flatten().tolist()) for row in every}) == 4
-    for bits, least, most in ((0, -3.2, 30), (2**32 - 1, -torch.inf, 30)):
-        monkeypatch.setattr(
-            "mygpt.generate._shift", lambda z, n, bits=bits: torch.full_like(z, bits)
-        )
-        found = noise(0, [0], 0, 1, CPU).item()
-        assert least <= found < most
+    for bits in (0, 2**32 - 1):
+        monkeypatch.setattr("mygpt.generate.splitmix64", lambda *_, bits=bits: np.array([[bits]]))
+        assert -torch.inf <= noise(0, [0], 0, 1, CPU).item() < 30
 
 
 def test_without_temperature_no_noise_is_made(model, monkeypatch):
