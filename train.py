@@ -5,7 +5,7 @@
     torchrun --standalone --nproc_per_node=4 train.py gpt2 --data data/web
 
 The first word is a preset (gpt2 by default), every setting is a flag. The same command again
-resumes the run in --log-dir. Exit codes:
+resumes the run in --log-dir, by default log/DATA-PRESET. Exit codes:
 
     0   finished, or stopped by --stop-at
     2   invalid input, full disk or diverged training: one line says which, and what to do
@@ -93,10 +93,10 @@ def main(args: list[str] | None = None, started: float | None = None) -> int:
             if config.verify:  # each rank a part: one that fails must not leave others waiting
                 checks.check_local_part(dataset.manifests)
             with (
-                checkpoint.locked(config.log_dir) if ranks.is_main else nullcontext(),
+                checkpoint.locked(record.config.log_dir) if ranks.is_main else nullcontext(),
                 Stop(ranks, config.max_time, started).watch() as stop,
             ):
-                clock = BudgetClock(config.log_dir, config.time_budget, started)
+                clock = BudgetClock(record.config.log_dir, config.time_budget, started)
                 return train(record, dataset, ranks, stop, clock)
     except RanksLost as lost:
         print("error:", lost, file=sys.stderr)

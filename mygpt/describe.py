@@ -9,6 +9,7 @@ from mygpt import checkpoint, plot
 from mygpt.distributed import compute_dtype
 from mygpt.evaluate import unigram_loss
 from mygpt.log import baseline_line, read
+from mygpt.settings import FINE_TUNING_EPOCHS, MANY_EPOCHS, TrainConfig
 from mygpt.train_state import TrainState
 from shards.cli import counted, script
 from shards.mixture import Mixture
@@ -22,6 +23,7 @@ def describe_run(state: TrainState, dataset: Mixture) -> Iterator[str]:
     config, shape, loader = state.config, state.config.model, state.loader
     tokens = config.max_steps * config.total_batch_size
     epochs = tokens / shape.block_size / loader.windows_per_epoch
+    yield f"run    {config.log_dir}"
     yield (
         f"data   {' '.join(config.data)} ({state.record.fingerprint[:12]}): "
         f"{dataset.tokens('train'):,} training tokens, {loader.unused_tokens:,} of them in no "
@@ -32,6 +34,13 @@ def describe_run(state: TrainState, dataset: Mixture) -> Iterator[str]:
         yield f"grown  up to step {former.until} the data were those of generation {names}"
     fitted = ", to be fitted to the clock" if state.record.horizons else ""
     yield f"length {config.max_steps:,} steps = {tokens:,} tokens = {epochs:.2f} epochs{fitted}"
+    yield from _too_many_epochs(config, dataset)
+    if config.init_from:
+        yield (
+            f"init   from {_initial(config.init_from)}, fine-tuned: {config.optimizer}, "
+            f"learning rate {config.max_lr:g} to {config.min_lr:g} ({config.schedule}); "
+            "flags change that"
+        )
     yield (
         f"model  {shape.n_layers} layers, {shape.n_heads} heads, {shape.n_embed} wide, "
         f"{shape.block_size} tokens of context: {state.model.num_params():,} parameters, "
@@ -48,6 +57,27 @@ def describe_run(state: TrainState, dataset: Mixture) -> Iterator[str]:
     if config.shard != "none" and state.ranks.world_size > 1:
         yield f"shard  {config.shard}, over {state.ranks.world_size} ranks"
     yield from _baseline(state, dataset)
+
+
+def _initial(name: str) -> str:
+    """Return --init-from with the checkpoint that it stands for, if it is a run that is here."""
+    return str(checkpoint.find(Path(name))) if (Path(name) / "checkpoints").is_dir() else name
+
+
+def _too_many_epochs(config: TrainConfig, dataset: Mixture) -> Iterator[str]:
+    """Yield a warning for each dataset that will be seen more than `MANY_EPOCHS` times."""
+    served = config.max_steps * config.total_batch_size / config.model.block_size
+    for component, manifest, weight in zip(
+        dataset.components, dataset.manifests, dataset.weights, strict=True
+    ):
+        shards = manifest.splits["train"].shards
+        windows = sum(shard.windows(config.model.block_size) for shard in shards)
+        epochs = served * weight / sum(dataset.weights) / windows
+        if epochs > MANY_EPOCHS:
+            yield (
+                f"warning {epochs:,.0f} epochs of {component.folder}: the model will learn it by "
+                f"heart; fewer steps (--epochs {FINE_TUNING_EPOCHS}), or more data"
+            )
 
 
 def _baseline(state: TrainState, dataset: Mixture) -> Iterator[str]:

@@ -33,7 +33,7 @@ from mygpt.settings import (
 )
 from shards import stored_json
 from shards.files import atomic_file, write_json
-from shards.mixture import Mixture
+from shards.mixture import Mixture, parse_data_specs
 from shards.tokenizer import GPT2, read_stored
 from shards.vocabulary import TOKENIZER_NAME
 
@@ -142,14 +142,13 @@ def start_or_resume(requested: TrainConfig) -> tuple[RunRecord, Mixture]:
     Raises ValueError, naming the first difference, if a run lies in the folder that `requested` or
     its datasets do not fit.
     """
+    requested = _with_named_folder(requested)
     stored = read_run(requested.log_dir)
     config = resume(stored.config, requested) if stored else requested
     if not requested.micro_batch and not fits_micro_batch(config, _world_size()):
         config = replace(config, micro_batch=0)  # measured for another number of ranks
     if not config.data:
-        config = replace(config, data=(str(only_dataset()),))
-        if os.environ.get("RANK", "0") == "0":
-            print(f"no --data given: taking {config.data[0]}, the only dataset there")
+        config = _with_only_dataset(config)
     if stored:
         dataset = Mixture.load(config.data, stored.generations, expect=stored.fingerprint)
     else:
@@ -171,6 +170,23 @@ def start_or_resume(requested: TrainConfig) -> tuple[RunRecord, Mixture]:
     if config.generation == "latest":
         return _advance_generation(record, dataset)
     return record, dataset
+
+
+def _with_named_folder(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the datasets' names for "{data}" in the name of the run's folder."""
+    if "{data}" not in config.log_dir.name:
+        return config
+    config = config if config.data else _with_only_dataset(config)
+    names = "-".join(component.name for component in parse_data_specs(config.data))
+    name = config.log_dir.name.replace("{data}", names)
+    return replace(config, log_dir=config.log_dir.with_name(name))
+
+
+def _with_only_dataset(config: TrainConfig) -> TrainConfig:
+    config = replace(config, data=(str(only_dataset()),))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"no --data given: taking {config.data[0]}, the only dataset there")
+    return config
 
 
 def _world_size() -> int:

@@ -91,7 +91,7 @@ class TrainConfig:
     shuffle_shards: int = 0  # shuffle within groups of this many shards; 0: globally
     verify: bool = False  # check the hash of every shard first
     init_from: str = ""  # initial weights: a run, a checkpoint, gpt2 or another GPT-2 of the hub
-    log_dir: Path = Path("log")  # folder of the run; an existing run is resumed
+    log_dir: Path = Path("log/{data}")  # folder of the run; an existing run is resumed
     seed: int = 1337  # of initial weights, data order and dropout
     max_steps: int = 19073  # optimizer steps, the schedule's horizon; or one of the next three
     max_tokens: int = 0  # training tokens, repeated ones included
@@ -184,6 +184,19 @@ def _require(condition: bool, name: str, expected: str, actual: object) -> None:
         raise ValueError(f"--{name.replace('_', '-')} must be {expected}, got {actual}")
 
 
+# What --init-from takes unless flags say otherwise: a pre-trained model needs small steps, and few.
+FINE_TUNING: dict[str, Any] = {
+    "optimizer": "adamw",
+    "schedule": "cosine",
+    "max_lr": 3e-5,
+    "warmup_steps": 0,
+    "val_interval": 0,
+    "checkpoint_interval": 0,
+}
+FINE_TUNING_EPOCHS, MANY_EPOCHS = 3, 20
+# At most, and such that up to eight GPUs share a step of GPT-2's context.
+FINE_TUNING_BATCH, FINE_TUNING_MICRO_BATCH = 2**15, 4
+
 _GPT2 = TrainConfig(warmup_steps=715, val_interval=250, checkpoint_interval=1000)
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
@@ -238,6 +251,13 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
 }
 
 
+# {data}: the names of the datasets, see `run_config.start_or_resume`.
+PRESETS = {
+    name: (text, replace(config, log_dir=Path("log", f"{{data}}-{name}")))
+    for name, (text, config) in PRESETS.items()
+}
+
+
 # The dataclasses that the parser fills: the same fields, unchecked and with n_hidden left open. So
 # n_hidden follows --n-embed, and impossible values become our one-line errors, not the parser's.
 class _ModelFlags(GPTConfig):
@@ -273,10 +293,28 @@ def parse(args: Sequence[str], description: str) -> TrainConfig:
         description=f"{description}\n\nPresets: {_presets()}.\n\nThe defaults below: {preset}.",
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    values = shallow(flags) | {"model": type(base.model)(**shallow(flags.model))}
+    values |= _overridden_length(flags, rest)
     if flags.init_from:
         _refuse_shape_flags(rest)
-    values = shallow(flags) | {"model": type(base.model)(**shallow(flags.model))}
-    return TrainConfig(**(values | _overridden_length(flags, rest)))
+        values |= _fine_tuning(values, rest)
+    return TrainConfig(**values)
+
+
+def _fine_tuning(values: Mapping[str, Any], args: Sequence[str]) -> dict[str, Any]:
+    """Return the settings for initial weights that are trained already, but for explicit ones."""
+    settings = dict(FINE_TUNING)
+    if not any(_is_explicit(name, args) for name in LENGTHS):
+        settings |= dict.fromkeys(LENGTHS, 0) | {"epochs": FINE_TUNING_EPOCHS}
+    if not _is_explicit("total_batch_size", args):
+        settings["total_batch_size"] = min(values["total_batch_size"], FINE_TUNING_BATCH)
+        settings["micro_batch"] = min(values["micro_batch"], FINE_TUNING_MICRO_BATCH)
+    folder: Path = values["log_dir"]
+    settings["log_dir"] = folder.with_name(f"{folder.name}-tuned")
+    settings = {name: value for name, value in settings.items() if not _is_explicit(name, args)}
+    if not _is_explicit("min_lr", args):
+        settings["min_lr"] = settings.get("max_lr", values["max_lr"]) / 10
+    return settings
 
 
 def _refuse_retired_flags(args: Sequence[str]) -> None:

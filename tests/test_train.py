@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train
-from mygpt import checkpoint, log, optim, run_config
+from mygpt import checkpoint, log, optim, run_config, settings
 from mygpt.evaluate import Loss
 from mygpt.stopping import Stop
 from mygpt.train_state import TrainState
@@ -345,7 +345,7 @@ def test_the_only_dataset_is_taken_and_named(
     shutil.copytree(data, tmp_path / "data" / "mine")
     assert train.main(flags) == 0
     assert "taking data/mine, the only dataset there" in capsys.readouterr().out
-    assert (tmp_path / "log" / "log.txt").is_file()
+    assert (tmp_path / "log" / "mine-tiny" / "log.txt").is_file()
 
 
 def test_a_time_budget_becomes_steps_that_are_kept(data: Path, tmp_path: Path) -> None:
@@ -376,6 +376,36 @@ def test_the_schedule_is_set_on_every_group(data: Path, tmp_path: Path) -> None:
     assert lr == expected
     groups = [group for optimizer in job.optimizers for group in optimizer.param_groups]
     assert [group["lr"] for group in groups] == [lr] * len(groups)
+
+
+def test_a_run_is_named_after_its_data_and_preset(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data, "books")
+    flags = ["tiny", *FLAGS, "--data", "books", "--stop-at", "1"]
+    for line in ("start 0/20", "nothing left to do"):
+        assert train.main(flags) == 0
+        assert line in capsys.readouterr().out
+    assert checkpoint.newest_run(Path("log")) == Path("log/books-tiny")
+    mixed = ["--data", "web=1:books", "--data", f"code=2:{data}"]
+    for given, name in (
+        (mixed, "log/code-web-tiny"),
+        (["--data", "books", "--log-dir", "runs/{data}-x"], "runs/books-x"),
+    ):
+        config = settings.parse(["tiny", *FLAGS, *given], "")
+        assert run_config.start_or_resume(config)[0].config.log_dir == Path(name)
+
+
+@pytest.mark.parametrize(("epochs", "warned"), [("19.9", False), ("21", True)])
+def test_many_epochs_are_warned_of(
+    epochs: str, warned: bool, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(data, tmp_path, "--max-steps", "0", "--epochs", epochs, "--stop-at", "1") == 0
+    told = capsys.readouterr().out
+    assert (
+        f"warning {epochs} epochs of {data}: the model will learn it by heart" in told
+    ) == warned
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])

@@ -160,6 +160,19 @@ def test_a_run_may_begin_with_weights_that_it_then_does_not_need(
     assert config_of(tmp_path / "stopped")["config"]["init_from"] == str(begun)
 
 
+def test_a_run_may_begin_with_another_run(
+    data: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (straight, checkpoint.folder_of(straight, 20)):
+        job = one_job(data, tmp_path / "none", "--init-from", str(name))
+        weights = checkpoint.load_weights(checkpoint.folder_of(straight, 20))
+        for parameter_name, parameter in job.model.named_parameters():
+            assert torch.equal(parameter, weights[parameter_name])
+    start(data, tmp_path / "tuned", "--init-from", str(straight), "--stop-at", "1")
+    told = capsys.readouterr().out
+    assert f"init   from {checkpoint.folder_of(straight, 20)}, fine-tuned: adamw" in told
+
+
 def test_initial_weights_for_a_run_without_them_are_refused(
     data: Path, straight: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -198,6 +198,27 @@ def test_steps_that_fit_fit(seconds: float, step: float, round_: float, interval
     assert cost(steps + 1) > 0.949 * seconds
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_initial_weights_take_settings_for_fine_tuning(preset: str) -> None:
+    config, trained = parse(preset, "--init-from", "gpt2"), PRESETS[preset][1]
+    assert (config.max_lr, config.min_lr) == (3e-5, 3e-6)
+    assert (config.optimizer, config.schedule, config.warmup_steps) == ("adamw", "cosine", 0)
+    assert (config.epochs, config.max_steps, config.time_budget) == (3, 0, 0)
+    assert config.total_batch_size == min(trained.total_batch_size, 2**15)
+    assert settings.steps_of(config, 1000) <= 3 * 1000
+    assert settings.grad_accum_steps(config, world_size=8 if preset.startswith("gpt2") else 1) >= 1
+    assert config.log_dir == Path(f"log/{{data}}-{preset}-tuned")
+
+
+def test_flags_change_the_settings_for_fine_tuning() -> None:
+    flags = "--max-lr 1e-6 --optimizer muon --time-budget 60 --total-batch-size 65536 --log-dir x"
+    config = parse("gpt2", "--init-from", "gpt2", *flags.split())
+    assert (config.max_lr, config.min_lr, config.optimizer) == (1e-6, 1e-7, "muon")
+    assert (config.epochs, config.time_budget, config.log_dir) == (0, 60, Path("x"))
+    assert (config.total_batch_size, config.micro_batch) == (65536, 16)
+    assert parse("gpt2", "--init-from", "gpt2", "--min-lr", "1e-5").min_lr == 1e-5
+
+
 @pytest.mark.parametrize(
     ("seconds", "each", "expected"),
     [(290, 1.2, 10), (290, 12, 4), (290, 100, 1), (-5, 1, 1), (290, 0, 10)],
