@@ -29,7 +29,7 @@ def build(folder: Path, tokens: int, shards: int, vocab_size: int = 50257) -> No
         for split, number in [*(("train", n) for n in range(shards)), ("val", 0)]:
             size = tokens // shards if split == "train" else 2 * BLOCK
             ids = rng.integers(0, vocab_size, size).astype(np.uint16)
-            with open_shard(folder / f"{split}_{number:05d}.npy", written[split], False) as writer:
+            with open_shard(folder / f"{split}_{number:05d}.npy", written[split]) as writer:
                 writer.write(ids)
                 document = [[0], [0], [number], [0], [False]]
                 writer.note(pa.record_batch(document, schema=INDEX_SCHEMA))

@@ -50,7 +50,6 @@ def evaluate(
     windows: Sequence[np.ndarray],
     ranks: DistributedContext,
     batch_size: int | None = None,
-    progress: bool = False,
 ) -> Loss:
     """Return the loss over every target of every window once; the same on all ranks.
 
@@ -58,7 +57,7 @@ def evaluate(
     The model's train or eval mode is restored. Raises ValueError if there are no windows.
     """
     nats, tokens = 0.0, 0
-    for _, losses, counted in token_losses(model, windows, ranks, batch_size, progress):
+    for _, losses, counted in token_losses(model, windows, ranks, batch_size):
         nats += losses.sum().item()
         tokens += int(counted.sum())
     total_nats, total_tokens = ranks.all_reduce_sum([nats, tokens])

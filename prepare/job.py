@@ -3,7 +3,6 @@
 import json
 import shlex
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -48,7 +47,7 @@ from prepare.workspace import (
     Workspace,
 )
 from shards.cli import counted
-from shards.manifest import MANIFEST_NAME, Manifest, Shard
+from shards.manifest import MANIFEST_NAME, Manifest
 from shards.tokenizer import GPT2, Tokenizer
 from shards.vocabulary import TOKENIZER_NAME
 
@@ -128,17 +127,15 @@ class Job:
         Raises ValueError if a unit's tokens are no longer those of the manifest.
         """
         plan, workspace = self.plan, self.workspace
-        shards: dict[int, list[Shard]] = defaultdict(list)
-        for shard in manifest.shards:
-            if shard.generation == plan.generation:
-                shards[unit_number(shard)].append(shard)
-        faulty = workspace.faulty(chain.from_iterable(shards.values()))
-        numbers = {number for number in shards if any(s.file in faulty for s in shards[number])}
-        numbers |= {
-            unit.number for unit in plan.units if any(part.file in touched for part in unit.slices)
-        }
-        units = [unit for unit in plan.units if unit.number in numbers]
-        if len(units) < len(numbers):
+        stored = [shard for shard in manifest.shards if shard.generation == plan.generation]
+        faulty = workspace.faulty(stored)
+        incomplete = {unit_number(shard) for shard in stored if shard.file in faulty}
+        units = [
+            unit
+            for unit in plan.units
+            if unit.number in incomplete or touched & {part.file for part in unit.slices}
+        ]
+        if not incomplete <= {unit.number for unit in units}:
             _check_shards(workspace, manifest)
         self.provide_tokenizer()
         if units:
@@ -149,7 +146,7 @@ class Job:
             )
             workspace.remove(ARRAYS)  # those of an append in progress are other ones
             self._find_exclusions(plan.units)
-            function = RestoreShards(plan, workspace, shards, faulty, touched)
+            function = RestoreShards(plan, workspace, stored, faulty, touched)
             self._run_with_progress(function, units, "restore")
             workspace.remove(ARRAYS)
         if touched:

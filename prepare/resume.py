@@ -84,16 +84,14 @@ def finished_plan(
         if stored := workspace.stored_plan(0):
             return _compare(options, workspace, manifest, stored, plan)
         # Copied here without its plan, or made by myGPT 0.2.
-        _check_same_sources(workspace, manifest.prefix(0), plan)
+        _check_same_dataset(workspace, manifest, plan)
         return plan, set()
     paths = {file.real_path for file in plan.files}
-    sizes = [(file.name, file.size) for file in plan.files]
     generation_of: dict[str, int] = {}
     for generation in range(manifest.generation + 1):
         stored = workspace.stored_plan(generation)
         if stored is None:
-            sources = [source for source in manifest.sources if source.generation == generation]
-            if sizes == [(source.name, source.bytes) for source in sources]:
+            if _has_sources_of(manifest, generation, plan):
                 return replace(plan, units=(), generation=generation), set()
             continue
         stored_paths = {file.real_path: generation for file in stored.files}
@@ -177,15 +175,19 @@ def _difference(workspace: Workspace, stored: Plan, plan: Plan) -> str:
     )
 
 
-def _check_same_sources(workspace: Workspace, manifest: Manifest, plan: Plan) -> None:
-    """Raise ValueError unless a finished dataset was made from the sources of the plan."""
-    stored = [(source.name, source.bytes) for source in manifest.sources]
-    planned = [(file.name, file.size) for file in plan.files]
+def _check_same_dataset(workspace: Workspace, manifest: Manifest, plan: Plan) -> None:
+    """Raise ValueError unless a finished dataset was made from the plan's sources by its rules."""
     same_rules = (manifest.split_rule, manifest.tokenizer.name == GPT2)
-    if (stored, same_rules) != (planned, (asdict(plan.rule), plan.vocabulary == GPT2)):
+    rules = (asdict(plan.rule), plan.vocabulary == GPT2)
+    if same_rules != rules or not _has_sources_of(manifest, 0, plan):
         raise ValueError(
-            f"expected a new folder, found another dataset in {workspace.folder} ({len(stored)} "
-            f"sources, split {manifest.split_rule}, tokenizer {manifest.tokenizer.name}) than the "
-            f"one to be made ({len(planned)} sources, split {asdict(plan.rule)}): give another "
-            "--out, or --append to add to it"
+            f"expected a new folder, found another dataset in {workspace.folder} "
+            f"({len(manifest.sources)} sources, split {manifest.split_rule}, tokenizer "
+            f"{manifest.tokenizer.name}): give another --out, or --append to add to it"
         )
+
+
+def _has_sources_of(manifest: Manifest, generation: int, plan: Plan) -> bool:
+    """Return True if the plan's files have the names and sizes of a generation's sources."""
+    stored = [(one.name, one.bytes) for one in manifest.sources if one.generation == generation]
+    return stored == [(file.name, file.size) for file in plan.files]

@@ -168,5 +168,5 @@ class SplitWriter(ExitStack):
             self.close()
             suffix = f"_{len(self.shards):03d}" if self.shards else ""
             path = self._folder / f"{self._stem}{suffix}.npy"
-            self._writer = self.enter_context(open_shard(path, self.shards, durable=False))
+            self._writer = self.enter_context(open_shard(path, self.shards))
         return self._writer

@@ -16,7 +16,7 @@ import numpy as np
 
 from prepare.documents import read
 from prepare.encode import content_hashes
-from prepare.plan import Plan, Unit, UnitResult
+from prepare.plan import Plan, Unit, UnitResult, unit_number
 from prepare.unit import BadLimit, Exclusions, check_unchanged, run_unit
 from prepare.workspace import DUPLICATES, HELD_OUT_HASHES, Workspace
 from shards.manifest import Shard
@@ -94,14 +94,14 @@ class WriteShards(UnitFunction[Written]):
 class RestoreShards(UnitFunction[None]):
     """Prepare a unit of a complete dataset again, compare, and publish its faulty files."""
 
-    shards: dict[int, list[Shard]]  # by unit, those of the manifest, which the new ones must equal
+    shards: list[Shard]  # those of the manifest, which the new ones must equal
     faulty: set[str]  # files to publish
     touched: set[int]  # indices of the input files to name first if the tokens are others
 
     def run(self, unit: Unit) -> None:
         """Restore one unit."""
         with self.staged_shards(unit) as (result, staged):
-            stored = self.shards.get(unit.number, [])
+            stored = [shard for shard in self.shards if unit_number(shard) == unit.number]
             if list(map(self._identity, result.all_shards())) != list(map(self._identity, stored)):
                 indices = [part.file for part in unit.slices]
                 source = min(indices, key=lambda index: index not in self.touched)

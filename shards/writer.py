@@ -56,19 +56,19 @@ class ShardWriter:
 
 
 @contextmanager
-def open_shard(path: Path, result: list[Shard], durable: bool = True) -> Iterator[ShardWriter]:
+def open_shard(path: Path, result: list[Shard]) -> Iterator[ShardWriter]:
     """Write the shard `path` and its index; both appear whole when the block ends, or not at all.
 
     Appends the description of the finished shard to `result`. The index is renamed first, so a
-    shard that exists has its index. `durable` is that of `atomic_file`.
+    shard that exists has its index. Neither is fsynced: that is for who publishes their folder.
     """
     index_path = path.with_name(path.stem + INDEX_SUFFIX)
-    with atomic_file(path, durable) as file:
+    with atomic_file(path, durable=False) as file:
         file.write(npy_header(0))
         writer = ShardWriter(file)
         yield writer
         index = writer.finish()
-        with atomic_file(index_path, durable) as index_file:
+        with atomic_file(index_path, durable=False) as index_file:
             # Values hardly ever repeat: with a dictionary the file is larger and slower to write.
             pq.write_table(index, index_file, compression="zstd", use_dictionary=False)
             index_hash = _sha256(index_file)

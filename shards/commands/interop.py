@@ -212,7 +212,7 @@ def _write(
     """
     ids, text_bytes = file.open()[part.start : part.end], 0
     starts, bytes_before = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    with open_shard(path, done, durable=False) as writer:
+    with open_shard(path, done) as writer:
         for at in range(0, len(ids), BLOCK):
             block = ids[at : at + BLOCK]
             if (highest := int(block.max())) >= len(lengths):

@@ -182,7 +182,7 @@ def test_the_first_command_again_leaves_a_begun_append_alone(
     assert "nothing to do" in run(corpus, "--out", out).out
     assert sorted(path.name for path in (out / ".prepare/units").iterdir()) == units
     outcome = run(tmp_path / "more.jsonl", "--append", "--out", out)
-    assert f"{len(units)} of {len(units)} units are finished" in outcome.out
+    assert f"{len(units)} of {len(units)} units finished" in outcome.out
     held(out)
 
 
@@ -296,7 +296,7 @@ def test_one_file_under_another_path(
     with monkeypatch.context() as patch:  # so it is resumed
         patch.setattr("prepare.job.Job.write_manifest", lambda *_: None)
         make(tmp_path / "other", "corpus.jsonl")
-    assert "1 of 1 units are finished" in run("deep/../corpus.jsonl", "--out", "../other").out
+    assert "1 of 1 unit finished" in run("deep/../corpus.jsonl", "--out", "../other").out
 
 
 class TestACorrectedCommand:
