@@ -52,7 +52,7 @@ def _rewrite(
     index, tokens = read_index(manifest, shard), open_tokens(manifest, shard)
     bounds = pairwise([*index["offset"].to_pylist(), len(tokens)])
     offsets = []
-    with open_shard(place / shard.file, shards, durable=False) as writer:
+    with open_shard(place / shard.file, shards) as writer:
         for (start, end), continued in zip(bounds, index["continued"].to_pylist(), strict=True):
             try:
                 text = b"".join(vocabulary[tokens[start:end]]).decode()
