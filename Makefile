@@ -28,6 +28,11 @@ ARGS ?=
 run_word = $(if $(RUN),$(call quoted,$(RUN)))
 data_flag = $(if $(DATA),--data $(call quoted,$(DATA)))
 
+# The demo's vocabulary: the size of one trained on its text, or gpt2.
+VOCAB ?= 4096
+demo := demo$(if $(filter-out 4096,$(VOCAB)),-$(VOCAB))
+demo_vocab := $(if $(filter-out gpt2,$(VOCAB)),--vocab-size $(VOCAB))
+
 .DEFAULT_GOAL := help
 .PHONY: help setup doctor data demo train-small train-gpu4 eval sample play report export verify-resume test test-all lint
 
@@ -64,15 +69,15 @@ doctor: $(VENV)/core ## what of this machine works, and what to do about the res
 data: $(VENV)/core ## prepare a dataset: INPUT=file|folder|glob|uri, NAME=... (ARGS=... more flags)
 	$(RUN_PYTHON) -m prepare $(call quoted,$(INPUT)) --out $(call quoted,data/$(NAME)) $(ARGS)
 
-demo: $(VENV)/core ## text to trained, evaluated model on this machine, in at most ten minutes
-	$(RUN_PYTHON) -m prepare stdlib --out data/stdlib
-	$(RUN_PYTHON) train.py tiny --data data/stdlib --log-dir log/demo
-	$(RUN_PYTHON) eval.py log/demo --loss --prompt class --prompt def --num-samples 1 --temperature 0.9 --top-k 50
+demo: $(VENV)/core ## text to trained, evaluated model here, in at most ten minutes: VOCAB=4096|gpt2
+	$(RUN_PYTHON) -m prepare stdlib --out data/$(demo) $(demo_vocab)
+	$(RUN_PYTHON) train.py tiny --data data/$(demo) --log-dir log/$(demo)
+	$(RUN_PYTHON) eval.py log/$(demo) --loss --prompt class --prompt def --num-samples 1 --temperature 0.9 --top-k 50
 	@echo
-	@echo "picture     log/demo/loss.png"
-	@echo "log         log/demo/log.txt"
-	@echo "checkpoint  $$(ls -d log/demo/checkpoints/step_* | tail -n 1)"
-	@echo "samples     above; more by: $(RUN_PYTHON) eval.py log/demo --prompt 'import os'"
+	@echo "picture     log/$(demo)/loss.png"
+	@echo "log         log/$(demo)/log.txt"
+	@echo "checkpoint  $$(ls -d log/$(demo)/checkpoints/step_* | tail -n 1)"
+	@echo "samples     above; more by: $(RUN_PYTHON) eval.py log/$(demo) --prompt 'import os'"
 	@echo "next        make data INPUT=your.txt, then: make train-small DATA=data/your"
 
 train-small: $(VENV)/core ## train GPTConfigSmall: DATA=data/NAME RUN=log/NAME (ARGS=... more flags)

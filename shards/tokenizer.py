@@ -382,9 +382,8 @@ class FastEncoder:
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        dense, ids = vocabulary.without_gaps()
+        dense, self._ids = vocabulary.without_gaps()
         self._lines = dense.lines
-        self._ids = None if dense == vocabulary else ids
         self._renew()
 
     def _renew(self) -> None:

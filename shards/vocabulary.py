@@ -83,14 +83,16 @@ class Vocabulary:
         pairs = self.ranks.items()
         return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in pairs)
 
-    def without_gaps(self) -> "tuple[Vocabulary, np.ndarray]":
+    def without_gaps(self) -> "tuple[Vocabulary, np.ndarray | None]":
         """Return the vocabulary with `<|endoftext|>` alone, last, and the id here of each id there.
 
-        gigatoken wants the ids of the bytes below 256.
+        gigatoken wants the ids of the bytes below 256. None if the ids are the same.
         """
-        ids = [*self.ranks.values(), self.eot]
-        tokens = (*self.ranks, b"")
-        return Vocabulary(tokens, {END_OF_TEXT: len(self.ranks)}), np.array(ids, np.uint32)
+        last = len(self.ranks)
+        if self.specials == {END_OF_TEXT: last}:
+            return self, None
+        dense = Vocabulary((*self.ranks, b""), {END_OF_TEXT: last})
+        return dense, np.array([*self.ranks.values(), self.eot], np.uint32)
 
     def to_json(self) -> bytes:
         """Return the content of `tokenizer.json`: the same vocabulary, the same bytes."""

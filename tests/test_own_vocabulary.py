@@ -147,6 +147,23 @@ def test_shards_show_and_explain_decode_it(root: Path, capsys: pytest.CaptureFix
     assert shards_command.main(["verify", str(root / "own")]) == 0
 
 
+@pytest.mark.parametrize("form", ["nanogpt", "llmc"])
+def test_other_projects_files_keep_it(form: str, root: Path, tmp_path: Path) -> None:
+    out, back = str(tmp_path / "out"), tmp_path / "back"
+    assert shards_command.main(["export", str(root / "own"), "--out", out, "--format", form]) == 0
+    files = sorted(map(str, Path(out).glob("*.bin")))
+    assert shards_command.main(["import", *files, "--out", str(back)]) == 0
+    own, found = Manifest.load(root / "own"), Manifest.load(back)
+    assert found.tokenizer == own.tokenizer
+    for split in own.splits:
+        tokens = [
+            np.concatenate([open_tokens(one, shard) for shard in one.splits[split].shards])
+            for one in (own, found)
+        ]
+        assert np.array_equal(*tokens)
+    assert shards_command.main(["verify", str(back)]) == 0
+
+
 def test_verify_finds_a_wrong_vocabulary(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

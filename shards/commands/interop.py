@@ -2,7 +2,8 @@
 
 `nanogpt` is a bare stream of uint16 in train.bin and val.bin (karpathy/nanoGPT). `llmc` is any
 number of files with a header of 256 int32 (a magic number, a version, the count) and as many uint16
-(karpathy/llm.c; modded-nanogpt has the same). Both hold GPT-2's tokens.
+(karpathy/llm.c; modded-nanogpt has the same). Both hold GPT-2's tokens, unless a `tokenizer.json`
+lies beside them, which a dataset of another vocabulary is exported with.
 """
 
 import re
@@ -21,6 +22,7 @@ from shards.cli import counted
 from shards.files import atomic_folder
 from shards.manifest import DTYPE, INDEX_SCHEMA, SPLITS, Manifest, Shard, Source, Split
 from shards.reader import open_tokens
+from shards.vocabulary import TOKENIZER_NAME
 from shards.writer import open_shard
 
 MAGIC, VERSION = 20240520, 1
@@ -162,24 +164,26 @@ def import_files(
 
     A document starts at each `<|endoftext|>`; what precedes the first one of a file continues the
     last document of the file before, if there is one. `progress` is called with counts of tokens.
-    Raises ValueError or OSError for files that can't be read and ids that GPT-2 lacks.
+    Raises ValueError or OSError for files that can't be read and ids that the vocabulary lacks.
     """
     files = [identify(path, form) for path in paths]
     if missing := sorted(set(SPLITS) - {file.split for file in files}):
         raise ValueError(f"expected files of both splits, found none of {missing[0]}: add one")
-    gpt2 = tokenizer.load("gpt2")
-    lengths = gpt2.byte_lengths()
+    own = tokenizer.tokenizer_beside(paths[0].parent)
+    lengths = own.byte_lengths()
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     with atomic_folder(out) as folder:
         for part in _parts(files):
             file = files[part.source]
             done = shards[file.split]
             path = folder / f"{file.split}_{len(done):05d}.npy"
-            _write(part, file, path, done, gpt2.eot, lengths, progress)
+            _write(part, file, path, done, own.eot, lengths, progress)
+        if own.name != tokenizer.GPT2:
+            (folder / TOKENIZER_NAME).write_bytes(own.to_json())
         splits = {split: Split(tuple(done)) for split, done in shards.items()}
         written = sum(split.documents for split in splits.values())
         Manifest(
-            tokenizer=gpt2.identity,
+            tokenizer=own.identity,
             split_rule={"rule": "imported"},
             sources=tuple(Source(path.name, path.stat().st_size) for path in paths),
             splits=splits,
@@ -217,7 +221,8 @@ def _write(
             block = ids[at : at + BLOCK]
             if (highest := int(block.max())) >= len(lengths):
                 raise ValueError(
-                    f"expected GPT-2's ids, below {len(lengths)}, in {file.path}, found {highest}: "
+                    f"expected ids of the vocabulary, below {len(lengths)}, in {file.path}, found "
+                    f"{highest}: "
                     "it has another vocabulary, or another format"
                 )
             total = text_bytes + np.cumsum(lengths[block])
@@ -269,6 +274,8 @@ def export(
         else:
             files |= {f"{name}_{i:06d}.bin": (shard,) for i, shard in enumerate(split.shards)}
     with atomic_folder(out) as folder:
+        if vocabulary := tokenizer.read_stored(manifest.location):
+            (folder / TOKENIZER_NAME).write_bytes(vocabulary)
         for name, shards in files.items():
             with open(folder / name, "wb") as file:
                 file.write(b"" if form == "nanogpt" else _header(shards[0]))

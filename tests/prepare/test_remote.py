@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
+from shards.manifest import Manifest
+from shards.tokenizer import open_tokenizer
 from tests.prepare.proxy import FAULTS, Proxy
 from tests.prepare.support import contents, make, run, shrink, texts, write_jsonl
 from tests.s3 import s3_server
@@ -330,3 +332,14 @@ def test_a_dataset_of_the_hugging_face_hub(corpus: Path, tmp_path: Path) -> None
     with mock.patch("prepare.plan.MIN_UNIT_BYTES", 4 << 20):
         near = make(tmp_path / "near", corpus)
     assert contents(tmp_path / "far") == contents(near)
+
+
+def test_a_vocabulary_in_the_store(s3: fs.FileSystem, corpus: Path, tmp_path: Path) -> None:
+    far = f"s3://{BUCKET}/out"
+    assert run(corpus, "--out", far, "--vocab-size", 400).code == 0
+    near = contents(make(tmp_path / "near", corpus, "--vocab-size", 400))
+    stored = s3.open_input_stream(f"{BUCKET}/out/tokenizer.json").read()
+    assert stored == near["tokenizer.json"]
+    manifest = Manifest.load(far)
+    assert open_tokenizer(manifest.tokenizer, manifest.location).to_json() == stored
+    assert contents(make(tmp_path / "again", corpus, "--tokenizer", far)) == near
