@@ -34,7 +34,7 @@ demo := demo$(if $(filter-out 4096,$(VOCAB)),-$(VOCAB))
 demo_vocab := $(if $(filter-out gpt2,$(VOCAB)),--vocab-size $(VOCAB))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor data demo train-small train-gpu4 eval sample play report export verify-resume test test-all lint
+.PHONY: help setup doctor data demo train-small train-gpu4 eval sample play report readme export verify-resume test test-all lint
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -94,11 +94,14 @@ eval: $(VENV)/core ## evaluate and sample from the newest checkpoint: RUN=log/NA
 sample: $(VENV)/core ## a text from the newest checkpoint, within seconds: RUN=log/NAME PROMPT='Once upon'
 	$(RUN_PYTHON) eval.py $(run_word) --no-loss $(if $(PROMPT),--prompt $(call quoted,$(PROMPT))) --num-samples 1 $(ARGS)
 
-play: $(VENV)/core ## a page where the newest run continues what is typed: RUN='log/a log/b' (ARGS=--port n)
-	$(RUN_PYTHON) -m mygpt.play $(RUN) $(ARGS)
+play: $(VENV)/core ## a page for the browser where runs continue what is typed: RUN=log/NAME or RUNS='log/a log/b'
+	$(RUN_PYTHON) -m mygpt.play $(or $(RUNS),$(run_word)) $(ARGS)
 
-report: $(VENV)/core ## write RUN/report.html, everything about a run on one page: RUN=log/NAME
-	$(RUN_PYTHON) -m mygpt.report $(or $(run_word),$(error give the run: make report RUN=log/NAME)) $(ARGS)
+readme: $(VENV)/dev # what the README shows of the demo: its output, curve and report, all of one run
+	$(RUN_PYTHON) -m tests.docs.readme
+
+report: $(VENV)/core ## write RUN/report.html, everything about a run on one page: RUN=log/NAME; RUNS='log/a log/b' compares
+	$(RUN_PYTHON) -m mygpt.report $(or $(RUNS),$(run_word),$(error give the run: make report RUN=log/NAME)) $(ARGS)
 
 export: $(VENV)/core ## a run's model for Hugging Face's library: RUN=log/NAME OUT=FOLDER
 	$(RUN_PYTHON) -m mygpt.hub export $(or $(run_word),$(error give the run: make export RUN=log/NAME)) \

@@ -93,9 +93,9 @@ class Page:
         )
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
 
-    def screenshot(self, path: Path) -> None:
-        """Write the window as a PNG."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+    def png(self) -> bytes:
+        """Return a picture of the window."""
+        return base64.b64decode(self.call("Page.captureScreenshot")["data"])
 
 
 @contextmanager

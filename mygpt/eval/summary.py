@@ -226,11 +226,11 @@ def _losses(report: Mapping[str, Any]) -> Rows:
     models["unigram baseline: token frequencies"] = report["baselines"]["unigram"]
     models["uniform baseline"] = report["baselines"]["uniform"]
     for name, metrics in models.items():
-        nats, bits = _with_error(metrics, "loss"), _with_error(metrics, "bits_per_byte")
+        nats, bits = with_error(metrics, "loss"), with_error(metrics, "bits_per_byte")
         rows.append((name, nats, number(metrics["perplexity"], ",.2f"), bits))
     if reference:
         nats, bits = (
-            _with_error(reference, key, "+") if key in reference else ""
+            with_error(reference, key, "+") if key in reference else ""
             for key in ("difference", "difference_bits_per_byte")
         )
         rows.append(("this model minus the reference", nats, "", bits))
@@ -240,7 +240,7 @@ def _losses(report: Mapping[str, Any]) -> Rows:
 def _groups(kind: str, groups: list[dict[str, Any]]) -> tuple[Rows, str]:
     rows: Rows = [(kind, "nats per token", "bits per byte", "targets", "documents")]
     for group in groups[:MAX_GROUPS]:
-        losses = (_with_error(group, "loss"), _with_error(group, "bits_per_byte"))
+        losses = (with_error(group, "loss"), with_error(group, "bits_per_byte"))
         rows.append((group["name"], *losses, f"{group['tokens']:,}", f"{group['documents']:,}"))
     left = len(groups) - MAX_GROUPS
     return rows, f"and {left} smaller ones, in eval.json" if left > 0 else ""
@@ -263,13 +263,13 @@ def _choices(report: Mapping[str, Any], name: str) -> Rows:
         models[f"reference: {_model(reference)}"] = reference
     for model, results in models.items():
         metrics = results["choices"][name]
-        accuracies = (_with_error(metrics, "accuracy"), _with_error(metrics, "accuracy_norm"))
+        accuracies = (with_error(metrics, "accuracy"), with_error(metrics, "accuracy_norm"))
         rows.append((model, *accuracies, f"{metrics['questions']:,}"))
     rows.append(("random guessing", number(report["choices"][name]["chance"]), "", ""))
     return rows
 
 
-def _with_error(metrics: Mapping[str, Any], name: str, sign: str = "") -> str:
+def with_error(metrics: Mapping[str, Any], name: str, sign: str = "") -> str:
     """Format a metric with its standard error, if there is one."""
     error = metrics.get(f"{name}_se")
     return number(metrics[name], f"{sign}.4f") + ("" if error is None else f" ±{error:.4f}")

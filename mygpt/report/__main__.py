@@ -1,6 +1,7 @@
 """Report of a run: one HTML file that needs nothing else, for a browser or a phone.
 
-    python -m mygpt.report log/demo     writes log/demo/report.html
+    python -m mygpt.report log/demo                writes log/demo/report.html
+    python -m mygpt.report log/small log/wide      compares runs in log/report.html
 
 It holds the data, the settings, the curves, skipped steps, texts written during training and the
 results of eval.py, all read from the run's folder and the dataset's manifest.
@@ -9,6 +10,7 @@ results of eval.py, all read from the run's folder and the dataset's manifest.
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,9 +21,13 @@ from shards.cli import end_on_interrupt, one_line_errors, require_values, script
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Read the flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m mygpt.report", description="Write a run's report into RUN/report.html."
+        prog="python -m mygpt.report",
+        description="Write a run's report into RUN/report.html, or compare several runs.",
     )
-    parser.add_argument("run", type=Path, help="folder of the run")
+    several = (
+        "folder of the run; several are compared, in report.html of the folder that holds them"
+    )
+    parser.add_argument("run", type=Path, nargs="+", help=several)
     parser.add_argument("--data", action="append", help="where its dataset lies, if it has moved")
     return require_values(parser.parse_args(args))
 
@@ -34,7 +40,7 @@ if __name__ == "__main__":  # answer --help before the imports below, which take
 from mygpt import run_config
 from mygpt.eval import summary
 from mygpt.log import METRICS
-from mygpt.report import page, run_summary
+from mygpt.report import comparison, page, run_summary
 from mygpt.report.chart import Line, chart, short
 from mygpt.report.run_summary import RunSummary
 from shards.files import atomic_file
@@ -51,14 +57,18 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write(run: Path, data: Sequence[str] = ()) -> Path:
-    """Write RUN/report.html, all or nothing, and return its path.
+def write(runs: Sequence[Path], data: Sequence[str] = ()) -> Path:
+    """Write RUN/report.html, or the comparison of several runs, all or nothing; return its path.
 
     `data` says where the dataset lies, if it has moved. Raises FileNotFoundError or ValueError, in
     one line, if there is no run.
     """
-    path = run / "report.html"
-    html = page.document(f"{run.name} · myGPT", _parts(run_summary.of_run(run, data)))
+    found = [run_summary.of_run(run, data) for run in runs]
+    folder = os.path.relpath(os.path.commonpath([run.absolute() for run in runs]))
+    path = Path(folder if runs[1:] else runs[0]) / "report.html"
+    title = ", ".join(run.name for run in runs)
+    parts = comparison.parts(found) if runs[1:] else _parts(found[0])
+    html = page.document(f"{title} · myGPT", parts)
     with atomic_file(path) as file:
         file.write(html.encode())
     return path

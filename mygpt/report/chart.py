@@ -16,6 +16,7 @@ from mygpt.plot import smoothed
 
 Series = Mapping[int, float]  # step → value
 WIDTH, HEIGHT = 1000, 300  # of the drawing, in its own units
+COLOURS = ("first", "second", "third", "fourth", "fifth", "sixth")  # classes of report.css
 MAX_POINTS = 400  # a longer series is drawn as that many means, with the range around each
 
 
@@ -28,7 +29,7 @@ class Line:
     """
 
     name: str
-    colour: Literal["first", "second", "third", "quiet"]
+    colour: str  # one of `COLOURS`, or "quiet"
     values: Series
     style: Literal["plain", "smoothed", "dots", "level"] = "plain"
 
@@ -55,8 +56,11 @@ def chart(
     *,
     is_log: bool = False,
     marks: Mapping[int, str] | None = None,
+    per: str = "step",
 ) -> str:
     """A `<figure>` of lines over the steps of a run; `marks` are steps with a text for each.
+
+    `per` names what the lines are over, if that is not a step.
 
     Values that are not finite, or on a logarithmic axis not above 0, are left out. If there are
     none, a sentence says so.
@@ -68,12 +72,13 @@ def chart(
     y = _axis([value for line in lines for value in line.values.values()], is_log)
     last = max(max(line.values) for line in lines if line.style != "level" or len(lines) == 1)
     x = Axis(0, max(last, 1))
-    drawn = "".join(part for line in lines for part in _drawing(line, x, y))
+    words = escape(_in_words(title, lines, per))
+    drawn = "".join(part for line in lines for part in _drawing(line, x, y, per))
     drawn += "".join(_mark(x, step, text) for step, text in (marks or {}).items())
     return (
         f"<figure><figcaption>{escape(title)} <small>{escape(unit)}</small></figcaption>"
         f'<div class="plot">{_grid(x, y)}<svg viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'preserveAspectRatio="none" role="img" aria-label="{escape(_in_words(title, lines))}">'
+        f'preserveAspectRatio="none" role="img" aria-label="{words}">'
         f"{drawn}</svg></div>{_legend(lines, marks)}</figure>"
     )
 
@@ -140,7 +145,7 @@ def _grid(x: Axis, y: Axis) -> str:
     return f'<div class="grid" aria-hidden="true">{rows}{columns}</div>'
 
 
-def _drawing(line: Line, x: Axis, y: Axis) -> Iterator[str]:
+def _drawing(line: Line, x: Axis, y: Axis, per: str) -> Iterator[str]:
     """Yield the SVG elements of one line."""
     steps, values = list(line.values), list(line.values.values())
 
@@ -159,7 +164,7 @@ def _drawing(line: Line, x: Axis, y: Axis) -> Iterator[str]:
         for step, value in line.values.items():
             # A line of length 0 with round ends: a circle would be stretched with the drawing.
             point = f"{_x(x, step)} {_y(y, value)}"
-            title = escape(f"step {step:,}: {value:.4f}")
+            title = escape(f"{per} {step:,}: {value:.4f}")
             yield f'<path class="{line.colour} dot" d="M{point} l0 0"><title>{title}</title></path>'
 
 
@@ -195,7 +200,7 @@ def _mark(x: Axis, step: int, text: str) -> str:
     return f'<path class="mark" d="M{_x(x, step)} 0 V{HEIGHT}">{title}</path>'
 
 
-def _in_words(title: str, lines: Sequence[Line]) -> str:
+def _in_words(title: str, lines: Sequence[Line], per: str) -> str:
     """A description of the chart, for screen readers."""
     told = []
     for line in lines:
@@ -204,7 +209,7 @@ def _in_words(title: str, lines: Sequence[Line]) -> str:
             told.append(f"{line.name}: {values[-1]:.4g}")
         else:
             told.append(
-                f"{line.name}: from {values[0]:.4g} to {values[-1]:.4g} at step "
+                f"{line.name}: from {values[0]:.4g} to {values[-1]:.4g} at {per} "
                 f"{max(line.values):,}, lowest {min(values):.4g}"
             )
     return f"{title}. {'; '.join(told)}."

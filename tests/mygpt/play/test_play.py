@@ -189,7 +189,6 @@ def test_in_a_browser(server: Server, width: int, tmp_path: Path) -> None:
         shown = page.run("document.querySelector('#tip div').textContent")
         assert shown.endswith("%")
         assert page.run("document.documentElement.scrollWidth") == width
-        page.screenshot(tmp_path / "page.png")
 
         page.run("document.getElementById('max_new_tokens').value = 10000; " + click)
         page.wait_for("document.querySelectorAll('pre b').length > 30")

@@ -5,14 +5,17 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import eval as evaluation
 from mygpt import run_config
 from mygpt.report import __main__ as report
+from mygpt.report import comparison, run_summary
 from shards.manifest import Manifest
 from tests.browser import CHROMIUM
 from tests.mygpt.support import STEPS, gpt2_dataset, write_run
@@ -78,7 +81,7 @@ def parsed(html: str) -> Balance:
 
 
 def test_it_says_what_the_files_say(run: Path, data: Manifest) -> None:
-    html = report.write(run).read_text("utf-8")
+    html = report.write([run]).read_text("utf-8")
     text = " ".join("".join(parsed(html).text).split())
     found = json.loads((run / "eval.json").read_text())
     for part in (
@@ -100,7 +103,7 @@ def test_it_says_what_the_files_say(run: Path, data: Manifest) -> None:
 
 
 def test_it_needs_nothing_else_and_runs_nothing(run: Path) -> None:
-    html = report.write(run).read_text("utf-8")
+    html = report.write([run]).read_text("utf-8")
     assert not re.search(r"https?:|url\(|@import|//\w", html.replace("/* ", ""))
     assert "script" not in parsed(html).tags
     assert "default-src 'none'" in html
@@ -113,10 +116,10 @@ def test_skipped_steps_are_shown(run: Path, data: Manifest, tmp_path: Path) -> N
     skip = f'skip step 7/{STEPS}  loss nan  norm nan  reason "loss is nan"  windows 7..8  look: x\n'
     with open(tmp_path / "run" / "log.txt", "a") as log:
         log.write(skip)
-    html = report.write(tmp_path / "run").read_text("utf-8")
+    html = report.write([tmp_path / "run"]).read_text("utf-8")
     assert "1 skipped step" in html
     assert "<title>loss is nan</title>" in html
-    assert "skipped" not in report.write(run).read_text("utf-8")
+    assert "skipped" not in report.write([run]).read_text("utf-8")
 
 
 def test_a_young_run_without_its_dataset(data: Manifest, tmp_path: Path) -> None:
@@ -124,7 +127,7 @@ def test_a_young_run_without_its_dataset(data: Manifest, tmp_path: Path) -> None
     run = tmp_path / "run"
     write_run(run, data)
     (run / "log.txt").write_text(f"start 0/{STEPS}\n")
-    html = report.write(run, [str(tmp_path / "gone")]).read_text("utf-8")
+    html = report.write([run], [str(tmp_path / "gone")]).read_text("utf-8")
     text = "".join(parsed(html).text)
     assert "at step 0" in text
     assert "Not in the log." in text
@@ -144,7 +147,36 @@ def test_a_diverged_run(run: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(found))
     with open(tmp_path / "run" / "log.txt", "a") as file:
         file.write("val 40/40  loss nan  tokens 64\nstep 40/40  loss e.-  lr 1e400  eta 0:00:00\n")
-    assert "nan" in report.write(tmp_path / "run").read_text("utf-8")
+    assert "nan" in report.write([tmp_path / "run"]).read_text("utf-8")
+
+
+def test_runs_are_compared(run: Path, data: Manifest, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write_run(other, data, dropout=0.25)
+    shutil.copytree(run, tmp_path / run.name)
+    path = report.write([tmp_path / run.name, other])
+    assert path.resolve() == tmp_path / "report.html"
+    html = path.read_text("utf-8")
+    text = " ".join("".join(parsed(html).text).split())
+    found = json.loads((run / "eval.json").read_text())
+    for words in (
+        *("2 runs", "a <run>", "other", f"{found['loss']:.4f}", f"{found['bits_per_byte']:.4f}"),
+        *("Settings that differ", "dropout", "0.25", f"{STEPS} of {STEPS}"),
+    ):
+        assert words in text
+    assert "different vocabularies" not in text and "learning rate" not in text
+    tokens = STEPS * 1024
+    assert f"other: from 10.09 to 7.364 at token {tokens:,}" in html
+    with pytest.raises(ValueError, match="at most 6 runs on a page, found 7"):
+        report.write([run] * 7)
+
+
+def test_runs_of_different_vocabularies_say_so(run: Path) -> None:
+    one = run_summary.of_run(run)
+    other = SimpleNamespace(tokenizer=SimpleNamespace(hash="1" * 64))
+    assert "different vocabularies" not in "".join(comparison.parts([one, one]))
+    page = comparison.parts([one, replace(one, dataset=other)])  # type: ignore[arg-type]
+    assert "different vocabularies" in "".join(page)
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +195,7 @@ def test_a_browser_shows_it_without_anything_sticking_out(
 ) -> None:
     from matplotlib.image import imread
 
-    page, picture = report.write(run), tmp_path / "page.png"
+    page, picture = report.write([run]), tmp_path / "page.png"
     shutil.copyfile(page, tmp_path / "page.html")
     command = [
         *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
