@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 from mygpt import run_config
 from mygpt.eval import summary
@@ -68,7 +69,7 @@ def _losses(named: Mapping[str, RunSummary], split: str) -> str:
         series = getattr(run.history, split)
         values = smoothed(list(series.values())).tolist() if split == "train" else series.values()
         tokens = (step * run.config.total_batch_size for step in series)
-        style = "plain" if split == "train" else "dots"
+        style: Literal["plain", "dots"] = "plain" if split == "train" else "dots"
         lines.append(Line(name, colour, dict(zip(tokens, values, strict=True)), style))
     drawn = chart("Loss", "nats per token, over training tokens", lines, is_log=True, per="token")
     return f'<div class="large">{drawn}</div>'
