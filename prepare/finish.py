@@ -1,47 +1,15 @@
-"""Results of all units turned into the manifest, the quarantine list and the closing summary."""
+"""Results of all units turned into the manifest and the closing summary."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
-from prepare.documents import BadDocuments
-from prepare.plan import Plan, UnitResult, list_bad
+from prepare.plan import Plan, UnitResult
+from prepare.quarantine import Entry, losses, text_bytes
 from prepare.sources import describe_left_out
 from prepare.split import HASH, POSITION, VAL_SOURCE, SplitRule
-from prepare.text import BROKEN
-from prepare.workspace import QUARANTINE
-from shards import stored_json
-from shards.cli import counted, printable
+from shards.cli import counted
 from shards.manifest import SPLITS, Manifest, Source, Split
 from shards.tokenizer import Tokenizer
-
-# Bad documents and bytes of text lost with them that are allowed without --max-bad, or a share of
-# all documents and of all text, if that is more.
-BAD_DOCUMENTS = 10
-BAD_BYTES = 64 << 10
-BAD_SHARE = 0.001
-# The size of text that is not read yet is an estimate, which may be too low by this factor.
-ESTIMATE_MARGIN = 10
-# Losses named on the terminal; the list has all of them.
-NAMED = 10
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A line of quarantine.jsonl: `BadDocuments` of the dataset."""
-
-    source: str  # name of the file
-    position: int
-    reason: str
-    documents: int
-    generation: int
-    bytes: int = 0  # myGPT 0.2 did not note it
-
-
-def read_quarantine(content: bytes, name: str) -> list[Entry]:
-    """Return the entries of quarantine.jsonl; `name` is its file. Raises ValueError."""
-    remedy = "restore it, or remove it: then only what is bad from now on is listed"
-    lines = [stored_json.parse(line, name, remedy) for line in content.splitlines()]
-    return [stored_json.build(Entry, line, name, remedy=remedy) for line in lines]
 
 
 def build_manifest(
@@ -72,80 +40,6 @@ def build_manifest(
         sources = base.sources + sources
         splits = {name: Split(base.splits[name].shards + splits[name].shards) for name in SPLITS}
     return Manifest(tokenizer.identity, asdict(plan.rule), sources, splits, counts, generation)
-
-
-def quarantine(plan: Plan, results: Sequence[UnitResult]) -> list[Entry]:
-    """List the bad documents in plan order."""
-    listed: list[BadDocuments] = []
-    for result in sorted(results, key=lambda result: result.unit):
-        list_bad(listed, result.bad)
-    values = [asdict(one) | {"source": plan.files[one.source].name} for one in listed]
-    return [Entry(**one, generation=plan.generation) for one in values]
-
-
-def text_bytes(results: Sequence[UnitResult]) -> int:
-    """Return the bytes of text in the shards of some units."""
-    return sum(shard.text_bytes for result in results for shard in result.all_shards())
-
-
-def _allowed(max_bad: int | None, documents: int, text: int) -> tuple[int, int]:
-    """Return how many of the documents, and how many bytes of their text, may be bad."""
-    if max_bad is not None:
-        return max_bad, max(BAD_BYTES, text * max_bad // max(documents, 1))
-    return max(BAD_DOCUMENTS, int(BAD_SHARE * documents)), max(BAD_BYTES, int(BAD_SHARE * text))
-
-
-def is_hopeless(bad: int, lost: int, text: int, max_bad: int | None) -> bool:
-    """True if there are too many bad documents, or bytes lost, whatever is still to come.
-
-    `text` is the estimated size of all text; a document has at least one byte.
-    """
-    if max_bad is not None:
-        return bad > max_bad
-    allowed, allowed_bytes = _allowed(None, text, ESTIMATE_MARGIN * text)
-    return bad > allowed or lost > allowed_bytes
-
-
-def check_bad(entries: list[Entry], documents: int, text: int, max_bad: int | None) -> None:
-    """Raise ValueError if more of the documents read, or of their text, is bad than allowed.
-
-    `entries` lists what is bad; `text` is the bytes of the other documents.
-    """
-    bad, lost = sum(entry.documents for entry in entries), sum(entry.bytes for entry in entries)
-    allowed, allowed_bytes = _allowed(max_bad, documents, text + lost)
-    if bad <= allowed and lost <= allowed_bytes:
-        return
-    if bad > allowed:
-        first, needed = entries[0], bad
-        counts = f"at most {allowed} bad documents of {documents}, found {bad}, the first"
-    else:
-        first = max(entries, key=lambda entry: entry.bytes)
-        needed = -(-lost * documents // (text + lost))
-        counts = (
-            f"at most {allowed_bytes:,} of {text + lost:,} bytes of text in bad documents, found "
-            f"{lost:,}, most of them"
-        )
-    raise ValueError(
-        f"expected {counts} in {first.source} at {first.position} ({first.reason}): "
-        f"{QUARANTINE} lists them; fix them, or raise --max-bad to {needed} and run again "
-        "(finished work is kept)"
-    )
-
-
-def losses(entries: list[Entry], text: int) -> list[str]:
-    """Describe how much text is bad beside `text` bytes that are not; name broken files."""
-    if not entries:
-        return []
-    lost = sum(entry.bytes for entry in entries)
-    share = lost / (text + lost or 1)
-    lines = [f"left out   {lost:,} of {text + lost:,} bytes of text ({share:.1%})"]
-    large = [one for one in entries if one.reason.startswith(BROKEN) or one.bytes > BAD_BYTES]
-    for entry in large[:NAMED]:
-        line = f"{entry.source} at {entry.position}: {entry.reason}"
-        lines.append(f"           {printable(line)}")
-    if large[NAMED:]:
-        lines.append(f"           and {len(large) - NAMED} more: see {QUARANTINE}")
-    return lines
 
 
 def check_splits(manifest: Manifest, entries: Sequence[Entry]) -> None:

@@ -1,11 +1,9 @@
 """The whole job: plan the work, start or resume it, run its units, write the manifest."""
 
-import json
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -16,18 +14,18 @@ from prepare.dedup import collect_held_out, find_duplicates, validation_units
 from prepare.forecast import check_disk_space, forecast
 from prepare.options import Options
 from prepare.plan import (
+    BadLimit,
     Plan,
     Unit,
     UnitResult,
     make_plan,
     requested_tokenizer,
-    total_bad,
     unit_number,
 )
+from prepare.quarantine import stop_early, store_quarantine
 from prepare.ray import run_ray
 from prepare.resume import finished_plan, start_or_resume, takes_all_text
 from prepare.split import VAL_SOURCE
-from prepare.unit import BadLimit
 from prepare.unit_functions import (
     HashDocuments,
     RestoreShards,
@@ -40,8 +38,6 @@ from prepare.workspace import (
     HASHES,
     HELD_OUT,
     HELD_OUT_HASHES,
-    QUARANTINE,
-    REFUSED,
     WORK,
     Folder,
     Workspace,
@@ -121,6 +117,11 @@ class Job:
     plan: Plan
     manifest: Manifest | None  # the complete dataset in the folder, if there is one
 
+    @property
+    def bad_limit(self) -> BadLimit:
+        """How much of the text may be bad."""
+        return BadLimit(self.options.max_bad, sum(unit.weight for unit in self.plan.units))
+
     def restore(self, manifest: Manifest, touched: set[int]) -> None:
         """Prepare again what the finished plan lacks, and compare what came from touched files.
 
@@ -168,10 +169,11 @@ class Job:
             self.provide_tokenizer().encode("")  # forked workers inherit what that loads
         # On a cluster each node publishes its shards; uploads, too, are spread over the workers.
         workers_publish = self.options.engine != "local" or workspace.folder.remote
-        write = WriteShards(self.plan, workspace, workers_publish, self._bad_limit())
+        limit = self.bad_limit
+        write = WriteShards(self.plan, workspace, workers_publish, limit)
         written = self._run(write, pending)
         new = publish_in_background(written, workspace)
-        results = self._stop_early(chain(finished.values(), new))
+        results = stop_early(chain(finished.values(), new), self.plan, workspace.folder, limit)
         _show_progress(islice(results, len(finished), None), units, pending)
 
     def provide_tokenizer(self) -> Tokenizer:
@@ -224,43 +226,6 @@ class Job:
         function = HashDocuments(self.plan, self.workspace, folder)
         self._run_with_progress(function, pending, "hash")
 
-    def _stop_early(self, results: Iterable[UnitResult]) -> Iterator[UnitResult]:
-        """Yield the results. Raises ValueError once too much is bad, whatever is still to come."""
-        is_hopeless = self._bad_limit()
-        documents, lost = total_bad(self.plan.bad)
-        seen = [self.plan.inspection()]
-        for result in results:
-            seen.append(result)
-            more_documents, more_lost = total_bad(result.bad)
-            documents, lost = documents + more_documents, lost + more_lost
-            if is_hopeless(documents, lost):
-                self._check_bad(seen)
-            yield result
-
-    def _bad_limit(self) -> BadLimit:
-        text = sum(unit.weight for unit in self.plan.units)
-        return partial(finish.is_hopeless, text=text, max_bad=self.options.max_bad)
-
-    def _check_bad(self, results: Sequence[UnitResult]) -> list[finish.Entry]:
-        """Write quarantine.jsonl and return the entries of this generation.
-
-        Raises ValueError if too much of what was read for it is bad.
-        """
-        folder = self.workspace.folder
-        earlier = finish.read_quarantine(folder.read(QUARANTINE) or b"", f"{folder}/{QUARANTINE}")
-        earlier = [entry for entry in earlier if entry.generation < self.plan.generation]
-        entries = finish.quarantine(self.plan, results)
-        lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in earlier + entries]
-        folder.write(QUARANTINE, "".join(lines).encode())
-        documents, text = sum(result.read for result in results), finish.text_bytes(results)
-        try:
-            finish.check_bad(entries, documents, text, self.options.max_bad)
-        except ValueError:
-            print(*finish.losses(entries, text), sep="\n")
-            folder.write(REFUSED, b"")
-            raise
-        return entries
-
     def write_manifest(self, started: float) -> None:
         """Write quarantine.jsonl, then the manifest, which completes the dataset.
 
@@ -278,7 +243,7 @@ class Job:
             _check_shards(workspace, self.manifest)
         results = [plan.inspection(), *(finished[unit.number] for unit in plan.units)]
         manifest = finish.build_manifest(plan, results, self.provide_tokenizer(), self.manifest)
-        entries = self._check_bad(results)
+        entries = store_quarantine(results, plan, folder, self.bad_limit)
         try:
             finish.check_splits(manifest, entries)
         except ValueError:

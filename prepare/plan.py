@@ -39,6 +39,14 @@ MAX_LISTED = 10_000
 TRAINED = "trained"
 UNLISTED = "further bad documents, which are not listed"
 
+# Bad documents and bytes of text lost with them that are allowed without --max-bad, or a share of
+# all documents and of all text, if that is more.
+BAD_DOCUMENTS = 10
+BAD_BYTES = 64 << 10
+BAD_SHARE = 0.001
+# The size of text that is not read yet is an estimate, which may be too low by this factor.
+ESTIMATE_MARGIN = 10
+
 WeightedSlice = tuple[Slice, int]
 
 
@@ -90,6 +98,28 @@ def total_bad(bad: Iterable[BadDocuments]) -> tuple[int, int]:
     """Return how many documents are bad, and the bytes of text lost with them."""
     counts = [(one.documents, one.bytes) for one in bad]
     return sum(documents for documents, _ in counts), sum(lost for _, lost in counts)
+
+
+@dataclass(frozen=True)
+class BadLimit:
+    """How much may be bad: `max_bad` documents, or the default shares; see `Options.max_bad`."""
+
+    max_bad: int | None
+    text: int  # estimated bytes of all text
+
+    def allowed(self, documents: int, text: int) -> tuple[int, int]:
+        """Return how many of the documents, and how many bytes of their text, may be bad."""
+        if self.max_bad is not None:
+            return self.max_bad, max(BAD_BYTES, text * self.max_bad // max(documents, 1))
+        return max(BAD_DOCUMENTS, int(BAD_SHARE * documents)), max(BAD_BYTES, int(BAD_SHARE * text))
+
+    def is_exceeded(self, bad: int, lost: int) -> bool:
+        """True if so many documents, or bytes of text, are too many whatever is still to come."""
+        if self.max_bad is not None:
+            return bad > self.max_bad
+        # A document has at least one byte.
+        allowed, allowed_bytes = self.allowed(self.text, ESTIMATE_MARGIN * self.text)
+        return bad > allowed or lost > allowed_bytes
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """One unit of input turned into its train and val shards."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import pyarrow as pa
 
 from prepare.documents import Batch, read
 from prepare.encode import AuditError, Encoded, encode
-from prepare.plan import Plan, Unit, UnitResult, list_bad, total_bad
+from prepare.plan import BadLimit, Plan, Unit, UnitResult, list_bad, total_bad
 from prepare.split import VAL_SOURCE
 from shards.manifest import DTYPE, INDEX_SCHEMA, SPLITS, Shard
 from shards.tokenizer import Tokenizer, string_buffers
@@ -18,9 +17,6 @@ from shards.writer import ShardWriter, open_shard
 
 # A stream of unknown length (a compressed file) continues in another shard after this many tokens.
 MAX_SHARD_TOKENS = 1 << 27
-
-# True of (bad documents, bytes lost with them) that are too many, whatever is still to be read.
-BadLimit = Callable[[int, int], bool]
 
 
 @dataclass(frozen=True)
@@ -50,19 +46,19 @@ def run_unit(
     folder: Path,
     tokenizer: Tokenizer,
     exclusions: Exclusions,
-    is_hopeless: BadLimit | None = None,
+    limit: BadLimit | None = None,
 ) -> UnitResult:
     """Write a unit's shards into `folder`, without the excluded documents.
 
     If the audit finds a difference, the whole unit is encoded by tiktoken, with a warning. Stops
-    where `is_hopeless` says so, with a result that is `stopped`. Raises ValueError for a source
+    where more than `limit` is bad, with a result that is `stopped`. Raises ValueError for a source
     that changed since it was planned, OSError for failing I/O.
     """
     try:
-        result = _write_unit(plan, unit, folder, tokenizer, exclusions, is_hopeless)
+        result = _write_unit(plan, unit, folder, tokenizer, exclusions, limit)
     except AuditError as error:
         reference = tokenizer.reference_only()
-        result = _write_unit(plan, unit, folder, reference, exclusions, is_hopeless)
+        result = _write_unit(plan, unit, folder, reference, exclusions, limit)
         result.warnings.append(f"unit {unit.number} was encoded by tiktoken alone: {error}")
     check_unchanged(plan, unit)
     return result
@@ -87,7 +83,7 @@ def _write_unit(
     folder: Path,
     tokenizer: Tokenizer,
     exclusions: Exclusions,
-    is_hopeless: BadLimit | None,
+    limit: BadLimit | None,
 ) -> UnitResult:
     """Read, encode and write the unit's documents."""
     train, val = (
@@ -98,7 +94,7 @@ def _write_unit(
     with train, val:
         for batch in read(plan.files, unit.slices):
             # Not right after a batch: what has been read to its end is finished, and kept.
-            result.stopped = bool(is_hopeless and is_hopeless(*total_bad(result.bad)))
+            result.stopped = bool(limit and limit.is_exceeded(*total_bad(result.bad)))
             if result.stopped:
                 break
             list_bad(result.bad, batch.bad)

@@ -16,8 +16,8 @@ import numpy as np
 
 from prepare.documents import read
 from prepare.encode import content_hashes
-from prepare.plan import Plan, Unit, UnitResult, unit_number
-from prepare.unit import BadLimit, Exclusions, check_unchanged, run_unit
+from prepare.plan import BadLimit, Plan, Unit, UnitResult, unit_number
+from prepare.unit import Exclusions, check_unchanged, run_unit
 from prepare.workspace import DUPLICATES, HELD_OUT_HASHES, Workspace
 from shards.manifest import Shard
 from shards.remote import retried
@@ -56,12 +56,12 @@ class UnitFunction(Generic[Result]):
 
     @contextmanager
     def staged_shards(
-        self, unit: Unit, is_hopeless: BadLimit | None = None
+        self, unit: Unit, limit: BadLimit | None = None
     ) -> Iterator[tuple[UnitResult, Path]]:
         """Yield a unit's result and the folder where its shards are staged, gone on an error."""
         tokenizer, exclusions = self.workspace.tokenizer(self.plan), self.exclusions(unit)
         with self.workspace.staging(unit) as staged:
-            yield run_unit(self.plan, unit, staged, tokenizer, exclusions, is_hopeless), staged
+            yield run_unit(self.plan, unit, staged, tokenizer, exclusions, limit), staged
 
     def exclusions(self, unit: Unit) -> Exclusions:
         """Return which documents of a unit to leave out."""
@@ -76,11 +76,11 @@ class WriteShards(UnitFunction[Written]):
     """Turn a unit into shards."""
 
     publish: bool  # if False, that is left to `publish_in_background`
-    is_hopeless: BadLimit
+    limit: BadLimit
 
     def run(self, unit: Unit) -> Written:
         """Write one unit."""
-        with self.staged_shards(unit, self.is_hopeless) as (result, staged):
+        with self.staged_shards(unit, self.limit) as (result, staged):
             if result.stopped:
                 shutil.rmtree(staged)
             elif not self.publish:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from prepare import finish, job
+from prepare import job
 from prepare.documents import BadDocuments
-from prepare.finish import Entry
-from prepare.plan import UNLISTED, Unit, list_bad
+from prepare.plan import UNLISTED, BadLimit, Unit, list_bad
+from prepare.quarantine import Entry, check_bad, losses
 from prepare.text import BROKEN
 from tests.prepare.support import (
     contents,
@@ -115,16 +115,16 @@ def test_how_much_text_may_be_bad(
     documents: int, text: int, bad: Entry, max_bad: int | None, allowed: bool
 ) -> None:
     if allowed:
-        finish.check_bad([bad], documents, text, max_bad)
+        check_bad([bad], documents, text, BadLimit(max_bad, text))
         return
     with pytest.raises(ValueError, match="bytes of text in bad documents") as caught:
-        finish.check_bad([bad], documents, text, max_bad)
+        check_bad([bad], documents, text, BadLimit(max_bad, text))
     assert f"of {text + bad.bytes:,} bytes" in str(caught.value)
     assert "a.txt at 7" in str(caught.value)
     needed = int(str(caught.value).partition("raise --max-bad to ")[2].split()[0])
-    finish.check_bad([bad], documents, text, needed)
+    check_bad([bad], documents, text, BadLimit(needed, text))
     with pytest.raises(ValueError, match="bad documents"):
-        finish.check_bad([bad], documents, text, needed - 1)
+        check_bad([bad], documents, text, BadLimit(needed - 1, text))
 
 
 @pytest.fixture
@@ -163,12 +163,10 @@ def test_a_mended_source_starts_over(mostly_latin: Path, tmp_path: Path) -> None
 
 def test_a_broken_file_is_named_however_little_is_lost() -> None:
     entries = [entry(reason="null"), entry(reason=f"{BROKEN}: zlib inflate failed")]
-    assert finish.losses(entries, 100)[1:] == [
-        f"           a.txt at 7: {BROKEN}: zlib inflate failed"
-    ]
+    assert losses(entries, 100)[1:] == [f"           a.txt at 7: {BROKEN}: zlib inflate failed"]
     escape = Entry("\x1b[2J.txt", 7, BROKEN, 1, 0)
-    assert finish.losses([escape], 0)[1] == f"           \\x1b[2J.txt at 7: {BROKEN}"
-    lines = finish.losses(entries * 20, 100)
+    assert losses([escape], 0)[1] == f"           \\x1b[2J.txt at 7: {BROKEN}"
+    lines = losses(entries * 20, 100)
     assert len(lines) == 12
     assert "and 10 more: see quarantine.jsonl" in lines[-1]
 
