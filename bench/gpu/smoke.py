@@ -61,12 +61,15 @@ def error_of(actual: Tensor, expected: Tensor) -> float:
 
 
 def gradients(setting: Setting) -> Errors:
-    """Loss and gradients of a small model, eager and compiled, against float64 on the CPU."""
+    """Loss and gradients of a small model, eager and compiled, against float64 on the CPU.
+
+    Compiled on a GPU only: train.py compiles nowhere else, and a CPU takes minutes.
+    """
     device = torch.device(setting.device)
     oracle = GPT(SHAPE).double()
     tokens = torch.randint(SHAPE.vocab_size, (4, SHAPE.block_size + 1))
     expected, errors = _backward(oracle, tokens), {}
-    for name in ("eager", "compiled"):
+    for name in ("eager", "compiled")[: 1 + setting.on_gpu]:
         model = GPT(SHAPE)
         model.load_state_dict(oracle.state_dict())
         model.to(device)
@@ -104,7 +107,7 @@ def cross_entropy(setting: Setting) -> Errors:
     targets = torch.randint(VOCAB, (n,)).masked_fill(torch.rand(n) < 0.2, loss.IGNORED)
     expected = _with_gradients(x.double(), weight.double(), targets, _torch_loss)
     errors: Errors = {}
-    for name in ("eager", "compiled"):
+    for name in ("eager", "compiled")[: 1 + setting.on_gpu]:
         fused = loss.LinearCrossEntropy()
         if name == "compiled":
             fused.compile()

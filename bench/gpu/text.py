@@ -3,7 +3,6 @@
 Python's standard library is prepared first: little, but there within seconds.
 """
 
-import os
 import subprocess
 import sys
 import time
@@ -18,7 +17,6 @@ STDLIB, PACKAGES = "stdlib", "packages"
 
 def prepare(setting: Setting) -> None:
     """Prepare both datasets in the background; for tiny models the smaller one alone."""
-    os.nice(10)
     _prepare(setting, "stdlib", STDLIB)
     if setting.preset != "tiny":
         _prepare(setting, str(corpus.build(MEGABYTES).parquet), PACKAGES)
@@ -33,7 +31,7 @@ def _prepare(setting: Setting, source: str, name: str) -> None:
 def find(setting: Setting, patience: float = 20) -> Path:
     """Return the largest dataset that is finished, waiting so many seconds for the larger one.
 
-    Raises FileNotFoundError if there is none by then.
+    Raises FileNotFoundError if there is none after twice as many.
     """
     names = (STDLIB,) if setting.preset == "tiny" else (PACKAGES, STDLIB)
     ends = time.time() + patience
@@ -41,7 +39,7 @@ def find(setting: Setting, patience: float = 20) -> Path:
         found = [setting.work / n for n in names if (setting.work / n / "manifest.json").exists()]
         if found and (found[0].name == names[0] or time.time() > ends):
             return found[0]
-        if time.time() > ends:
+        if time.time() > ends + patience:
             raise FileNotFoundError(
                 f"expected a dataset in {setting.work}, found none: see log.txt for why"
             )

@@ -13,17 +13,14 @@ from bench.gpu import micro, smoke
 from bench.gpu.setting import Setting, read
 from mygpt.doctor import verify_resume
 from mygpt.loss import LinearCrossEntropy
-from mygpt.model import GPT, KeyValueCache
+from mygpt.model import KeyValueCache
 from mygpt.settings import PRESETS, TrainConfig
 from shards.loader import TokenLoader
 from tests.bench.support import SHAPE, InThisProcess
 
 
 @pytest.fixture
-def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
-    """The compiled halves run uncompiled: compilation takes a CPU most of a minute."""
-    monkeypatch.setattr(GPT, "compile", lambda self: None)
-    monkeypatch.setattr(LinearCrossEntropy, "compile", lambda self: None)
+def setting(tmp_path: Path) -> Setting:
     return Setting("smoke", "tiny", "cpu", tmp_path, tmp_path)
 
 

@@ -107,7 +107,6 @@ def test_text_is_prepared_the_smaller_first(
     commands: list[Any] = []
     corpus = type("Corpus", (), {"parquet": Path("corpus.parquet")})
     monkeypatch.setattr("subprocess.run", lambda command, check: commands.append(command[2:]))
-    monkeypatch.setattr("os.nice", lambda increment: 0)
     monkeypatch.setattr("bench.corpus.build", lambda megabytes: corpus)
     text.prepare(setting)
     text.prepare(replace(setting, preset="gpt2"))
