@@ -45,7 +45,7 @@ from contextlib import nullcontext
 import torch
 
 from mygpt import autotune, checkpoint, plot, run_config, sharding, trackers
-from mygpt.describe import describe_end, describe_run
+from mygpt.describe import describe_end, describe_run, nothing_left
 from mygpt.distributed import EXIT_LOST, DistributedContext, RanksLost, autocast, init_distributed
 from mygpt.evaluate import Loss, default_batch_size, evaluate
 from mygpt.generate import Sampling, generate, trailing_space_note
@@ -60,14 +60,15 @@ from mygpt.log import (
 )
 from mygpt.optim import learning_rate
 from mygpt.run_config import RunRecord
-from mygpt.settings import TrainConfig
 from mygpt.spikes import fp16_overflow
 from mygpt.stopping import Stop, Stopped
 from mygpt.time_budget import BudgetClock
 from mygpt.train_state import (
     TrainState,
     build_train_state,
+    lacks_validation,
     load_checkpoint,
+    prune,
     save_checkpoint,
 )
 from shards import checks
@@ -117,12 +118,13 @@ def train(
     except Stopped as stopped:
         log.write(f"stopped by {stopped} before the first step: the same command starts again")
         return stop.exit_code
+    if ranks.is_main and record.extensions:
+        run_config.write(record, dataset)
+        run_config.set_aside_former_end(record)
     newest, faults = checkpoint.agree_on_newest(run_dir, ranks)
     log.write(*(f"skipped a damaged checkpoint: {fault}" for fault in faults))
-    max_steps = record.config.max_steps
     if newest >= record.config.last_step and not lacks_validation(record.config, newest):
-        reached = "is finished" if newest >= max_steps else "has reached --stop-at"
-        log.write(f"nothing left to do: {run_dir} {reached}, step {newest} of {max_steps}")
+        log.write(nothing_left(record.config, newest))
         return 0
     if tokenizer and (note := trailing_space_note(record.config.sample_prompt)):
         log.show(note)
@@ -282,13 +284,6 @@ def validate_and_log(state: TrainState, stop: Stop, log: RunLog) -> tuple[float,
     return loss.mean, is_best
 
 
-def lacks_validation(config: TrainConfig, step: int) -> bool:
-    """Return whether the checkpoint of `step` was saved before its validation was finished."""
-    if step < 1 or (step % config.val_interval and step != config.max_steps):
-        return False
-    return checkpoint.read_state(checkpoint.folder_of(config.log_dir, step))["val_loss"] is None
-
-
 def sample_and_log(state: TrainState, tokenizer: Tokenizer, log: RunLog) -> None:
     """Show a continuation of each --sample-prompt (by default a new document).
 
@@ -326,7 +321,7 @@ def resume_or_init(
     if is_main:
         checkpoint.set_aside(config.log_dir, after=newest)  # damaged: their steps are trained again
         run_config.write(state.record, dataset)
-        checkpoint.prune(config.log_dir, config.keep, config.keep_every)
+        prune(state.record, config.log_dir)
     state.ranks.barrier()
     if newest >= 0:
         load_checkpoint(state, newest)

@@ -201,17 +201,18 @@ def save(
     return final
 
 
-def prune(run_dir: Path, keep: int, keep_every: int = 0) -> None:
+def prune(run_dir: Path, keep: int, keep_every: int = 0, kept: int | None = None) -> None:
     """Remove what killed writers left, and all checkpoints that are not to be kept.
 
-    Kept are the `keep` newest, the best, and those of steps that `keep_every`, if not 0, divides.
+    Kept are the `keep` newest, the best, that of step `kept`, and those of steps that `keep_every`,
+    if not 0, divides.
     """
     for leftover in (run_dir / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     best = best_of(run_dir)
     for step in steps(run_dir)[:-keep]:
         folder = folder_of(run_dir, step)
-        if folder != best and not (keep_every and step % keep_every == 0):
+        if folder != best and step != kept and not (keep_every and step % keep_every == 0):
             # Rename before deleting: a half-deleted folder must not look complete.
             hidden = folder.with_name(f".{folder.name}.tmp")
             os.rename(folder, hidden)

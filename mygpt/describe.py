@@ -32,6 +32,16 @@ def describe_run(state: TrainState, dataset: Mixture) -> Iterator[str]:
     for former in state.record.earlier:
         names = ", ".join(f"{name} {number}" for name, number in former.generations.items())
         yield f"grown  up to step {former.until} the data were those of generation {names}"
+    for extension in state.record.extensions:
+        again = ""
+        if config.schedule == "wsd" and extension.since >= extension.max_steps:
+            again = (
+                "; no checkpoint from before its decay is left, so the learning rate rises again"
+            )
+        yield (
+            f"extend from step {extension.since} of a run that was finished after "
+            f"{extension.max_steps}{again}"
+        )
     fitted = ", to be fitted to the clock" if state.record.horizons else ""
     yield f"length {config.max_steps:,} steps = {tokens:,} tokens = {epochs:.2f} epochs{fitted}"
     yield from _too_many_epochs(config, dataset)
@@ -87,6 +97,17 @@ def _baseline(state: TrainState, dataset: Mixture) -> Iterator[str]:
         windows = EvalWindows(manifest, "val", state.config.model.block_size)
         unigram = unigram_loss(token_counts(manifest, "train"), windows)
         yield baseline_line(unigram.mean, math.log(dataset.tokenizer.n_vocab))
+
+
+def nothing_left(config: TrainConfig, step: int) -> str:
+    """Return the line of a run that has reached its last step, or that of --stop-at."""
+    where = f"step {step} of {config.max_steps}"
+    if step < config.max_steps:
+        return f"nothing left to do: {config.log_dir} has reached --stop-at, {where}"
+    return (
+        f"nothing left to do: {config.log_dir} is finished, {where}; --extend STEPS goes on, "
+        "beyond its first length"
+    )
 
 
 def describe_end(state: TrainState) -> Iterator[str]:

@@ -51,11 +51,11 @@ def learning_rate(
         progress = (step - warmup_steps) / (max_steps - warmup_steps)
         coeff = 0.5 * (1 + math.cos(math.pi * progress))
     else:
-        coeff = _wsd_coefficient(step, horizons or [Horizon(0, max_steps)])
+        coeff = wsd_coefficient(step, horizons or [Horizon(0, max_steps)])
     return min_lr + coeff * (max_lr - min_lr)
 
 
-def _wsd_coefficient(step: int, horizons: Sequence[Horizon]) -> float:
+def wsd_coefficient(step: int, horizons: Sequence[Horizon]) -> float:
     """Return the height of a "wsd" schedule after its warm-up, from 1 down to 0.
 
     The decay begins at half of the horizon in force. Once begun it goes on from where it is: a new

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mygpt import checkpoint
 from mygpt.config import GPTConfig
 from mygpt.log import end_torn_line
-from mygpt.optim import Horizon
+from mygpt.optim import Horizon, wsd_coefficient
 from mygpt.pretrained import from_pretrained, read_tokenizer
 from mygpt.settings import (
     LENGTHS,
@@ -34,7 +34,7 @@ from mygpt.settings import (
 from shards import stored_json
 from shards.files import atomic_file, write_json
 from shards.mixture import Mixture, parse_data_specs
-from shards.tokenizer import GPT2, read_stored
+from shards.tokenizer import GPT2, read_stored, tokenizer_beside
 from shards.vocabulary import TOKENIZER_NAME
 
 if TYPE_CHECKING:
@@ -66,11 +66,20 @@ class Earlier:
 
 
 @dataclass(frozen=True)
+class Extension:
+    """A finished run of `max_steps` steps that --extend took up from step `since`."""
+
+    since: int
+    max_steps: int
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Content of `RUN/config.json`: the resolved settings and the identity of the datasets.
 
     `earlier` lists what the datasets were before `--generation latest` advanced them, oldest first;
-    `horizons` the lengths of a run that follows the clock, the last one being that of `config`.
+    `horizons` the lengths of a run that follows the clock, the last one being that of `config`;
+    `extensions` what --extend has lengthened.
     """
 
     config: TrainConfig
@@ -78,6 +87,7 @@ class RunRecord:
     generations: dict[str, int]
     earlier: tuple[Earlier, ...] = ()
     horizons: tuple[Horizon, ...] = ()
+    extensions: tuple[Extension, ...] = ()
 
     def __post_init__(self) -> None:
         since = [horizon.since for horizon in self.horizons]
@@ -91,6 +101,30 @@ class RunRecord:
     def lengths(self) -> set[int]:
         """All lengths in steps that the run has had: its checkpoints name one of them."""
         return {horizon.max_steps for horizon in self.horizons}
+
+    def before_decay(self, steps: Iterable[int]) -> int | None:
+        """Return the last of `steps` before the decay of a "wsd" run: a longer one begins there."""
+        if self.config.schedule != "wsd":
+            return None
+        horizons = self.horizons or [Horizon(0, self.config.max_steps)]
+        return max((s for s in steps if wsd_coefficient(s, horizons) == 1), default=None)
+
+    def extended(self, steps: int) -> "RunRecord":
+        """Return the record of the run with `steps` more than its first length.
+
+        Raises ValueError if it is not finished.
+        """
+        config, found = self.config, checkpoint.steps(self.config.log_dir)
+        if not found or found[-1] < config.max_steps:
+            raise ValueError(
+                f"expected a finished run in {config.log_dir}, found step "
+                f"{found[-1] if found else 0} of {config.max_steps}: the command without --extend "
+                "finishes it"
+            )
+        since = self.before_decay(found)
+        extension = Extension(found[-1] if since is None else since, config.max_steps)
+        config = replace(config, max_steps=config.max_steps - config.extend + steps, extend=steps)
+        return replace(self, config=config, horizons=(), extensions=(*self.extensions, extension))
 
     def with_horizon(self, since: int, max_steps: int) -> "RunRecord":
         """Return the record of a run whose length is `max_steps` from step `since` on."""
@@ -106,6 +140,7 @@ class RunRecord:
             "generations": self.generations,
             "earlier": list(map(asdict, self.earlier)),
             "horizons": list(map(asdict, self.horizons)),
+            "extensions": list(map(asdict, self.extensions)),
             "config": to_dict(self.config),
         }
         return stored_json.with_checksum(record)
@@ -144,6 +179,11 @@ def start_or_resume(requested: TrainConfig) -> tuple[RunRecord, Mixture]:
     """
     requested = _with_named_folder(requested)
     stored = read_run(requested.log_dir)
+    if requested.extend and not stored:
+        raise ValueError(f"expected a finished run in {requested.log_dir}, found none to --extend")
+    if stored and requested.extend > stored.config.extend:
+        moved = replace(stored.config, log_dir=requested.log_dir)
+        stored = replace(stored, config=moved).extended(requested.extend)
     config = resume(stored.config, requested) if stored else requested
     if not requested.micro_batch and not fits_micro_batch(config, _world_size()):
         config = replace(config, micro_batch=0)  # measured for another number of ranks
@@ -170,6 +210,16 @@ def start_or_resume(requested: TrainConfig) -> tuple[RunRecord, Mixture]:
     if config.generation == "latest":
         return _advance_generation(record, dataset)
     return record, dataset
+
+
+def set_aside_former_end(record: RunRecord) -> None:
+    """Rename the checkpoints that an extended run made before, after the step it goes on from."""
+    config = record.config
+    for step in checkpoint.steps(config.log_dir) if record.extensions else ():
+        folder = checkpoint.folder_of(config.log_dir, step)
+        is_later = step > record.extensions[-1].since
+        if is_later and checkpoint.read_state(folder)["config"].get("extend", 0) < config.extend:
+            os.rename(folder, folder.with_name(f"{folder.name}.finished"))
 
 
 def _with_named_folder(config: TrainConfig) -> TrainConfig:
@@ -202,6 +252,9 @@ def _pretrained_shape(config: TrainConfig) -> GPTConfig:
 def _check_vocabulary(init_from: str, dataset: Mixture) -> None:
     """Raise ValueError if --init-from's model has its tokenizer beside it, and it is another."""
     found = read_tokenizer(init_from)
+    is_own = any((Path(init_from) / name).exists() for name in ("checkpoints", "state.json"))
+    if is_own and not found and read_stored(dataset.manifests[0].location):
+        found = tokenizer_beside(init_from)  # GPT-2's: only other ones are stored
     if found and found.identity != dataset.tokenizer:
         raise ValueError(
             f"expected a dataset in the vocabulary of {init_from}, {found.name}, found "
@@ -244,6 +297,9 @@ def resume(stored: TrainConfig, requested: TrainConfig) -> TrainConfig:
         shape = replace(requested.model, vocab_size=stored.model.vocab_size)
         requested = replace(requested, model=shape)
     values = _flat(requested)
+    if values["max_steps"] == stored.max_steps - stored.extend:  # its length before --extend
+        values["max_steps"] = stored.max_steps
+        requested = replace(requested, max_steps=stored.max_steps)
     for name, value in _flat(stored).items():
         is_open = name in UNRESOLVED and not values[name]
         if name not in FREE and not is_open and values[name] != value:

@@ -21,7 +21,7 @@ LENGTHS = ("max_steps", "max_tokens", "epochs", "time_budget")
 # Settings in which 0 means "not decided yet": filled in by `resolved`, or on resume by the run.
 UNRESOLVED = (
     *LENGTHS,
-    *("stop_at", "warmup_steps", "val_interval", "checkpoint_interval", "micro_batch"),
+    *("stop_at", "extend", "warmup_steps", "val_interval", "checkpoint_interval", "micro_batch"),
 )
 # Least and greatest values: beyond them a number would overflow, or a loop over it never end.
 RANGES = {
@@ -98,6 +98,7 @@ class TrainConfig:
     epochs: float = 0  # passes over the training split
     time_budget: Seconds = 0  # training time; max_steps is derived from measured step times
     stop_at: int = 0  # stop after this step without changing the schedule; 0: run to the end
+    extend: int = 0  # go on with a finished run: steps beyond its length, repeated ones included
     max_time: Seconds = 0  # stop at a checkpoint after this time (3600, 1h30m); 0: no limit
     total_batch_size: int = 2**19  # tokens per optimizer step, over all ranks
     micro_batch: MicroBatch = 16  # sequences per forward pass and rank; auto: as many as fit

@@ -175,9 +175,22 @@ def save_checkpoint(state: TrainState, run_dir: Path, val_loss: float | None) ->
             "config": run_config.to_dict(state.config),
         }
         checkpoint.save(run_dir, state.step, weights, tensors, record)
-        checkpoint.prune(run_dir, state.config.keep, state.config.keep_every)
+        prune(state.record, run_dir)
     state.saved_step = state.step
     state.ranks.barrier()
+
+
+def lacks_validation(config: TrainConfig, step: int) -> bool:
+    """Return whether the checkpoint of `step` was saved before its validation was finished."""
+    if step < 1 or (step % config.val_interval and step != config.max_steps):
+        return False
+    return checkpoint.read_state(checkpoint.folder_of(config.log_dir, step))["val_loss"] is None
+
+
+def prune(record: RunRecord, run_dir: Path) -> None:
+    """Remove the checkpoints that are no longer to be kept; the last before a decay is."""
+    before_decay = record.before_decay(checkpoint.steps(run_dir))
+    checkpoint.prune(run_dir, record.config.keep, record.config.keep_every, before_decay)
 
 
 def load_checkpoint(state: TrainState, step: int) -> None:
@@ -221,8 +234,9 @@ def _check_identity(state: TrainState, folder: Path, stored: dict[str, Any]) -> 
             f"found {stored['loader'].get('position')}: it was altered; use another checkpoint"
         )
     former = run_config.from_dict(stored["config"], folder)
-    if former.max_steps in record.lengths:
-        former = replace(former, max_steps=state.config.max_steps)
+    config = state.config
+    if former.max_steps in record.lengths or former.extend < config.extend:
+        former = replace(former, max_steps=config.max_steps, extend=config.extend)
     try:
         run_config.resume(former, state.config)
     except ValueError as error:

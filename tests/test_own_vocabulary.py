@@ -255,8 +255,8 @@ def test_a_dataset_of_another_vocabulary_is_refused(
     error = refused(capsys, evaluation.main, root / "exported", "--data", root / "gpt2")
     assert f"--tokenizer {root / 'exported'}" in error
     run = ("--data", root / "own", "--log-dir", tmp_path / "x", *WHEN.split())
-    for model in ("exported-gpt2", "exported"):
-        data = root / ("own" if model == "exported-gpt2" else "gpt2")
+    for model in ("exported-gpt2", "exported", "gpt2-run", "run"):
+        data = root / ("own" if "gpt2" in model else "gpt2")
         flags = ("--init-from", root / model, "--data", data, *run[2:], "--block-size", "16")
         assert "in the vocabulary of" in refused(capsys, train.main, *flags)
     error = refused(capsys, train.main, "tiny", *run[:2], "--log-dir", root / "gpt2-run", *FLAGS)
