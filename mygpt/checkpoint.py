@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mygpt.config import check_shapes
 from mygpt.distributed import DistributedContext
 from shards import stored_json
 from shards.cli import script
@@ -47,8 +48,8 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_checkpoint_wrapped_mo
 class _Spikes:
     """State of `mygpt.spikes.Spikes` in state.json."""
 
-    norms: list[float]
-    in_a_row: int
+    norms: list[float]  # latest gradient norms
+    in_a_row: int  # consecutive skipped steps, up to now
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ class _State:
     """Types of what state.json must hold."""
 
     step: int
-    loader: dict[str, Any]
-    scaler: dict[str, float]
-    fingerprint: str
-    generations: dict[str, int]
-    config: dict[str, Any]
+    loader: dict[str, Any]  # `TokenLoader.state_dict`
+    scaler: dict[str, float]  # `GradScaler.state_dict`
+    fingerprint: str  # of the dataset
+    generations: dict[str, int]  # of the dataset's sources, by name
+    config: dict[str, Any]  # settings of the run
     val_loss: Any  # a number, NaN included, or None
     spikes: _Spikes | None = None
-    hashes: dict[str, str] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)  # of the tensors, by file
 
     def __post_init__(self) -> None:
         if type(self.val_loss) not in (int, float, type(None)):
@@ -273,14 +274,10 @@ def load_model(
     `shard` takes from a full tensor the shard that a parameter holds.
     """
     path, own, stored = folder / MODEL, parameters(model), load_weights(folder)
-    if different := sorted(stored.keys() ^ own.keys()):
-        raise ValueError(f"{path} does not fit the model: {different[0]} is only in one of them")
+    expected = {name: parameter.shape for name, parameter in own.items()}
+    actual = {name: tensor.shape for name, tensor in stored.items()}
+    check_shapes(expected, actual, f"{path} does not fit the model: tensor", OTHER)
     for name, tensor in stored.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(
-                f"{path} does not fit the model: {name} has shape {tuple(tensor.shape)}, "
-                f"expected {tuple(own[name].shape)}"
-            )
         own[name].copy_(shard(tensor, own[name]))
 
 

@@ -3,6 +3,7 @@
 The four GPT-2 sizes are `GPT2_SHAPES`; `GPTConfig()` is the smallest, with 124M parameters.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,3 +85,21 @@ OPTIMIZERS = {
     "adamw": OptimizerTraits(("step", "exp_avg", "exp_avg_sq"), elementwise=True),
     "muon": OptimizerTraits(("momentum_buffer",), elementwise=False),
 }
+
+
+def check_shapes(
+    expected: Mapping[str, Sequence[int]],
+    actual: Mapping[str, Sequence[int]],
+    what: str,
+    remedy: str,
+) -> None:
+    """Raise ValueError for the first tensor, by name, that is missing, left over or misshapen.
+
+    `what` and `remedy` begin and end its message.
+    """
+    for name in sorted(expected.keys() | actual.keys()):
+        shapes = [tuple(side[name]) if name in side else "none" for side in (expected, actual)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{what} {name}: expected shape {shapes[0]}, found {shapes[1]}: {remedy}"
+            )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from mygpt.config import OPTIMIZERS
+from mygpt.config import OPTIMIZERS, check_shapes
 from mygpt.model import GPT
 
 _DECAY_FRACTION = 0.5  # part of a "wsd" run over which the learning rate falls
@@ -179,13 +179,9 @@ def load_state_tensors(
         for name, parameter, optimizer in named
         for key, shape in _state_shapes(optimizer, parameter).items()
     }
-    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | actual.keys()):
-        if expected.get(name) != actual.get(name):
-            raise ValueError(
-                f"optimizer state {name}: expected {expected.get(name, 'none')}, found "
-                f"{actual.get(name, 'none')}: resume with the model and optimizer that wrote it"
-            )
+    actual = {name: tensor.shape for name, tensor in tensors.items()}
+    remedy = "resume with the model and optimizer that wrote it"
+    check_shapes(expected, actual, "optimizer state", remedy)
     for name, parameter, optimizer in named:
         if own is None or parameter in own:
             optimizer.state[parameter] = {

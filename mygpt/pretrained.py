@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mygpt import checkpoint
-from mygpt.config import GPTConfig
+from mygpt.config import GPTConfig, check_shapes
 from mygpt.model import GPT
 from shards import stored_json
 from shards.tokenizer import Tokenizer, tokenizer_beside
@@ -172,14 +172,10 @@ def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: Path) -> GPT
     """The model of `config` with these weights as float32; ValueError if one does not fit it."""
     with torch.device("meta"):  # shapes only: the weights are replaced, not initialised
         model = GPT(config)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ValueError(
-                f"{source}: tensor {name}: expected shape {expected.get(name, 'none')}, found "
-                f"{found.get(name, 'none')}: its configuration describes another model"
-            )
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    actual = {name: tensor.shape for name, tensor in tensors.items()}
+    remedy = "its configuration describes another model"
+    check_shapes(expected, actual, f"{source}: tensor", remedy)
     weights = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
     model.load_state_dict({**weights, "lm_head.weight": weights["wte.weight"]}, assign=True)
     model.lm_head.weight = model.wte.weight

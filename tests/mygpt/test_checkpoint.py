@@ -122,11 +122,11 @@ def test_a_late_validation_is_added(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
-    with pytest.raises(ValueError, match=r"only in one of them"):
+    with pytest.raises(ValueError, match=r"tensor bias: expected shape \(7,\), found none"):
         checkpoint.load_model(folder, nn.Linear(3, 7))
     other = Tied()
     other.norm = nn.LayerNorm(4)
-    with pytest.raises(ValueError, match=r"norm.bias has shape \(3,\), expected \(4,\)"):
+    with pytest.raises(ValueError, match=r"norm.bias: expected shape \(4,\), found \(3,\)"):
         checkpoint.load_model(folder, other)
 
 
