@@ -187,7 +187,8 @@ def _vocabulary(names: Mapping[str, int], added: Sequence[Mapping[str, Any]]) ->
     if others := [token["content"] for token in added if not token.get("special")]:
         raise ValueError(f"expected added tokens that are special, found {others[0]!r}")
     specials = {token["content"]: token["id"] for token in added}
-    specials.setdefault(END_OF_TEXT, names.get(END_OF_TEXT, max(names.values()) + 1))
+    new = max([*names.values(), *specials.values()]) + 1
+    specials.setdefault(END_OF_TEXT, names.get(END_OF_TEXT, new))
     tokens = {i: unspelled(name) for name, i in names.items() if name not in specials}
     ids = sorted([*tokens, *specials.values()])
     if ids != list(range(len(ids))):

@@ -228,6 +228,14 @@ def test_other_tokenizers_are_refused(
     assert "x/tokenizer.json" in text and "--vocab-size" in text and "\n" not in text
 
 
+def test_a_file_without_an_end_of_text_gets_one() -> None:
+    record = train(700, [])
+    assert parse(json.dumps(record).encode(), "x").specials == {END_OF_TEXT: 700}
+    with_value([{"id": 700, "content": "<pad>", "special": True}], "added_tokens")(record)
+    own = parse(json.dumps(record).encode(), "x")
+    assert own.specials == {"<pad>": 700, END_OF_TEXT: 701} and own.tokens[700:] == (b"", b"")
+
+
 def test_bytes_are_the_least_vocabulary_and_16_bits_the_limit() -> None:
     letters = [bytes([byte]) for byte in range(256)]
     least = Vocabulary((*letters, b""), {END_OF_TEXT: 256})
