@@ -1,18 +1,20 @@
-"""The column with the text, found in a file's schema, header or first objects when planning."""
+"""The column with the text: its name, found in a schema, header or JSON object, and its values."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from prepare.documents import FORMATS, format_module, json_object
-from prepare.file_types import JSONL, PARQUET, encoding_remedy, utf16
-from prepare.sources import InputFile
-from prepare.text import READ_BYTES, byte_stream
+from prepare.file_types import FORMATS, JSONL, PARQUET, encoding_remedy, format_module, utf16
+from prepare.input_file import READ_BYTES, InputFile, byte_stream
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 TEXT_COLUMNS = ("text", "content")
 # Turns lists of messages into texts.
 JOIN_LIST = "jq -c '{text: ([.%s[].%s] | join(\"\\n\"))}'"
@@ -126,3 +128,34 @@ def _paths(value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             pending += [(f"{path}.{name}", one) for name, one in reversed(inner.items())]
         else:
             yield path, inner
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    """Parse the JSON object in a line. Raises ValueError with the reason if there is none.
+
+    orjson is fast and strict; what it refuses and JSON allows (lone surrogates, say) goes to the
+    standard library's parser.
+    """
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        try:
+            value = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode())
+        except RecursionError:
+            raise ValueError("JSON nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def column_at(batch: pa.RecordBatch, path: str) -> pa.Array:
+    """Return a column by its name, or a nested one by its path, `meta.text`."""
+    name, *inner = [path] if path in batch.schema.names else path.split(".")
+    values = batch.column(batch.schema.get_all_field_indices(name)[0])
+    return pc.struct_field(values, inner) if inner else values
+
+
+def column_bytes(group: pq.RowGroupMetaData, column: str) -> int:
+    """Uncompressed bytes of a column in a row group, whose metadata lists leaf columns."""
+    leaves = (group.column(number) for number in range(group.num_columns))
+    return sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema == column)

@@ -5,8 +5,6 @@ with its source, position and reason; every other document is in a batch, empty 
 A byte order mark is no part of a JSON object, so it is dropped; in a .txt file it is text.
 """
 
-import importlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,28 +12,24 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from prepare.columns import column_at, column_bytes, json_object
 from prepare.file_types import (
-    ARROW,
-    CSV,
     HEAD_BYTES,
-    HTML,
     JSONL,
     PARQUET,
     TEXT,
     ZIP,
     encoding_remedy,
+    format_module,
 )
-from prepare.sources import InputFile
+from prepare.input_file import BadDocuments, InputFile, Slice, byte_blocks, byte_stream, bytes_lost
 from prepare.text import (
     MAX_DOCUMENT_BYTES,
     PIECE_BYTES,
-    byte_blocks,
-    byte_stream,
     damage,
     one_line,
     pieces,
@@ -51,31 +45,7 @@ BATCH_ROWS = 1 << 12
 MAX_BATCH_ROWS = 1 << 16
 # Text that one batch may decode to where the file stores a repeated text once.
 MAX_BATCH_BYTES = 64 << 20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Part of a file: row groups of parquet, else bytes of (decompressed) text."""
-
-    file: int  # index into the plan's files
-    start: int = 0
-    end: int = -1  # -1: to the end of the file
-    split: str | None = None  # set if it does not depend on the documents
-    continued: bool = False  # continues the document of the slice before
-    digest: tuple[int, int] | None = None  # content hash of a document in several slices
-
-
-@dataclass(frozen=True)
-class BadDocuments:
-    """A document, or several from `position` on, that could not be read as text."""
-
-    source: int
-    position: int
-    reason: str
-    documents: int = 1
-    bytes: int = 0  # of text lost, estimated if the file is compressed
 
 
 @dataclass
@@ -235,24 +205,6 @@ def _lines(file: InputFile, part: Slice) -> Iterator[tuple[int, int, bytes]]:
         held, size = [rest], len(rest)
 
 
-def json_object(line: bytes) -> dict[str, Any]:
-    """Parse the JSON object in a line. Raises ValueError with the reason if there is none.
-
-    orjson is fast and strict; what it refuses and JSON allows (lone surrogates, say) goes to the
-    standard library's parser.
-    """
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        try:
-            value = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode())
-        except RecursionError:
-            raise ValueError("JSON nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, found a {type(value).__name__}")
-    return value
-
-
 def _text_of(line: bytes, column: str) -> str:
     """Return the text in a line of JSON. Raises ValueError with the reason if there is none."""
     value = json_object(line)
@@ -316,13 +268,6 @@ def _read_row_group(
         yield Batch(bad=[BadDocuments(source, row, damage(file.path, error), rows, lost)])
 
 
-def column_at(batch: pa.RecordBatch, path: str) -> pa.Array:
-    """Return a column by its name, or a nested one by its path, `meta.text`."""
-    name, *inner = [path] if path in batch.schema.names else path.split(".")
-    values = batch.column(batch.schema.get_all_field_indices(name)[0])
-    return pc.struct_field(values, inner) if inner else values
-
-
 def _longest_repeated(file: InputFile, group: int, metadata: pq.RowGroupMetaData) -> int:
     """Return the bytes of the longest text that a row group stores once for several rows."""
     leaves = (metadata.column(number) for number in range(metadata.num_columns))
@@ -347,20 +292,6 @@ def cut_column(values: pa.Array) -> Iterator[pa.Array]:
     rows = -(-len(values) // (values.nbytes // (2 * BATCH_BYTES) + 1))
     for start in range(0, len(values), max(rows, 1)):
         yield values.slice(start, rows)
-
-
-def bytes_lost(file: InputFile, position: int = 0) -> int:
-    """Estimate the bytes of text from `position` of a broken file on.
-
-    Nothing tells how much a file that ends too early has lost: then take its own size.
-    """
-    return max(file.text_bytes - position, file.size if file.compression else 0)
-
-
-def column_bytes(group: pq.RowGroupMetaData, column: str) -> int:
-    """Uncompressed bytes of a column in a row group, whose metadata lists leaf columns."""
-    leaves = (group.column(number) for number in range(group.num_columns))
-    return sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema == column)
 
 
 def column_batch(values: pa.Array, source: int, first: int) -> Batch:
@@ -409,28 +340,8 @@ def reader(kind: str) -> Callable[[InputFile, Slice], Iterator[Batch]]:
     return READERS[kind] if kind in READERS else format_module(kind).read
 
 
-def format_module(kind: str) -> Any:
-    """Return the module that reads a kind of file: `read`, and `columns` for planning.
-
-    Raises ValueError if a package that it needs is missing.
-    """
-    try:
-        return importlib.import_module(FORMATS[kind])
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"expected the package {error.name} to read .{kind} files, found it missing: "
-            f"pip install {error.name}, or leave these files out"
-        ) from None
-
-
 READERS: dict[str, Callable[[InputFile, Slice], Iterator[Batch]]] = {
     TEXT: _read_text,
     JSONL: _read_jsonl,
     PARQUET: _read_parquet,
-}
-# Imported when a file of that kind is met. Each file is one slice, read from its start.
-FORMATS = {
-    CSV: "prepare.formats.delimited",
-    ARROW: "prepare.formats.arrow",
-    HTML: "prepare.formats.web",
 }

@@ -1,12 +1,21 @@
 """File types: which reader a file's name or content calls for, and what to do about the others."""
 
 import codecs
+import importlib
 import posixpath
 import shlex
+from typing import Any
 
 TEXT, JSONL, PARQUET = "text", "jsonl", "parquet"
 CSV, ARROW, HTML = "csv", "arrow", "html"  # read by prepare/formats/
 ZIP = "zip"  # a folder in one file; of its members a compression
+
+# Imported when a file of that kind is met. Each file is one slice, read from its start.
+FORMATS = {
+    CSV: "prepare.formats.delimited",
+    ARROW: "prepare.formats.arrow",
+    HTML: "prepare.formats.web",
+}
 
 # The types that myGPT 0.2 read: from folders of its datasets nothing else is taken.
 FIRST_KINDS = {".txt": TEXT, ".md": TEXT, ".jsonl": JSONL, ".ndjson": JSONL, ".parquet": PARQUET}
@@ -91,3 +100,17 @@ def encoding_remedy(path: str, head: bytes) -> str:
         f"text in {said}, not UTF-8: convert it first "
         f"(iconv -f {encoding or 'LATIN1'} -t UTF-8 {name} > {name}.txt)"
     )
+
+
+def format_module(kind: str) -> Any:
+    """Return the module that reads a kind of file: `read`, and `columns` for planning.
+
+    Raises ValueError if a package that it needs is missing.
+    """
+    try:
+        return importlib.import_module(FORMATS[kind])
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"expected the package {error.name} to read .{kind} files, found it missing: "
+            f"pip install {error.name}, or leave these files out"
+        ) from None

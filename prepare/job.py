@@ -29,6 +29,7 @@ from prepare.split import VAL_SOURCE
 from prepare.unit_functions import (
     HashDocuments,
     RestoreShards,
+    SampleText,
     WriteShards,
     publish_in_background,
 )
@@ -187,8 +188,10 @@ class Job:
         from prepare import vocabulary  # and with it the package tokenizers
 
         self._find_exclusions(self.plan.units)
-        size = self.options.vocab_size
-        return vocabulary.train_tokenizer(self.plan, self.workspace, size, self._run)
+        units = self.plan.units
+        limit = vocabulary.sample_limit(sum(unit.weight for unit in units))
+        found = self._run(SampleText(self.plan, self.workspace, limit), units)
+        return vocabulary.train_tokenizer(found, len(units), limit, self.options.vocab_size)
 
     def _run(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[Result]:
         """Call a function on each unit, here or on a Ray cluster; yield results in any order."""

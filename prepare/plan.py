@@ -17,13 +17,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prepare.columns import with_column
-from prepare.documents import BadDocuments, Slice, bytes_lost, column_bytes
+from prepare.columns import column_bytes, with_column
 from prepare.file_types import JSONL, PARQUET, TEXT
+from prepare.input_file import BadDocuments, InputFile, Slice, byte_stream, bytes_lost
 from prepare.options import Options
-from prepare.sources import INSPECTED_AT_ONCE, InputFile, find_files
+from prepare.sources import INSPECTED_AT_ONCE, find_files
 from prepare.split import POSITION, VAL_SOURCE, SplitRule, choose_rule, follow_rule
-from prepare.text import BROKEN, PIECE_BYTES, byte_stream, next_cut, next_line, survey
+from prepare.text import BROKEN, PIECE_BYTES, next_cut, next_line, survey
 from shards import stored_json
 from shards.manifest import SPLITS, Manifest, Shard
 from shards.remote import is_remote

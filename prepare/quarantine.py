@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from prepare.documents import BadDocuments
+from prepare.input_file import BadDocuments
 from prepare.plan import BAD_BYTES, BadLimit, Plan, UnitResult, list_bad, total_bad
 from prepare.text import BROKEN
 from prepare.workspace import QUARANTINE, REFUSED, Folder

@@ -21,12 +21,10 @@ from urllib.parse import unquote
 
 from pyarrow import fs
 
-from prepare.archive import SCHEME, archive_of, member_status, members
 from prepare.file_types import (
     FIRST_KINDS,
     HEAD_BYTES,
     KINDS,
-    PARQUET,
     SEEKING,
     TEXT,
     ZIP,
@@ -34,11 +32,9 @@ from prepare.file_types import (
     not_text,
     unreadable,
 )
-from prepare.text import byte_stream
+from prepare.input_file import SCHEME, InputFile, byte_stream, inode_of, members
 from shards.remote import filesystem, is_remote, path_of
 
-# Estimated size of compressed text relative to its file.
-COMPRESSION_RATIO = 4
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
 # What `datasets.save_to_disk` writes beside the data-*.arrow of a dataset.
@@ -48,59 +44,6 @@ DATASET_DATA = "data-"
 INSPECTED_AT_ONCE = 16
 # Types of files left out that are named on the terminal.
 NAMED = 20
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """One file to read."""
-
-    name: str  # relative to its SOURCE, as in the manifest
-    path: str
-    size: int  # bytes as stored
-    mtime: int  # nanoseconds, to notice a change between two runs
-    kind: str  # of those in prepare/file_types.py
-    compression: str | None = None
-    val: bool = False  # from --val-source
-    column: str = "text"  # column or field with the text
-
-    @property
-    def text_bytes(self) -> int:
-        """Estimated bytes of text in the file."""
-        packed = self.compression not in (None, ZIP) or self.kind == PARQUET
-        return self.size * (COMPRESSION_RATIO if packed else 1)
-
-    @property
-    def stored_path(self) -> str:
-        """Path or URI of the file itself, or of the archive that holds it."""
-        return archive_of(self.path)
-
-    @property
-    def remote(self) -> bool:
-        """True if the file is read over a network."""
-        return is_remote(self.stored_path)
-
-    @property
-    def identity(self) -> Hashable:
-        """The same for every name of one file, so that a link does not make it two."""
-        stored = self.stored_path
-        inode = stored if self.remote else _inode(stored)
-        return inode if stored == self.path else (inode, self.path.removesuffix(stored))
-
-    @property
-    def real_path(self) -> str:
-        """The same for every path to a local file, also after the file is gone."""
-        if self.remote:
-            return self.path
-        stored = self.stored_path
-        return self.path.removesuffix(stored) + os.path.realpath(stored)
-
-    def status(self) -> tuple[int, int] | None:
-        """Current size and mtime, or None if the file is gone."""
-        if self.compression == ZIP:
-            return member_status(self.path)
-        system, path = filesystem(self.path)
-        info = system.get_file_info(path)
-        return (info.size, info.mtime_ns or 0) if info.type == fs.FileType.File else None
 
 
 def find_files(
@@ -215,7 +158,7 @@ class _Search:
         """True for a regular file that has not been found under another name."""
         _check_utf8(path)
         is_file = system.get_file_info(path).type == fs.FileType.File
-        return is_file and (is_remote(self.source) or _inode(path) not in self.met)
+        return is_file and (is_remote(self.source) or inode_of(path) not in self.met)
 
     def _texts(self, paths: dict[str, str]) -> Iterator[str]:
         """Yield those of some names, given with their paths, that hold text; note the others."""
@@ -350,21 +293,16 @@ def _paths_below(system: fs.FileSystem, folder: str) -> Iterator[str]:
         found = [] if is_folder else [link]
         for parent, names, files in os.walk(link, onerror=_raise) if is_folder else ():
             names[:] = [name for name in names if not name.startswith(".")]
-            if _inode(parent) in seen:
+            if inode_of(parent) in seen:
                 names.clear()
                 continue
-            seen.add(_inode(parent))
+            seen.add(inode_of(parent))
             for path in (f"{parent.rstrip('/')}/{name}" for name in [*names, *files]):
                 if os.path.islink(path):
                     heappush(links, (path.count("/"), path))
                 elif not os.path.isdir(path):
                     found.append(path)
         yield from sorted(found)
-
-
-def _inode(path: str) -> tuple[int, int]:
-    stat = os.stat(path)
-    return stat.st_dev, stat.st_ino
 
 
 def _raise(error: OSError) -> None:

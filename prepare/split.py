@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from prepare.file_types import TEXT
+from prepare.input_file import InputFile
 from prepare.options import DEFAULT_VAL_FRACTION, Options
-from prepare.sources import InputFile
 
 HASH = "hash"  # by a document's content: `val_fraction` of the documents are validation text
 POSITION = "position"  # the one text file is cut at a line end: its last `val_fraction`

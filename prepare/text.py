@@ -1,4 +1,4 @@
-"""Plain text of any size as bytes: streams, surveys, and positions where it may be cut."""
+"""Plain text of any size as bytes: surveys, pieces, and positions where it may be cut."""
 
 import codecs
 from collections.abc import Iterator
@@ -6,14 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import xxhash
-from pyarrow import NativeFile
 
-from prepare.archive import SCHEME, MemberStream, archive_of, open_member
 from prepare.file_types import HEAD_BYTES, encoding_remedy
+from prepare.input_file import READ_BYTES, archive_of, byte_blocks, byte_stream
 from shards.cuts import SAFE_CUT_BYTES
-from shards.remote import filesystem
 
-READ_BYTES = 4 << 20
 # A text document above this size is handed on in pieces of about this size.
 PIECE_BYTES = 32 << 20
 # A document must be held as a whole where it is a line or a row, and so must a stretch of any text
@@ -21,44 +18,6 @@ PIECE_BYTES = 32 << 20
 MAX_DOCUMENT_BYTES = 64 << 20
 LOOKBEHIND = 3  # bytes before a cut that the pattern looks at
 BROKEN = "unreadable from here on"  # begins the reason of a file that is broken in the middle
-
-
-def byte_stream(
-    path: str, compression: str | None = None, offset: int = 0
-) -> NativeFile | MemberStream:
-    """Open a file's (decompressed) bytes from `offset` on; the caller closes the stream."""
-    if path.startswith(SCHEME):
-        stream = open_member(path)
-    else:
-        system, path = filesystem(path)
-        if compression is None:
-            stream = system.open_input_file(path)
-            stream.seek(offset)
-            return stream
-        stream = system.open_input_stream(path, compression=compression)
-    while offset:  # a compressed stream can only be read forward
-        skipped = len(stream.read(min(offset, READ_BYTES)))
-        offset = offset - skipped if skipped else 0
-    return stream
-
-
-def byte_blocks(path: str, compression: str | None = None, offset: int = 0) -> Iterator[bytes]:
-    """Yield a file's bytes from `offset` on, up to where it is damaged. Raises OSError there.
-
-    A read that fails returns nothing, so what precedes the damage is read in smaller blocks.
-    """
-    size = READ_BYTES
-    while True:
-        try:
-            with byte_stream(path, compression, offset) as stream:
-                while block := stream.read(size):
-                    offset += len(block)
-                    yield block
-            return
-        except OSError:
-            if compression is None or size == 1:
-                raise
-            size = max(size // 64, 1)
 
 
 def digest_array(digests: bytes) -> np.ndarray:

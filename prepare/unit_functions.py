@@ -1,4 +1,4 @@
-"""The functions that are run on units: write or restore their shards, or hash their documents.
+"""The functions that are run on units: write or restore shards, hash or sample text.
 
 Each is a small picklable value called with a unit, on whatever process or machine runs it.
 """
@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import xxhash
 
 from prepare.documents import read
 from prepare.encode import content_hashes
 from prepare.plan import BadLimit, Plan, Unit, UnitResult, unit_number
-from prepare.unit import Exclusions, check_unchanged, run_unit
+from prepare.unit import Exclusions, check_unchanged, run_unit, validation_mask
 from prepare.workspace import DUPLICATES, HELD_OUT_HASHES, Workspace
+from shards.cuts import cut
 from shards.manifest import Shard
 from shards.remote import retried
 from shards.tokenizer import string_buffers
@@ -29,6 +32,8 @@ Written = tuple[UnitResult, Path | None]
 
 # Units whose files are fsynced concurrently; a file system does several nearly as fast as one.
 PUBLISHERS = 8
+# Of a document, pieces of about this many characters are sampled.
+SAMPLED_CHARACTERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,35 @@ class HashDocuments(UnitFunction[None]):
             parts.append(np.where(skipped[:, None], np.uint64(0), hashes))
         check_unchanged(self.plan, unit)
         self.workspace.save_array(f"{self.folder}/{unit.name}", np.concatenate(parts))
+
+
+@dataclass(frozen=True)
+class SampleText(UnitFunction[list[tuple[int, str]]]):
+    """Pieces of a unit's training documents whose hash is below `limit`, each with its hash."""
+
+    limit: int
+
+    def run(self, unit: Unit) -> list[tuple[int, str]]:
+        """Read one unit."""
+        pieces = [
+            (digest, piece)
+            for texts in self._training_texts(unit)
+            for text in texts.to_pylist()
+            for piece in cut(text, SAMPLED_CHARACTERS)
+            if (digest := xxhash.xxh3_64_intdigest(piece.encode())) < self.limit
+        ]
+        check_unchanged(self.plan, unit)
+        return pieces
+
+    def _training_texts(self, unit: Unit) -> Iterator[pa.Array]:
+        """Yield the documents that the unit's train shard will hold, in batches."""
+        exclusions, documents = self.exclusions(unit), 0
+        for batch in read(self.plan.files, unit.slices):
+            hashes = content_hashes(batch.texts) if batch.hashes is None else batch.hashes
+            val = validation_mask(self.plan, batch, hashes)
+            indices = np.arange(len(val)) + documents - int(batch.continued)
+            documents += 0 if batch.continued else len(val)
+            yield batch.texts.filter(pa.array(~val & ~exclusions.mask(indices, hashes, val)))
 
 
 def publish_in_background(written: Iterator[Written], workspace: Workspace) -> Iterator[UnitResult]:

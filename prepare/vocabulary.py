@@ -7,81 +7,38 @@ gives the same vocabulary, in whatever order it was read.
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
-import numpy as np
-import pyarrow as pa
-import xxhash
 from tokenizers import Tokenizer as Trainable
 from tokenizers import models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from prepare.documents import read
-from prepare.encode import content_hashes
-from prepare.plan import Plan, Unit
-from prepare.unit import check_unchanged, validation_mask
-from prepare.unit_functions import UnitFunction
-from prepare.workspace import Workspace
-from shards.cuts import cut
 from shards.tokenizer import Tokenizer, of_vocabulary
 from shards.vocabulary import Vocabulary, parse
 
 # Of more text a sample of about this much is taken, in pieces of documents whose hash is low. That
 # bounds time and memory; the frequencies of pairs change little beyond.
 SAMPLE_BYTES = 64 << 20
-PIECE_CHARACTERS = 1 << 16
 HASHES = 1 << 64
 Piece = tuple[int, str]  # its hash, and its text
 
 
-def train_tokenizer(
-    plan: Plan, workspace: Workspace, vocab_size: int, run: Callable[..., Iterator[list[Piece]]]
-) -> Tokenizer:
-    """Train a vocabulary on a sample of the plan's training split, showing progress.
+def sample_limit(text_bytes: int) -> int:
+    """Return the hash below which a piece of a text of that size belongs to the sample."""
+    return HASHES * min(SAMPLE_BYTES, text_bytes) // max(text_bytes, 1)
 
-    `run` calls a function on units and yields the results in any order. The documents to leave out
-    must be in the workspace.
-    """
-    text = sum(unit.weight for unit in plan.units)
-    limit = HASHES * min(SAMPLE_BYTES, text) // max(text, 1)
-    found = run(SampleText(plan, workspace, limit), plan.units)
-    texts = choose(tqdm(found, "sample", len(plan.units), unit="unit"), limit)
+
+def train_tokenizer(
+    found: Iterator[list[Piece]], units: int, limit: int, vocab_size: int
+) -> Tokenizer:
+    """Train a vocabulary on the pieces that were found in each of the units, showing progress."""
+    texts = choose(tqdm(found, "sample", units, unit="unit"), limit)
     characters = sum(map(len, texts))
     print(f"Training a vocabulary of {vocab_size:,} ids on {characters:,} characters of the text.")
     tokenizer = of_vocabulary(train(texts, vocab_size))
     if tokenizer.n_vocab < vocab_size:
         print(f"It has {tokenizer.n_vocab:,} ids: no pair of tokens is left that occurs twice.")
     return tokenizer
-
-
-@dataclass(frozen=True)
-class SampleText(UnitFunction[list[Piece]]):
-    """The pieces of a unit's training documents that belong to the sample."""
-
-    limit: int
-
-    def run(self, unit: Unit) -> list[Piece]:
-        """Read one unit."""
-        pieces = [
-            (digest, piece)
-            for texts in self._training_texts(unit)
-            for text in texts.to_pylist()
-            for piece in cut(text, PIECE_CHARACTERS)
-            if (digest := xxhash.xxh3_64_intdigest(piece.encode())) < self.limit
-        ]
-        check_unchanged(self.plan, unit)
-        return pieces
-
-    def _training_texts(self, unit: Unit) -> Iterator[pa.Array]:
-        """Yield the documents that the unit's train shard will hold, in batches."""
-        exclusions, documents = self.exclusions(unit), 0
-        for batch in read(self.plan.files, unit.slices):
-            hashes = content_hashes(batch.texts) if batch.hashes is None else batch.hashes
-            val = validation_mask(self.plan, batch, hashes)
-            indices = np.arange(len(val)) + documents - int(batch.continued)
-            documents += 0 if batch.continued else len(val)
-            yield batch.texts.filter(pa.array(~val & ~exclusions.mask(indices, hashes, val)))
 
 
 def choose(found: Iterable[list[Piece]], limit: int) -> list[str]:

@@ -9,20 +9,16 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prepare.columns import Columns, schema_columns
+from prepare.columns import Columns, column_at, schema_columns
 from prepare.documents import (
     BATCH_ROWS,
     MAX_BATCH_BYTES,
-    BadDocuments,
     Batch,
-    Slice,
-    bytes_lost,
-    column_at,
     column_batch,
     cut_column,
 )
-from prepare.sources import InputFile
-from prepare.text import byte_stream, damage
+from prepare.input_file import BadDocuments, InputFile, Slice, byte_stream, bytes_lost
+from prepare.text import damage
 
 MAGIC = b"ARROW1\0\0"  # begins the file format; the stream follows
 AS_BYTES = {

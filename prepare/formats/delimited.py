@@ -11,19 +11,15 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pyarrow as pa
 
-from prepare.columns import Columns, text_head
+from prepare.columns import BYTE_ORDER_MARK, Columns, text_head
 from prepare.documents import (
     BATCH_BYTES,
-    BYTE_ORDER_MARK,
     MAX_BATCH_ROWS,
-    BadDocuments,
     Batch,
-    Slice,
-    bytes_lost,
     text_batch,
 )
-from prepare.sources import InputFile
-from prepare.text import BROKEN, MAX_DOCUMENT_BYTES, byte_blocks, damage, one_line, too_large
+from prepare.input_file import BadDocuments, InputFile, Slice, byte_blocks, bytes_lost
+from prepare.text import BROKEN, MAX_DOCUMENT_BYTES, damage, one_line, too_large
 
 BYTES = "latin-1"
 # Content of a field, doubled quotes included, between what tells where fields and rows end.

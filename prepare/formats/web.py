@@ -7,9 +7,9 @@ import pyarrow as pa
 from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
-from prepare.documents import BadDocuments, Batch, Slice, bytes_lost, text_batch
-from prepare.sources import InputFile
-from prepare.text import byte_stream, damage
+from prepare.documents import Batch, text_batch
+from prepare.input_file import BadDocuments, InputFile, Slice, byte_stream, bytes_lost
+from prepare.text import damage
 
 # A page's tree takes up to a hundred times its size.
 MAX_PAGE_BYTES = 4 << 20

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prepare import job
-from prepare.documents import BadDocuments
+from prepare.input_file import BadDocuments
 from prepare.plan import UNLISTED, BadLimit, Unit, list_bad
 from prepare.quarantine import Entry, check_bad, losses
 from prepare.text import BROKEN

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prepare.columns import with_column
-from prepare.documents import BadDocuments, Slice, read
-from prepare.sources import InputFile, find_files
+from prepare.documents import read
+from prepare.input_file import BadDocuments, InputFile, Slice
+from prepare.sources import find_files
 from tests.prepare.support import (
     COMPRESSORS,
     expected,

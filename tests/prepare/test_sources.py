@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from prepare.sources import InputFile, find_files
+from prepare.input_file import InputFile
+from prepare.sources import find_files
 
 TREE = [
     "a.txt",

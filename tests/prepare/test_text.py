@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prepare import text
+from prepare.input_file import byte_stream
 from prepare.sources import find_files
-from prepare.text import byte_stream, damage, next_cut, next_line, pieces, survey, utf8_error
+from prepare.text import damage, next_cut, next_line, pieces, survey, utf8_error
 from tests.prepare.support import (
     COMPRESSORS,
     LAW,

@@ -177,7 +177,7 @@ def test_the_sample_does_not_depend_on_the_order_of_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = texts(600)
-    shrink(monkeypatch, SAMPLE_BYTES=20_000, PIECE_CHARACTERS=300)
+    shrink(monkeypatch, SAMPLE_BYTES=20_000, SAMPLED_CHARACTERS=300)
     found = []
     for name, mixed in (("a", documents), ("b", documents[::-1])):
         write_jsonl(tmp_path / f"{name}.jsonl", mixed)
