@@ -53,7 +53,8 @@ def test_each_setting_is_either_free_or_fixed(name: str) -> None:
 
 def test_what_is_left_open_is_as_the_run_has_it() -> None:
     stored = replace(RUN, time_budget=290.0, stop_at=10)
-    asked = replace(PRESETS["gpt2"][1], max_steps=0, time_budget=290.0, warmup_steps=0)
+    asked = replace(PRESETS["gpt2"][1], log_dir=RUN.log_dir, max_steps=0, time_budget=290.0)
+    asked = replace(asked, warmup_steps=0)
     asked = replace(asked, val_interval=0, checkpoint_interval=0)
     assert run_config.resume(stored, asked) == replace(stored, stop_at=0)
 
