@@ -22,6 +22,7 @@ COMMANDS = {
     "sample": ("eval.py --no-loss", "samples from a run, within seconds"),
     "play": ("mygpt.play", "a page for the browser where runs continue what is typed"),
     "report": ("mygpt.report", "runs as one HTML page"),
+    "explain": ("mygpt.explain", "the sequences of a step, ranked by their losses"),
     "export": ("mygpt.hub export", "a run's model for Hugging Face's library"),
     "import": ("mygpt.hub import", "nanoGPT's checkpoint for train and eval"),
     "doctor": ("mygpt.doctor", "what of this machine works"),

@@ -20,7 +20,8 @@ STANDALONE = {"mygpt.config", "mygpt.loss", "mygpt.model", "mygpt.optim"}
 ROOMS = {
     "prepare.formats",
     "shards.commands",
-    *("mygpt.eval", "mygpt.report", "mygpt.doctor", "mygpt.hub", "mygpt.play", "mygpt.trackers"),
+    *("mygpt.eval", "mygpt.report", "mygpt.doctor", "mygpt.hub", "mygpt.play", "mygpt.explain"),
+    "mygpt.trackers",
 }
 MAY_IMPORT = {
     "prepare": {"prepare", "shards"},
@@ -160,7 +161,15 @@ except SystemExit as exit_:
     print(json.dumps([exit_.code, sorted(sys.modules)]))
 """
 COMMANDS = [
-    *("prepare", "shards", "mygpt.hub", "mygpt.report", "mygpt.doctor", "mygpt.play"),
+    *(
+        "prepare",
+        "shards",
+        "mygpt.hub",
+        "mygpt.report",
+        "mygpt.doctor",
+        "mygpt.play",
+        "mygpt.explain",
+    ),
     "mygpt.doctor.verify_resume",
     *(f"{name}.py" for name in SCRIPTS if name in FILES),
 ]

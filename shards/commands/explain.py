@@ -8,11 +8,13 @@ Its `log.txt` tells how many steps it has trained.
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,12 +47,22 @@ class Explain:
     """The present location of its datasets, if they were moved; as the run's own --data."""
     json: bool = False
     """Print one JSON object per row and line, with the whole text."""
+    losses: bool = False
+    """Rank the rows by their losses, with the newest checkpoint before the step."""
 
     def run(self) -> int:
         """Print the rows."""
+        if self.losses:
+            return self._hand_over()
         for row in rows_of(self.run_folder, self.step, self.row, self.data):
-            print(json.dumps(asdict(row)) if self.json else row.as_text(self.row is not None))
+            print(json.dumps(row.to_dict()) if self.json else row.as_text(self.row is not None))
         return 0
+
+    def _hand_over(self) -> int:
+        """Run the command that computes losses: this package knows no models."""
+        command = ["-m", "mygpt.explain", "--run", str(self.run_folder), "--step", str(self.step)]
+        command += [word for spec in self.data for word in ("--data", spec)]
+        return subprocess.call([sys.executable, *command, *(["--json"] if self.json else [])])
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,12 @@ class Row:
     token: int
     pieces: list[Piece]
     text: str
+    ids: np.ndarray = field(repr=False)  # (block_size + 1,), uint16
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row for JSON, without its ids."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ids"}
+        return values | {"pieces": [asdict(piece) for piece in self.pieces]}
 
     def as_text(self, whole: bool) -> str:
         """Return the row for people: its origin, and its text or the start of it."""
@@ -196,13 +214,15 @@ class _Source:
 
     def row(self, number: int, source: str, shard: int, start: int, width: int) -> Row:
         """Return the row of `width` tokens from token `start` of a shard on."""
+        ids = self._reader.tokens(shard)[start : start + width]
         return Row(
             row=number,
             source=source,
             shard=self._reader.shards[shard].file,
             token=start,
             pieces=list(self._pieces(shard, start, start + width)),
-            text=self._tokenizer.decode(self._reader.tokens(shard)[start : start + width]),
+            text=self._tokenizer.decode(ids),
+            ids=ids,
         )
 
     def _pieces(self, shard: int, start: int, end: int) -> Iterator[Piece]:

@@ -3,7 +3,7 @@
     make readme
 
 runs `make demo`, which takes its ten minutes, and writes what came out of it between the markers in
-README.md, docs/demo_loss.png and docs/report.png. It needs Chromium, and neither data/stdlib nor
+README.md, docs/demo_loss.png and docs/report.png. It needs Chromium, and neither data/demo nor
 log/demo, so that everything is of this run.
 """
 
@@ -104,7 +104,7 @@ def draw_report(path: Path) -> None:
 
 def main() -> None:
     """Run the demo, then write the pictures and the block."""
-    if there := [name for name in ("data/stdlib", "log/demo") if (ROOT / name).exists()]:
+    if there := [name for name in ("data/demo", "log/demo") if (ROOT / name).exists()]:
         raise SystemExit(f"expected a demo from the beginning, found {there[0]}: move it away")
     output, seconds = demo()
     draw_report(ROOT / "docs/report.png")

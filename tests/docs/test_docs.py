@@ -37,7 +37,13 @@ FOREIGN_FLAGS = {
 HIDDEN_FLAGS = {"--tyro-print-completion"}  # of every command whose flags come from tyro
 COMMANDS = (
     *("train.py", "eval.py", "prepare", "shards", "mygpt.hub", "mygpt.report"),
-    *("mygpt.play", "mygpt.doctor", "mygpt.doctor.verify_resume", "mygpt.distributed"),
+    *(
+        "mygpt.play",
+        "mygpt.explain",
+        "mygpt.doctor",
+        "mygpt.doctor.verify_resume",
+        "mygpt.distributed",
+    ),
     "mygpt.launch",
 )
 # Commands that hand flags they don't know themselves to train.py.

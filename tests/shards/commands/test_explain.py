@@ -99,7 +99,7 @@ def test_for_people(
     assert main(["explain", "--run", str(run), "--step", "2", "--row", "3"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("=== row 3: code, train_00000.npy from token ")
-    assert "tokens of document" in out and ": texts/train_00000, row" in out
+    assert "tokens of document" in out and ": texts/train_00000, byte" in out
     (row,) = explained(capsys, "--run", run, "--step", 2, "--row", 3)
     assert row["text"] in out
     assert main(["explain", "--run", str(run), "--step", "2"]) == 0
