@@ -16,7 +16,7 @@ from tests.training import start
 
 pytestmark = pytest.mark.usefixtures("quick")
 SHAPE = "--vocab-size 50304 --n-embed 8 --n-layers 1"
-FLAGS = f"{SHAPE} --max-steps 3 --dropout 0 --keep 9".split()  # noqa: SIM905
+FLAGS = f"{SHAPE} --max-steps 3 --dropout 0 --keep 9".split()
 
 
 @pytest.fixture(scope="module")
