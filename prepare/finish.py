@@ -45,10 +45,11 @@ def build_manifest(
 def check_splits(manifest: Manifest, entries: Sequence[Entry]) -> None:
     """Raise ValueError if a split has no text; `entries` list what is bad."""
     if not manifest.counts["written"]:
-        first = f"; {entries[0].source}: {entries[0].reason}" if entries else ""
+        bad = counted(manifest.counts["quarantined"], "bad document")
+        first = f", the first {entries[0].source} ({entries[0].reason})" if entries else ""
         raise ValueError(
-            f"expected text in the sources, found none ({manifest.counts['empty']} empty and "
-            f"{manifest.counts['quarantined']} bad documents{first}): give sources with text"
+            f"expected text in the sources, found none ({manifest.counts['empty']} empty and {bad})"
+            f"{first}: give sources with text"
         )
     written = counted(manifest.counts["written"], "document")
     for name, split in manifest.splits.items():

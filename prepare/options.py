@@ -33,7 +33,7 @@ class Options:
     val_source: tuple[str, ...] = ()
     """Sources of validation text; then no other text becomes validation text."""
     text_column: str | None = None
-    """The column or field with the text; by default text, else content."""
+    """Column or field with the text, or a path to it (meta.text); by default text or content."""
     max_bad: int | None = None
     """Documents that may be unreadable, by default 10, or 0.1 % if that is more; of the text the
     same share, but at least 64 KB."""

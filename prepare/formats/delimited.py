@@ -7,6 +7,7 @@ exactly, and what is not UTF-8 is found per text, as in other formats.
 import csv
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,14 @@ from prepare.documents import (
     Batch,
     text_batch,
 )
-from prepare.input_file import BadDocuments, InputFile, Slice, byte_blocks, bytes_lost
+from prepare.input_file import (
+    READ_BYTES,
+    BadDocuments,
+    InputFile,
+    Slice,
+    byte_blocks,
+    bytes_lost,
+)
 from prepare.text import BROKEN, MAX_DOCUMENT_BYTES, damage, one_line, too_large
 
 BYTES = "latin-1"
@@ -79,7 +87,8 @@ def _rows(file: InputFile) -> Iterator[Row]:
     csv.field_size_limit(MAX_DOCUMENT_BYTES + MAX_DOCUMENT_BYTES // 4)
     lines = _Lines(byte_blocks(file.path, file.compression))
     delimiter = "\t" if ".tsv" in file.name.lower()[-8:] else ","
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    open_reader = partial(csv.reader, lines, delimiter=delimiter, strict=True)
+    reader = open_reader()
     while True:
         row: list[str] | str
         begin = lines.begin = lines.offset
@@ -98,6 +107,8 @@ def _rows(file: InputFile) -> Iterator[Row]:
         length = lines.offset - begin
         if length > MAX_DOCUMENT_BYTES:
             row = too_large(f"a row of {length:,} bytes")
+        if length > READ_BYTES:
+            reader = open_reader()  # the old one keeps four times the largest field that it met
         if row:
             yield begin, length, row
 

@@ -82,7 +82,7 @@ class TestDelimited:
         mark=st.booleans(),
         block=st.integers(1, 20),
     )
-    @settings(max_examples=150)
+    @settings(max_examples=50)
     def test_every_row_that_the_csv_module_writes(
         self,
         rows: list[tuple[str, str, str]],
@@ -112,7 +112,7 @@ class TestDelimited:
         content=st.text(st.sampled_from('ab,,""\n\n\r\té'), max_size=60),
         block=st.sampled_from([1, 2, 7, 1000]),
     )
-    @settings(max_examples=300)
+    @settings(max_examples=150)
     def test_what_is_malformed_is_as_bad_as_the_csv_module_finds_it(
         self, content: str, block: int, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
@@ -396,7 +396,7 @@ class TestHtml:
         assert [one.source for one in bad] == [1]
 
     @given(content=st.binary(max_size=200) | st.text("<>/ab &#;\"'=!-\x00", max_size=200))
-    @settings(max_examples=100)
+    @settings(max_examples=60)
     def test_whatever_it_holds(
         self, content: bytes | str, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
@@ -424,7 +424,7 @@ class TestZip:
         method=st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]),
         pieces=st.sampled_from([1, 1 << 20]),
     )
-    @settings(max_examples=60)
+    @settings(max_examples=40)
     def test_every_member_that_zipfile_writes(
         self,
         members: dict[str, str],

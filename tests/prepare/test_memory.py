@@ -4,6 +4,7 @@ import gzip
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -139,6 +140,56 @@ def test_words_that_never_repeat(
     path = write(tmp_path / "a.txt", megabytes, text)
     assert resident(path, "--out", tmp_path / "out", "--workers", 1) < MOST
     path.unlink()
+
+
+def a_large_cell(path: Path) -> None:
+    """A quoted cell of many lines, just below what a document may have."""
+    with open(path, "wb") as file:
+        file.write(b'id,text\n1,"')
+        file.writelines(prose(60))
+        file.write(b'"\n')
+
+
+def a_cell_too_large(path: Path) -> None:
+    with gzip.open(path, "wb", 1) as file:
+        file.write(b'id,text\n1,"')
+        file.writelines(line.replace(b" ", b'""', 9) for line in prose(300))
+        file.write(b'"\n2,text\n')
+
+
+def zeros_in_an_archive(path: Path) -> None:
+    """A gigabyte in four megabytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("a.txt", "w") as member:
+            for _ in range(1024):
+                member.write(b"0" * (1 << 20))
+        archive.writestr("b.txt", "text")
+
+
+def tags(path: Path) -> None:
+    path.write_bytes(b"<b>x</b>" * (1 << 19))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "write", "documents"),
+    [
+        ("a.csv", a_large_cell, "1 written + 0 empty + 0 quarantined"),
+        ("a.csv.gz", a_cell_too_large, "1 written + 0 empty + 1 quarantined"),
+        ("a.zip", zeros_in_an_archive, "1 written + 0 empty + 1 quarantined"),
+        ("a.html", tags, "1 written + 0 empty + 0 quarantined"),
+    ],
+)
+def test_the_other_formats(
+    name: str, write: Callable[[Path], None], documents: str, tmp_path: Path
+) -> None:
+    write(tmp_path / name)
+    (tmp_path / "val.txt").write_text("validation text")
+    out = tmp_path / "out"
+    flags = ("--val-source", tmp_path / "val.txt", "--max-bad", 10**9, "--workers", 1)
+    assert resident(tmp_path / name, *flags, "--out", out) < MOST
+    documents = f"{2 + ('1 quarantined' in documents)} read = 2{documents[1:]}"
+    assert documents in (out / "prepare.log").read_text()
 
 
 @pytest.mark.parametrize("letter", ["x", "é", " ", "\n"])

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -104,6 +105,23 @@ class TestSources:
     ) -> None:
         uri = upload(s3, corpus)
         assert contents(make(tmp_path / "far", uri)) == contents(make(tmp_path / "near", corpus))
+
+    def test_every_other_format(self, s3: fs.FileSystem, tmp_path: Path) -> None:
+        folder = tmp_path / "corpus"
+        (folder / "in").mkdir(parents=True)
+        (folder / "in/a.csv").write_text("id,text\n" + "".join(f'1,"{i}\n"\n' for i in range(90)))
+        (folder / "in/b é.py").write_text("print(1)\n")
+        (folder / "in/c.html").write_text("<p>hello")
+        (folder / "in/d.png").write_bytes(b"\0")
+        table = pa.table({"text": texts(60)})
+        with pa.ipc.new_stream(str(folder / "e.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        shutil.make_archive(str(folder / "f"), "zip", folder, "in")
+        uri = upload(s3, folder)
+        outcome = run(uri, "--out", tmp_path / "far", "--workers", 2)
+        assert "2 .png" in outcome.out, outcome.err
+        assert contents(tmp_path / "far") == contents(make(tmp_path / "near", folder))
+        assert "nothing to do" in run(uri, "--out", tmp_path / "far").out
 
     def test_workers_have_clients_of_their_own(
         self, s3: fs.FileSystem, corpus: Path, tmp_path: Path
