@@ -1,9 +1,14 @@
 """The lines at the start and the end of training: what is trained, on what, and what came of it."""
 
 import math
+import os
 import shlex
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+
+import torch
 
 from mygpt import checkpoint, plot
 from mygpt.distributed import compute_dtype
@@ -15,6 +20,7 @@ from shards.cli import counted, script
 from shards.mixture import Mixture
 from shards.reader import EvalWindows, token_counts
 
+SLOW_STEP = 1e12  # FLOPs of a step, below which no CPU takes minutes for it
 MAX_COUNTED_TOKENS = 2**28  # beyond, counting the unigram baseline would delay the start
 
 
@@ -66,6 +72,7 @@ def describe_run(state: TrainState, dataset: Mixture) -> Iterator[str]:
     yield f"device {state.ranks.device}, {dtype}{scaled}"
     if config.shard != "none" and state.ranks.world_size > 1:
         yield f"shard  {config.shard}, over {state.ranks.world_size} ranks"
+    yield from _cost_on_cpu(state)
     yield from _baseline(state, dataset)
 
 
@@ -88,6 +95,33 @@ def _too_many_epochs(config: TrainConfig, dataset: Mixture) -> Iterator[str]:
                 f"warning {epochs:,.0f} epochs of {component.folder}: the model will learn it by "
                 f"heart; fewer steps (--epochs {FINE_TUNING_EPOCHS}), or more data"
             )
+
+
+def _cost_on_cpu(state: TrainState) -> Iterator[str]:
+    """Yield a warning if a step will take minutes, with a size that is enough to try things out."""
+    config, ranks = state.config, state.ranks.world_size
+    flops = state.model.flops_per_token() * config.total_batch_size
+    if state.ranks.device.type != "cpu" or flops < SLOW_STEP:
+        return
+    at_once = min(ranks, max(1, (os.cpu_count() or 1) // torch.get_num_threads()))
+    seconds = flops / (matmul_flops() * at_once)
+    if seconds > 60:
+        run = timedelta(seconds=round(seconds * (config.max_steps - state.step)))
+        yield (
+            f"warning a step will take at least {timedelta(seconds=round(seconds))} on this CPU, "
+            f"the run {run}; to try it out: --block-size 128 --micro-batch 2 --total-batch-size "
+            f"{512 * ranks} --max-steps 20 (make: ARGS='...'), or the preset tiny"
+        )
+
+
+def matmul_flops(size: int = 512) -> float:
+    """Return the FLOP/s of a matrix product in this process, the most that training could reach."""
+    matrix, best = torch.ones(size, size), math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
 
 
 def _baseline(state: TrainState, dataset: Mixture) -> Iterator[str]:
