@@ -10,13 +10,17 @@ from bench import train as bench_train
 from bench.gpu.setting import Setting
 
 PARITY_STEPS = 200  # over which our losses are compared with the plain step's
-ROUNDS = 3
+# Long enough on a GPU for `PARITY_STEPS` of each contender; on a CPU only to rehearse.
+ROUNDS = {"cuda": 3, "cpu": 1}
+SECONDS = {"cuda": 10, "cpu": 0}
+NEW_TOKENS = {"cuda": 100, "cpu": 5}
 
 
 def options_of(setting: Setting) -> bench_train.Options:
-    """The options of `bench.train`: on a GPU long enough for `PARITY_STEPS` of each contender."""
+    """The options of `bench.train`."""
     options = bench_train.Options(preset=setting.preset, device=setting.device)
-    return replace(options, rounds=ROUNDS, seconds=10 if setting.on_gpu else 1)
+    device = setting.device
+    return replace(options, rounds=ROUNDS[device], seconds=SECONDS[device])
 
 
 def warm(setting: Setting) -> None:
@@ -46,8 +50,8 @@ def generate(setting: Setting) -> None:
     options = bench_generate.Options(
         preset=setting.preset,
         device=setting.device,
-        new_tokens=100 if setting.on_gpu else 20,
-        rounds=ROUNDS,
+        new_tokens=NEW_TOKENS[setting.device],
+        rounds=ROUNDS[setting.device],
     )
     setting.note({"about": bench_generate.about(options)})
     bench_generate.run(options, setting.note)
