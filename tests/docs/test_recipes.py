@@ -15,6 +15,7 @@ import shards.__main__
 from mygpt import distributed, settings
 from mygpt.doctor import __main__ as doctor
 from mygpt.hub import __main__ as hub
+from mygpt.play import __main__ as play
 from mygpt.report import __main__ as report
 from prepare.options import Options
 
@@ -60,6 +61,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "prepare": lambda args: tyro.cli(Options, args=args),
     "shards": subcommand(shards.__main__.COMMANDS),
     "mygpt.hub": hub.parse,
+    "mygpt.play": play.parse,
     "mygpt.report": report.main,
     "mygpt.doctor": doctor.main,
     "mygpt.distributed": lambda args: distributed.main(),
