@@ -41,7 +41,7 @@ ACCUMULATION, VALIDATIONS, VAL_TOKENS = 2, 16, 2**17
 # Of each racer: start, compilation, timing of steps, validation. And the time that it then races.
 OVERHEAD = {"cuda": 40, "cpu": 15}
 MOST = {"cuda": 100, "cpu": 10}
-WARM_STEPS, TIMED_STEPS = 3, 5
+TRIAL = {"cuda": (3, 5), "cpu": (1, 1)}  # steps before the clock starts, and by the clock
 
 
 class Racer(NamedTuple):
@@ -71,7 +71,7 @@ def turn_of(setting: Setting, name: str, build: Build, data: str, seconds: float
 def race(setting: Setting, name: str, build: Build, data: str, seconds: float) -> dict[str, float]:
     """Train for so many seconds from the initial weights; returns the number of steps."""
     with init_distributed(setting.device):  # for its precision of products
-        steps = steps_in(seconds, build(setting, data, 10**6))
+        steps = steps_in(seconds, build(setting, data, 10**6), *TRIAL[setting.device])
         racer, validate = build(setting, data, steps), validation(setting, data)
         racing = 0.0
         for number in range(1, steps + 1):
@@ -85,14 +85,14 @@ def race(setting: Setting, name: str, build: Build, data: str, seconds: float) -
         return {"steps": steps, "raced": racing}
 
 
-def steps_in(seconds: float, racer: Racer) -> int:
+def steps_in(seconds: float, racer: Racer, warm: int, timed: int) -> int:
     """Steps that fit into so many seconds, once everything is compiled."""
-    for _ in range(WARM_STEPS):
+    for _ in range(warm):
         racer.step()
     started = time.perf_counter()
-    for _ in range(TIMED_STEPS):
+    for _ in range(timed):
         racer.step()
-    return max(2, round(seconds * TIMED_STEPS / (time.perf_counter() - started)))
+    return max(2, round(seconds * timed / (time.perf_counter() - started)))
 
 
 def ours(setting: Setting, data: str, steps: int) -> Racer:

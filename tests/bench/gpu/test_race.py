@@ -53,7 +53,7 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 def test_the_whole_race(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "Worker", InThisProcess)
-    monkeypatch.setattr(race, "steps_in", lambda seconds, racer: 6)
+    monkeypatch.setattr(race, "steps_in", lambda seconds, racer, warm, timed: 6)
     monkeypatch.setattr(race, "VALIDATIONS", 3)
     race.run(setting)
     found = read(setting.out)
@@ -85,8 +85,8 @@ def test_steps_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.append(1)
         return 0.0
 
-    assert race.steps_in(30, race.Racer(torch.nn.Module(), step)) == 75
-    assert len(taken) == race.WARM_STEPS + race.TIMED_STEPS
+    assert race.steps_in(30, race.Racer(torch.nn.Module(), step), warm=3, timed=5) == 75
+    assert len(taken) == 8
 
 
 def test_the_largest_dataset_that_is_there(
