@@ -213,6 +213,7 @@ class KeyValueCache:
         # zeros, not empty: masked slots still enter the matmul, and 0 * NaN is NaN
         self.buffer = weight.new_zeros(shape)  # (L, 2, B, H, S, D)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        self.is_empty = True
 
     def begin_step(self, n_tokens: int, lengths: Tensor | None) -> Tensor:
         """Make room for `n_tokens` per sequence, of which `lengths` (B,) are kept; None: all.
@@ -230,8 +231,9 @@ class KeyValueCache:
         # A token attends to its own position and all before it, in its sequence. If nothing lies
         # before this step, that is plain causal attention, for which torch has faster kernels.
         self.mask = None
-        if span > n_tokens:
+        if not self.is_empty:
             self.mask = (steps <= self.positions[..., None])[:, None]  # (B, 1, T, S)
+        self.is_empty = False
         self.lengths += n_tokens if lengths is None else lengths
         return self.positions
 

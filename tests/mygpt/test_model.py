@@ -403,6 +403,23 @@ def test_cached_logits_equal_those_of_the_whole_text(ends, flash, static):
         starts = stop
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_the_first_tokens_of_a_cache_need_no_mask(static):
+    """So that a GPU takes its causal kernel for a prompt, whatever room the cache has."""
+    model, calls = make().eval(), []
+    for block in model.h:
+        block.attn.attention = lambda *qkv, **options: (
+            calls.append(options) or manual(*qkv, **options)
+        )
+    manual = GPT(GPTConfig(**SHAPE), flash=False).h[0].attn.attention
+    cache = KeyValueCache(model, 2, capacity=16, static=static)
+    model.next_logits(*padded([[1, 2, 3], [4]]), cache)
+    assert all(call["is_causal"] and call["attn_mask"] is None for call in calls)
+    calls.clear()
+    model.next_logits(torch.tensor([[5], [6]]), None, cache)
+    assert not any(call["is_causal"] for call in calls)
+
+
 def test_a_static_step_can_be_repeated_in_the_same_memory():
     """What a CUDA graph asks of a step: the same operators on the same shapes, nothing replaced."""
     model = make().eval()
