@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +55,11 @@ def run_unit(
     where more than `limit` is bad, with a result that is `stopped`. Raises ValueError for a source
     that changed since it was planned, OSError for failing I/O.
     """
+    write = partial(_write_unit, plan, unit, folder, exclusions, limit)
     try:
-        result = _write_unit(plan, unit, folder, tokenizer, exclusions, limit)
+        result = write(tokenizer)
     except AuditError as error:
-        reference = tokenizer.reference_only()
-        result = _write_unit(plan, unit, folder, reference, exclusions, limit)
+        result = write(tokenizer.reference_only())
         result.warnings.append(f"unit {unit.number} was encoded by tiktoken alone: {error}")
     check_unchanged(plan, unit)
     return result
@@ -81,9 +82,9 @@ def _write_unit(
     plan: Plan,
     unit: Unit,
     folder: Path,
-    tokenizer: Tokenizer,
     exclusions: Exclusions,
     limit: BadLimit | None,
+    tokenizer: Tokenizer,
 ) -> UnitResult:
     """Read, encode and write the unit's documents."""
     train, val = (

@@ -103,12 +103,11 @@ def _threads(process: int) -> tuple[ThreadPoolExecutor, set[str]]:
 
 def _open_kept(sha256: str, size: int | None) -> IO[bytes] | None:
     """Open a file that is in the cache, whole, and mark it as used, or return None."""
-    if not keep(sha256):
-        return None
     try:
         file = open(folder() / sha256, "rb")  # noqa: SIM115 - returned open
     except FileNotFoundError:
-        return None  # evicted in between
+        return None
+    keep(sha256)
     if size is None:
         is_whole = hashlib.file_digest(file, "sha256").hexdigest() == sha256
         file.seek(0)
