@@ -3,12 +3,13 @@
     make readme
 
 runs `make demo`, which takes its ten minutes, and writes what came out of it between the markers in
-README.md, docs/demo_loss.png and docs/report.png. It needs Chromium, and neither data/demo nor
+README.md, docs/demo_loss.png, docs/report.png and docs/play.png. It needs Chromium, and neither data/demo nor
 log/demo, so that everything is of this run.
 """
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ SHOWN = (
     *("                    ", "this model", "unigram ", "uniform ", "--- "),
 )
 SAMPLE_LINES = 16
+PROMPT = "import os\n\ndef read(path):"
 WIDTHS, HEIGHT, GAP = (920, 390), 1290, 30  # of the picture of the report
 
 
@@ -102,12 +104,36 @@ def draw_report(path: Path) -> None:
     picture.quantize(96).save(path, optimize=True)
 
 
+def draw_playground(path: Path) -> None:
+    """Write the picture of the playground: a prompt continued, and one token pointed at."""
+    command = [sys.executable, "-m", "mygpt.play", "log/demo", "--port", "0"]
+    tokens = "[...document.querySelectorAll('pre b')]"
+    word = f"{tokens}.findIndex((b, i) => i > 8 && b.innerText.trim().length > 1)"
+    with (
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process,
+        tempfile.TemporaryDirectory() as folder,
+        browser(Path(folder)) as open_,
+    ):
+        assert process.stdout
+        page = open_(process.stdout.readline().split()[1], 1000, 720)
+        page.wait_for("document.querySelectorAll('article').length")
+        page.run("document.querySelector('textarea').focus()")
+        page.type(PROMPT)
+        page.run("document.querySelector('button').click()")
+        page.wait_for("document.querySelector('button').textContent === 'Continue'")
+        page.move_to(f"pre b:nth-of-type({1 + page.run(word)})")
+        page.wait_for("document.querySelector('#tip:not([hidden])')")
+        Image.open(BytesIO(page.png())).quantize(96).save(path, optimize=True)
+        process.send_signal(signal.SIGINT)
+
+
 def main() -> None:
     """Run the demo, then write the pictures and the block."""
     if there := [name for name in ("data/demo", "log/demo") if (ROOT / name).exists()]:
         raise SystemExit(f"expected a demo from the beginning, found {there[0]}: move it away")
     output, seconds = demo()
     draw_report(ROOT / "docs/report.png")
+    draw_playground(ROOT / "docs/play.png")
     (ROOT / "docs/demo_loss.png").write_bytes((ROOT / "log/demo/loss.png").read_bytes())
     head = f"$ make demo     # {seconds / 60:.1f} minutes on {machine()}"
     README.write_text(updated(README.read_text("utf-8"), (head, *shown(output))), "utf-8")
