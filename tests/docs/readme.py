@@ -3,8 +3,8 @@
     make readme
 
 runs `make demo`, which takes its ten minutes, and writes what came out of it between the markers in
-README.md, docs/demo_loss.png, docs/report.png and docs/play.png. It needs Chromium, and neither data/demo nor
-log/demo, so that everything is of this run.
+README.md, docs/demo_loss.png, docs/report.png and docs/play.png. It needs Chromium, and neither
+data/demo nor log/demo, so that everything is of this run.
 """
 
 import os
