@@ -7,6 +7,7 @@ from typing import Any
 
 from bench import generate, table, train
 from bench.gpu import race, run
+from bench.gpu.smoke import CHECKS
 from bench.gpu.speed import PARITY_STEPS
 from bench.train import COMPILED, OURS, PEER, PLAIN
 
@@ -44,7 +45,7 @@ def marks(findings: Findings) -> list[Mark]:
     checks = [f for f in findings.get("smoke", []) if "contender" in f]
     passed = sum(check.get("passed", False) for check in checks)
     return [
-        Mark("smoke: checks passed", passed if checks else None, len(checks) or 1, ".0f"),
+        Mark("smoke: checks passed", passed if checks else None, len(CHECKS), ".0f"),
         *of_training(findings),
         of_generation(findings),
         Mark("race: time to the plain recipe's loss", race_share(findings), 0.6, at_most=True),

@@ -19,6 +19,7 @@ def run(setting: Setting) -> None:
         *("train.py", setting.preset, "--data", str(text.find(setting))),
         *("--log-dir", str(folder), "--max-steps", str(STEPS), "--device", setting.device),
         *("--micro-batch", str(MICRO_BATCH[setting.device]), "--val-tokens", "8192"),
+        *("--val-interval", str(STEPS // 2), "--checkpoint-interval", str(STEPS // 2)),
     ]
     commands = {
         "start": [*train, "--stop-at", str(STEPS // 2)],

@@ -1,6 +1,5 @@
 """The report says what was measured, judges it by the marks, and draws the race."""
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,8 @@ import pytest
 from bench.gpu import __main__ as command
 from bench.gpu import machine, marks, race, report
 from bench.gpu.runner import Runner
-from bench.gpu.setting import RESULTS, Setting
+from bench.gpu.setting import RESULTS, Setting, read
+from bench.gpu.smoke import CHECKS
 from bench.train import COMPILED, OURS, PEER, PLAIN, PRODUCT
 
 MACHINE = {
@@ -71,8 +71,7 @@ def setting(tmp_path: Path) -> Setting:
 
 def verdicts(setting: Setting) -> dict[str, tuple[float | None, str]]:
     findings: dict[str, list[Any]] = {}
-    for line in (setting.out / RESULTS).read_text().splitlines()[1:]:
-        finding = json.loads(line)
+    for finding in read(setting.out) if (setting.out / RESULTS).exists() else []:
         findings.setdefault(finding["stage"], []).append(finding)
     return {mark.what: (mark.value, mark.verdict) for mark in marks.marks(findings)}
 
@@ -109,13 +108,21 @@ def test_marks_of_a_faster_and_of_a_slower_machine(setting: Setting, tmp_path: P
     assert found["loss, mean difference from the plain step's over 200 steps"][1] == "not reached"
 
 
+def test_a_check_that_is_missing_is_not_passed(setting: Setting) -> None:
+    note = replace(setting, stage="smoke").note
+    for number, check in enumerate(CHECKS):
+        assert verdicts(setting)["smoke: checks passed"][1] == (
+            "not reached" if number else "not measured"
+        )
+        note({"contender": check.__name__, "errors": {}, "bound": 0.1, "passed": True})
+    assert verdicts(setting)["smoke: checks passed"] == (6, "reached")
+
+
 def test_too_few_steps_are_no_comparison_of_losses(setting: Setting) -> None:
     note = replace(setting, stage="train").note
     for name in (OURS, PLAIN + COMPILED):
         note(turn(1, name, 1.0, 1.0, 5.0))
-    findings = {
-        "train": [json.loads(line) for line in (setting.out / RESULTS).read_text().splitlines()[1:]]
-    }
+    findings = {"train": read(setting.out)}
     assert marks.loss_difference(findings) is None
 
 
