@@ -88,8 +88,8 @@ def summary(
         )
     if plan.left_out:
         lines.append(
-            f"other      {describe_left_out(plan.left_out)}: no text; name such a file as SOURCE, "
-            "and its type and what to do are said"
+            f"other      {describe_left_out(plan.left_out)}: not read; naming one as SOURCE "
+            "says why, and what to do"
         )
     return "\n".join([*lines, *_far_split(plan.rule, splits)])
 

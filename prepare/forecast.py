@@ -44,7 +44,7 @@ def forecast(plan: Plan, tokenizer: Tokenizer | None, workers: int) -> str:
     largest = max((unit.weight for unit in plan.units), default=0)
     ratio = weight / max(text, 1)
     stored = sum(file.size for file in plan.files)
-    other = f"\nother      {describe_left_out(plan.left_out)}: no text" if plan.left_out else ""
+    other = f"\nother      {describe_left_out(plan.left_out)}: not read" if plan.left_out else ""
     return f"""\
 files      {len(plan.files):,}, {stored / 1e6:,.1f} MB, about {weight / 1e6:,.1f} MB of text{other}
 split      {plan.rule.rule}, {plan.rule.val_fraction:g} for validation

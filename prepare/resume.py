@@ -20,6 +20,7 @@ from prepare.options import Options
 from prepare.plan import Plan, make_plan
 from prepare.sources import is_of_first_kinds
 from prepare.workspace import REFUSED, Workspace
+from shards.cli import counted
 from shards.manifest import Manifest
 from shards.tokenizer import GPT2
 
@@ -181,8 +182,9 @@ def _check_same_dataset(workspace: Workspace, manifest: Manifest, plan: Plan) ->
     rules = (asdict(plan.rule), plan.vocabulary == GPT2)
     if same_rules != rules or not _has_sources_of(manifest, 0, plan):
         raise ValueError(
-            f"expected a new folder, found another dataset in {workspace.folder} "
-            f"({len(manifest.sources)} sources, split {manifest.split_rule}, tokenizer "
+            f"expected a new folder for {counted(len(plan.files), 'source')} split by "
+            f"{asdict(plan.rule)}, found another dataset in {workspace.folder} "
+            f"({counted(len(manifest.sources), 'source')}, split {manifest.split_rule}, tokenizer "
             f"{manifest.tokenizer.name}): give another --out, or --append to add to it"
         )
 

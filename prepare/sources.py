@@ -37,8 +37,9 @@ from shards.remote import filesystem, is_remote, path_of
 
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
-# What `datasets.save_to_disk` writes beside the data-*.arrow of a dataset.
+# What `datasets.save_to_disk` writes beside the data-*.arrow of a dataset, and above several.
 DATASET_STATE = {"state.json", "dataset_info.json"}
+DATASET_DICT = "dataset_dict.json"
 DATASET_DATA = "data-"
 # Files inspected concurrently: most of that time is waiting, for a network above all.
 INSPECTED_AT_ONCE = 16
@@ -178,12 +179,14 @@ class _Search:
             for name in DATASET_STATE
         ]
         datasets = set.intersection(*folders)
+        state = {f"{folder}/{name}" for folder in datasets for name in DATASET_STATE}
+        state |= {f"{posixpath.dirname(folder)}/{DATASET_DICT}" for folder in datasets}
         kept = []
         for path in paths:
             folder, name = posixpath.split(path)
             if folder in datasets and name.endswith(".arrow") and not name.startswith(DATASET_DATA):
                 self.left_out[".arrow (cached by datasets)"] += 1
-            elif folder not in datasets or name not in DATASET_STATE:
+            elif path not in state:
                 kept.append(path)
         return kept
 

@@ -268,7 +268,7 @@ def test_one_book_and_what_lies_beside_it(tmp_path: Path) -> None:
     command = (tmp_path / "more", "--val-source", book)
     for options in (["--plan"], []):
         outcome = run(*command, "--out", tmp_path / "more-out", *options)
-        assert "other      3 .png, 1 .pdf: no text" in outcome.out
+        assert "other      3 .png, 1 .pdf: not read" in outcome.out
     (tmp_path / "more" / "new.png").write_bytes(b"\0")  # no text: the dataset stays what it is
     assert "nothing to do" in run(*command, "--out", tmp_path / "more-out").out
 

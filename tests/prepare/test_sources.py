@@ -247,7 +247,7 @@ class TestDatasetOnDisk:
         data = [f"saved/{split}/data-00000-of-00001.arrow" for split in ("test", "train")]
         assert [file.name for file in found] == data
         assert {file.kind for file in found} == {"arrow"}
-        assert left_out == {".arrow (cached by datasets)": 1, ".json": 1}
+        assert left_out == {".arrow (cached by datasets)": 1}
         assert names(saved / "train") == ["train/data-00000-of-00001.arrow"]
 
     def test_elsewhere_such_names_mean_nothing(self, saved: Path) -> None:
