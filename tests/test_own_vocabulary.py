@@ -71,6 +71,10 @@ def test_the_models_vocabulary_is_the_datasets(root: Path) -> None:
         assert config["model"]["vocab_size"] == size
     padded = trained(root / "own", root / "padded", "--vocab-size", "320")
     assert checkpoint.load_weights(checkpoint.find(padded))["wte.weight"].shape[0] == 320
+
+
+@pytest.mark.slow
+def test_p50k_base_is_one_of_them(root: Path) -> None:
     p50k = make(root / "p50k", root / "a.jsonl", "--tokenizer", "p50k_base")
     run = trained(p50k, root / "p50k-run")
     assert checkpoint.load_weights(checkpoint.find(run))["wte.weight"].shape[0] == 50281
