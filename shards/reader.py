@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
 from typing import IO
 
 import numpy as np
@@ -30,7 +31,8 @@ COUNTED_IN = {".parquet": "row", ".arrow": "row", ".bin": "token"}
 
 def position(source: str, row: int) -> str:
     """Return where a document begins in its source, for people: `row 5`, `byte 1,024`."""
-    units = [unit for suffix, unit in COUNTED_IN.items() if suffix in source.lower()[-12:]]
+    suffixes = PurePosixPath(source.lower()).suffixes[-2:]  # the last may be a compression's
+    units = [COUNTED_IN[suffix] for suffix in suffixes if suffix in COUNTED_IN]
     return f"{units[0] if units else 'byte'} {row:,}"
 
 

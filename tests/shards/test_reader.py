@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from shards import reader
 from shards.manifest import INDEX_SCHEMA, Manifest
-from shards.reader import EvalWindows, ShardReader, open_tokens, read_index, token_counts
+from shards.reader import (
+    EvalWindows,
+    ShardReader,
+    open_tokens,
+    position,
+    read_index,
+    token_counts,
+)
 from tests.shards.support import PLACES, arange_dataset, write_dataset
 
 
@@ -232,3 +239,19 @@ def test_a_shard_that_is_not_there_is_refused_at_open(manifest: Manifest) -> Non
     assert ShardReader(manifest, "train")
     with pytest.raises(FileNotFoundError, match=r"val_00000.npy, found no such file \(1 of 1"):
         EvalWindows(manifest, "val", 4)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("corpus/a.parquet", "row 1,024"),
+        ("a.ARROW.gz", "row 1,024"),
+        ("a.zip/in/b.arrow", "row 1,024"),
+        ("train.bin", "token 1,024"),
+        ("a.jsonl", "byte 1,024"),
+        ("a.parquet.d/b.csv.zst", "byte 1,024"),
+        ("LICENSE", "byte 1,024"),
+    ],
+)
+def test_a_position_has_the_unit_of_its_source(source: str, expected: str) -> None:
+    assert position(source, 1024) == expected
