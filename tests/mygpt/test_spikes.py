@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,6 +35,14 @@ def test_a_spike_is_far_above_the_last_norms(norms: list[float], deviations: flo
     assert judge.update(1.0, 0.0) == ""
 
 
+def test_the_reason_says_how_far_above() -> None:
+    judge = Spikes(4)
+    judge.norms.extend([1.0, 3.0] * spikes.ENOUGH)  # mean 2, standard deviation 1
+    assert judge.update(1.0, 2.0 + 4.0) == ""  # at the limit
+    judge.norms.pop()
+    assert judge.update(1.0, 7.5) == "norm is 5.5 deviations above its mean 2.0000"
+
+
 def test_nothing_is_a_spike_before_enough_is_known_or_if_nobody_asks() -> None:
     judge, silent = Spikes(3), Spikes(0)
     for step in range(100):
@@ -60,8 +69,34 @@ def test_ten_in_a_row_are_too_many() -> None:
         judge.update(1.0, 1.0)
     for _ in range(10):
         judge.update(math.nan, 1.0)
-    with pytest.raises(ValueError, match=r"^10 steps in a row .*--skip-spikes.*--max-lr$"):
+    with pytest.raises(ValueError, match=r"^10 steps in a row .*windows they read.*--max-lr$"):
         judge.raise_if_diverged()
+
+
+def test_a_resumed_rule_forgets_as_a_straight_one_does() -> None:
+    judge = Spikes(2)
+    judge.load_state_dict({"norms": [1.0] * spikes.WINDOW, "in_a_row": 0})
+    judge.update(1.0, 1.01)
+    assert list(judge.norms) == [1.0] * (spikes.WINDOW - 1) + [1.01]
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "scale", "reason"),
+    [
+        (1.0, math.inf, 64.0, "fp16 overflow at loss scale 64"),
+        (1.0, math.nan, 1.5, "fp16 overflow at loss scale 1.5"),
+        (1.0, math.inf, 1.0, ""),  # no scale mends that
+        (math.nan, math.inf, 64.0, ""),  # nor that
+        (1.0, 1.0, 64.0, ""),
+        (1.0, math.inf, None, ""),
+    ],
+)
+def test_what_only_the_loss_scale_is_to_blame_for(
+    loss: float, norm: float, scale: float | None, reason: str
+) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 64.0, enabled=scale is not None)
+    scaler.scale(torch.ones(1))  # only then it has its scale
+    assert spikes.fp16_overflow(scaler, loss, norm) == reason
 
 
 @given(st.lists(st.floats(0.1, 3.0), max_size=300), st.integers(0, 300))
