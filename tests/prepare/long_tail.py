@@ -51,10 +51,10 @@ def watch(folder: Path, seconds: float) -> None:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=output, stderr=output
         )
-    deadline, peak, told = time.monotonic() + seconds, 0.0, 0.0
+    deadline, peak, told, done = time.monotonic() + seconds, 0.0, 0.0, 0.0
     while process.poll() is None and time.monotonic() < deadline:
         peak = max(peak, resident(process.pid))
-        done = prepared(folder / "data/.prepare/units")
+        done = max(done, prepared(folder / "data/.prepare/units"))  # removed at the end
         if done >= told + 1:
             told = done
             print(
@@ -64,7 +64,7 @@ def watch(folder: Path, seconds: float) -> None:
         time.sleep(SECONDS)
     ended = "ended" if process.poll() is not None else "stopped"
     process.kill()
-    print(f"{ended} with {process.wait()} after {told:.1f} GB or more, most {peak:.0f} MB")
+    print(f"{ended} with {process.wait()} after {done:.1f} GB, most {peak:.0f} MB")
 
 
 def resident(process: int) -> float:
