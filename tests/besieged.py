@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from tests.training import arguments, final_bytes
 
 STEPS = 24  # of a training
 PAGE = 4096
+RANK_LOST = 1
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Trial:
         self.work = folder / "work"
         shutil.copytree(start, self.work)
         self.started: list[int] = []
+        self.before = 0
 
     def begin(self, before: Callable[[], object] = lambda: None) -> list[int]:
         """Start the command's processes; return the leaders of their groups."""
@@ -74,6 +77,7 @@ class Trial:
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             before()
 
+        self.before = self.log_bytes()
         argv = [self.command.name, *self.command.words]
         leaders = [
             kill.start(argv, lambda rank=rank: enter(rank), self.command.main, self.errors(rank))
@@ -87,8 +91,31 @@ class Trial:
         return self.folder / f"output_{rank}.txt"
 
     def end(self, leaders: Sequence[int]) -> list[int]:
-        """Wait for processes; return their exit codes."""
-        return [kill.ended(leader) for leader in leaders]
+        """Wait for processes; return their exit codes.
+
+        Ranks that have not met wait ten minutes for one that has gone: as a launcher would, end
+        them here, with the code of a rank that has lost others.
+        """
+        codes: dict[int, int] = {}
+        strays: set[int] = set()
+        deadline = time.monotonic() + kill.DEADLINE
+        while len(codes) < len(leaders):
+            for leader in set(leaders) - codes.keys():
+                done, status = os.waitpid(leader, os.WNOHANG)
+                if done:
+                    code = os.waitstatus_to_exitcode(status)
+                    codes[leader] = RANK_LOST if leader in strays else code
+                elif any(codes.values()) and self.log_bytes() == self.before:
+                    strays.add(leader)
+                    os.killpg(leader, signal.SIGKILL)
+            assert time.monotonic() < deadline, f"hangs, others ended with {codes}"
+            time.sleep(0.005)
+        return [codes[leader] for leader in leaders]
+
+    def log_bytes(self) -> int:
+        """Return the size of the run's log, to which ranks that have met write a line."""
+        log = self.work / "run/log.txt"
+        return log.stat().st_size if log.is_file() else 0
 
     def check(self, codes: Sequence[int], allowed: set[int]) -> None:
         """Raise AssertionError for another exit code, a traceback, or a refusal of other lines."""

@@ -32,14 +32,13 @@ from mygpt.stopping import EXIT_STOPPED
 from prepare import plan
 from shards import tokenizer
 from shards.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from tests.besieged import PAGE, Command, Trial, commands, silly_command, size_of
+from tests.besieged import PAGE, RANK_LOST, Command, Trial, commands, silly_command, size_of
 from tests.prepare import kill
 from tests.test_mutations import damaged, mutated
 from tests.test_train_stops import can_mount
 from tests.training import one_thread
 
 IN_NAMESPACE = "SIEGE_MAY_MOUNT"
-RANK_LOST = 1
 
 
 # --- the faults
@@ -163,7 +162,7 @@ def main() -> int:
 def prepare_to_fork() -> None:
     """Load what all children need, and make units small."""
     plan.MIN_UNIT_BYTES = kill.UNIT_BYTES // 4
-    kill.DEADLINE = 120.0
+    kill.DEADLINE = 240.0
     tqdm.monitor_interval = 0
     tokenizer.load().encode("")
 

@@ -98,7 +98,7 @@ def test_the_order_never_changes_under_its_version() -> None:
     # Checkpoints point into this order. Another one needs another ORDER_VERSION.
     assert ORDER_VERSION == 1
     assert order(12, 1337, 0).tolist() == [4, 0, 7, 10, 1, 8, 6, 9, 5, 11, 2, 3]
-    # Around powers of 4, as docs/one_file.py computes them: the network is the smallest that covers.
+    # Around powers of 4, as docs/one_file.py computes them: the smallest network that covers.
     edges = {4: [1, 3, 0, 2], 5: [0, 4, 1, 3], 16: [13, 4, 14, 5], 17: [4, 3, 14, 9]}
     edges |= {64: [57, 47, 58, 9], 65: [60, 64, 30, 7]}
     assert {size: order(size, 1337)[:4].tolist() for size in edges} == edges
