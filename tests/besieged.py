@@ -124,7 +124,7 @@ class Trial:
             assert code in allowed, f"exit code {code}, expected {sorted(allowed)}: {told[-800:]}"
             assert "Traceback" not in told, told[-2000:]
             lines = [line for line in told.splitlines() if line.startswith("error: ")]
-            is_usage = "usage: " in told or "Parsing error" in told  # argparse's words, and tyro's
+            is_usage = "usage: " in told or "╭─" in told  # as argparse and tyro refuse flags
             assert code != EXIT_BAD_INPUT or len(lines) == 1 or is_usage, told[-800:]
 
     def check_end(self) -> None:

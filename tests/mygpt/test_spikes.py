@@ -37,10 +37,10 @@ def test_a_spike_is_far_above_the_last_norms(norms: list[float], deviations: flo
 
 def test_the_reason_says_how_far_above() -> None:
     judge = Spikes(4)
-    judge.norms.extend([1.0, 3.0] * spikes.ENOUGH)  # mean 2, standard deviation 1
-    assert judge.update(1.0, 2.0 + 4.0) == ""  # at the limit
+    judge.norms.extend([2.0, 6.0] * spikes.ENOUGH)  # mean 4, standard deviation 2
+    assert judge.update(1.0, 4.0 + 4 * 2.0) == ""  # at the limit
     judge.norms.pop()
-    assert judge.update(1.0, 7.5) == "norm is 5.5 deviations above its mean 2.0000"
+    assert judge.update(1.0, 15.0) == "norm is 5.5 deviations above its mean 4.0000"
 
 
 def test_nothing_is_a_spike_before_enough_is_known_or_if_nobody_asks() -> None:
@@ -74,10 +74,12 @@ def test_ten_in_a_row_are_too_many() -> None:
 
 
 def test_a_resumed_rule_forgets_as_a_straight_one_does() -> None:
-    judge = Spikes(2)
-    judge.load_state_dict({"norms": [1.0] * spikes.WINDOW, "in_a_row": 0})
-    judge.update(1.0, 1.01)
-    assert list(judge.norms) == [1.0] * (spikes.WINDOW - 1) + [1.01]
+    straight, resumed = Spikes(2), Spikes(2)
+    straight.norms.extend([1.0] * spikes.WINDOW)
+    resumed.load_state_dict({"norms": [1.0] * spikes.WINDOW, "in_a_row": 0})
+    for judge in (straight, resumed):
+        judge.update(1.0, 1.01)
+        assert list(judge.norms) == [1.0] * (spikes.WINDOW - 1) + [1.01]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prepare.encode import content_hashes
-from prepare.split import HASH, SplitRule
+from prepare.options import Options
+from prepare.split import HASH, SplitRule, follow_rule
 from tests.prepare.support import (
     COMPRESSORS,
     contents,
@@ -76,6 +77,13 @@ def test_the_fraction_is_realised(fraction: float) -> None:
 def test_a_fraction_that_cannot_be(fraction: float) -> None:
     with pytest.raises(ValueError, match="--val-fraction between 0 and 1"):
         SplitRule(HASH, fraction)
+
+
+@pytest.mark.parametrize("stored", [{"rule": "content"}, {}])
+def test_the_rule_of_another_program_is_not_followed(stored: dict[str, str]) -> None:
+    message = "split by prepare for --append, found .*: prepare the new sources into another --out$"
+    with pytest.raises(ValueError, match=message):
+        follow_rule(stored, Options(("a.jsonl",), "out"), [])
 
 
 def val_texts(out: Path) -> set[tuple[int, ...]]:
