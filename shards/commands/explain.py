@@ -91,7 +91,8 @@ class Row:
     token: int
     pieces: list[Piece]
     text: str
-    ids: np.ndarray = field(repr=False)  # (block_size + 1,), uint16
+    # (block_size + 1,), uint16; not compared: an array has no truth value, and its place says it.
+    ids: np.ndarray = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row for JSON, without its ids."""
