@@ -75,6 +75,8 @@ class Target:
         if self.config is None:
             found = pretrained.read_tokenizer(self.name)
             return found if found and found.identity != data.tokenizer else None
+        if self.state["fingerprint"] == data.fingerprint:
+            return None
         with suppress(FileNotFoundError):
             if self.open_data().tokenizer == data.tokenizer:
                 return None

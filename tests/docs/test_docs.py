@@ -6,13 +6,13 @@ What a user makes or brings has no file here, so these are taken for placeholder
 
 import ast
 import functools
-import importlib.util
 import json
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from itertools import zip_longest
 from pathlib import Path
 
@@ -195,7 +195,8 @@ def is_runnable(module: str) -> bool:
         return bool(flags().get(module))
     if first in PROJECT_FOLDERS:
         return (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
-    return importlib.util.find_spec(module) is not None
+    # Not importlib.util.find_spec: setuptools hooks into it, and warns once distutils is loaded.
+    return PathFinder.find_spec(first) is not None
 
 
 def command_faults(text: str) -> Iterator[str]:

@@ -344,5 +344,6 @@ def test_samples_follow_the_product_model(other_run: Path) -> None:
     likeliest = page.generate(model, [0, 5], 40, c, temperature=1e-4)
     for end in range(2, 42):
         logits, _ = product(torch.tensor([likeliest[max(0, end - 16) : end]]))
-        assert logits[0, -1].argmax() == likeliest[end]
+        # At this temperature a token 5e-3 below the likeliest is drawn once in e^50 times.
+        assert logits[0, -1].max() - logits[0, -1, likeliest[end]] < 5e-3
     assert page.generate(model, [0, 5], 40, c, temperature=5.0) != likeliest
