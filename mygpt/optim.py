@@ -58,8 +58,8 @@ def learning_rate(
 def wsd_coefficient(step: int, horizons: Sequence[Horizon]) -> float:
     """Return the height of a "wsd" schedule after its warm-up, from 1 down to 0.
 
-    The decay begins at half of the horizon in force. Once begun it goes on from where it is: a new
-    horizon changes its slope, and never raises the learning rate.
+    The decay begins at half of the horizon in force. From then on a new horizon changes its slope,
+    and never raises the learning rate.
     """
     passed = [h for h in horizons if h.since <= step]
     coeff = 1.0

@@ -111,6 +111,6 @@ def format_module(kind: str) -> Any:
         return importlib.import_module(FORMATS[kind])
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"expected the package {error.name} to read .{kind} files, found it missing: "
+            f"expected the package {error.name} to read .{kind} files, found none: "
             f"pip install {error.name}, or leave these files out"
         ) from None

@@ -179,27 +179,27 @@ def load(name: str | Path = GPT2) -> Tokenizer:
     return from_json(content, place)
 
 
-def open_tokenizer(identity: TokenizerIdentity, *places: str | Path) -> Tokenizer:
+def open_tokenizer(identity: TokenizerIdentity, *locations: str | Path) -> Tokenizer:
     """Return the tokenizer that made a dataset or trained a model.
 
-    `places` are the folders or URIs that may hold its `tokenizer.json`; GPT-2's needs none. Raises
-    FileNotFoundError if no place has it, ValueError if its vocabulary is another, and
+    `locations` are folders or URIs that may hold its `tokenizer.json`; GPT-2's needs none. Raises
+    FileNotFoundError if none has it, ValueError if its vocabulary is another, and
     VocabularyNotFoundError as `load` does.
     """
     if identity.name == GPT2:
         found = _load_gpt2()
     else:
-        stored = ((place, read_stored(place)) for place in places)
-        place, content = next(((p, c) for p, c in stored if c is not None), ("", None))
+        stored = ((location, read_stored(location)) for location in locations)
+        location, content = next(((p, c) for p, c in stored if c is not None), ("", None))
         if content is None:
             raise FileNotFoundError(
                 f"expected the vocabulary {identity.hash[:12]} of the tokenizer {identity.name} as "
-                f"{TOKENIZER_NAME} in {' or '.join(map(str, places))}, found none: restore it from "
-                "the dataset or a run on it, or prepare again"
+                f"{TOKENIZER_NAME} in {' or '.join(map(str, locations))}, found none: restore it "
+                "from the dataset or a run on it, or prepare again"
             )
-        found = from_json(content, str(place), known=True)
+        found = from_json(content, str(location), known=True)
     if (found.n_vocab, found.eot, found.hash) != (identity.n_vocab, identity.eot, identity.hash):
-        where = f"in {place}" if identity.name != GPT2 else "on this machine"
+        where = f"in {location}" if identity.name != GPT2 else "on this machine"
         raise ValueError(
             f"expected the vocabulary {identity.hash[:12]} of the tokenizer {identity.name}, found "
             f"{found.hash[:12]} {where}: restore the one that made the dataset"

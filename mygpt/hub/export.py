@@ -51,8 +51,8 @@ def export(target: Path, out: Path, best: bool = False, data: Sequence[str] = ()
     if data and about.dataset is None:
         raise ValueError(f"{about.missing}: give the --data that the model was trained on")
     if about.dataset:
-        places = about.dataset.locations
-        tokenizer = open_tokenizer(about.dataset.tokenizer, folder, *places)
+        locations = about.dataset.locations
+        tokenizer = open_tokenizer(about.dataset.tokenizer, folder, *locations)
     else:
         tokenizer = tokenizer_beside(folder)
     if about.config.model.vocab_size < tokenizer.n_vocab:

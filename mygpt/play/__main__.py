@@ -101,7 +101,7 @@ class Player:
             others = [(self.tokenizer.decode([i]), other) for other, i in likeliest]
             yield {"text": text.push(token), "p": p, "others": others}
             count += 1
-        end = "the end of the document" if count < length else "the length asked for"
+        end = "the end of the document" if count < length else "the requested length"
         yield {"text": text.end(), "end": end}
 
 

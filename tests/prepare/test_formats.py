@@ -410,7 +410,7 @@ class TestHtml:
         monkeypatch.setitem(sys.modules, "resiliparse.extract.html2text", None)
         monkeypatch.delitem(sys.modules, "prepare.formats.web", raising=False)
         error = run(tmp_path / "a.html", "--out", tmp_path / "out").error
-        assert "found it missing: pip install resiliparse" in error
+        assert "found none: pip install resiliparse" in error
 
 
 class TestZip:

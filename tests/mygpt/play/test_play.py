@@ -79,7 +79,7 @@ def test_tokens_and_probabilities_are_the_models(server: Server) -> None:
     tokens = generate(player.model, [prompt], Sampling(6, temperature=0))[0]
     text = "".join(part["text"] for part in [*parts, last])
     assert text == player.tokenizer.decode(tokens)
-    assert last["end"] == "the length asked for"
+    assert last["end"] == "the requested length"
     logits, _ = player.model(torch.tensor([[*prompt, *tokens]]))
     probs = logits[0].softmax(1)
     for place, (token, part) in enumerate(zip(tokens, parts, strict=True), start=len(prompt) - 1):
