@@ -65,8 +65,7 @@ def resolve(
     settings.grad_accum_steps(config, ranks.world_size)  # fail fast
     windows = None
     if len(dataset.manifests) == 1:
-        shards = dataset.manifests[0].splits["train"].shards
-        windows = sum(shard.windows(config.model.block_size) for shard in shards)
+        windows = dataset.manifests[0].splits["train"].windows(config.model.block_size)
     if max_steps := settings.steps_of(config, windows):
         return replace(record, config=config.resolved(max_steps))
     log.write(f"measuring how many steps fit into {config.time_budget:g} seconds")

@@ -84,6 +84,11 @@ def steps(run_dir: Path) -> list[int]:
     return sorted(int(folder.name.removeprefix("step_")) for folder in folders)
 
 
+def is_ours(path: Path) -> bool:
+    """Return whether a folder is a run with checkpoints or one of its checkpoints."""
+    return (path / "checkpoints").is_dir() or (path / "state.json").is_file()
+
+
 def find(target: Path, best: bool = False) -> Path:
     """Return the checkpoint `target`, or the newest one of the run `target`.
 

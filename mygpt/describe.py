@@ -78,7 +78,7 @@ def describe_run(state: TrainState, dataset: Mixture) -> Iterator[str]:
 
 def _initial(name: str) -> str:
     """Return --init-from with the checkpoint that it stands for, if it is a run that is here."""
-    return str(checkpoint.find(Path(name))) if (Path(name) / "checkpoints").is_dir() else name
+    return str(checkpoint.find(Path(name))) if checkpoint.is_ours(Path(name)) else name
 
 
 def _too_many_epochs(config: TrainConfig, dataset: Mixture) -> Iterator[str]:
@@ -87,8 +87,7 @@ def _too_many_epochs(config: TrainConfig, dataset: Mixture) -> Iterator[str]:
     for component, manifest, weight in zip(
         dataset.components, dataset.manifests, dataset.weights, strict=True
     ):
-        shards = manifest.splits["train"].shards
-        windows = sum(shard.windows(config.model.block_size) for shard in shards)
+        windows = manifest.splits["train"].windows(config.model.block_size)
         epochs = served * weight / sum(dataset.weights) / windows
         if epochs > MANY_EPOCHS:
             yield (

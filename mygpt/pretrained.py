@@ -48,7 +48,7 @@ def from_pretrained(
     damaged or not a GPT-2.
     """
     path = Path(name_or_folder)
-    if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
+    if checkpoint.is_ours(path):
         return _from_checkpoint(checkpoint.find(path), block_size, dropout)
     folder = _folder(name_or_folder)
     config = read_config(folder, block_size, dropout)

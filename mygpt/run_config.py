@@ -252,8 +252,8 @@ def _pretrained_shape(config: TrainConfig) -> GPTConfig:
 def _check_vocabulary(init_from: str, dataset: Mixture) -> None:
     """Raise ValueError if --init-from's model has its tokenizer beside it, and it is another."""
     found = read_tokenizer(init_from)
-    is_own = any((Path(init_from) / name).exists() for name in ("checkpoints", "state.json"))
-    if is_own and not found and read_stored(dataset.manifests[0].location):
+    is_other = read_stored(dataset.manifests[0].location) is not None
+    if not found and is_other and checkpoint.is_ours(Path(init_from)):
         found = tokenizer_beside(init_from)  # GPT-2's: only other ones are stored
     if found and found.identity != dataset.tokenizer:
         raise ValueError(

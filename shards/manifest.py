@@ -123,6 +123,10 @@ class Split:
         """UTF-8 bytes of the documents."""
         return sum(shard.text_bytes for shard in self.shards)
 
+    def windows(self, block_size: int) -> int:
+        """Return the number of windows of `block_size` + 1 tokens in an epoch."""
+        return sum(shard.windows(block_size) for shard in self.shards)
+
 
 @dataclass(frozen=True)
 class Manifest:
