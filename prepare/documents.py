@@ -26,17 +26,9 @@ from prepare.file_types import (
     encoding_remedy,
     format_module,
 )
-from prepare.input_file import BadDocuments, InputFile, Slice, byte_blocks, byte_stream, bytes_lost
-from prepare.text import (
-    MAX_DOCUMENT_BYTES,
-    PIECE_BYTES,
-    damage,
-    one_line,
-    pieces,
-    survey,
-    too_large,
-    utf8_error,
-)
+from prepare.input_file import InputFile, Slice, byte_blocks, byte_stream, bytes_lost
+from prepare.quarantine import MAX_DOCUMENT_BYTES, BadDocuments, too_large
+from prepare.text import PIECE_BYTES, damage, one_line, pieces, survey, utf8_error
 
 # Text per batch: large enough for the encoder to run at full speed, small enough for memory.
 BATCH_BYTES = 4 << 20

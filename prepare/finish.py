@@ -1,15 +1,84 @@
-"""Results of all units turned into the manifest and the closing summary."""
+"""Results of units turned into quarantine.jsonl, the manifest and the closing summary."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from prepare.plan import Plan, UnitResult
-from prepare.quarantine import Entry, losses, text_bytes
+from prepare.quarantine import (
+    QUARANTINE,
+    BadDocuments,
+    BadLimit,
+    Entry,
+    check_bad,
+    list_bad,
+    losses,
+    total_bad,
+)
 from prepare.sources import describe_left_out
 from prepare.split import HASH, POSITION, VAL_SOURCE, SplitRule
+from prepare.workspace import REFUSED, Folder
+from shards import stored_json
 from shards.cli import counted
 from shards.manifest import SPLITS, Manifest, Source, Split
 from shards.tokenizer import Tokenizer
+
+
+def stop_early(
+    results: Iterable[UnitResult], plan: Plan, folder: Folder, limit: BadLimit
+) -> Iterator[UnitResult]:
+    """Yield the results. Raises ValueError once too much is bad, whatever is still to come."""
+    documents, lost = total_bad(plan.bad)
+    seen = [plan.inspection()]
+    for result in results:
+        seen.append(result)
+        more_documents, more_lost = total_bad(result.bad)
+        documents, lost = documents + more_documents, lost + more_lost
+        if limit.is_exceeded(documents, lost):
+            store_quarantine(seen, plan, folder, limit)
+        yield result
+
+
+def store_quarantine(
+    results: Sequence[UnitResult], plan: Plan, folder: Folder, limit: BadLimit
+) -> list[Entry]:
+    """Write quarantine.jsonl and return the entries of the plan's generation.
+
+    Raises ValueError if too much of what was read for it is bad.
+    """
+    listed: list[BadDocuments] = []
+    for result in sorted(results, key=lambda result: result.unit):
+        list_bad(listed, result.bad)
+    here = {"generation": plan.generation}
+    names = [plan.files[one.source].name for one in listed]
+    entries = [
+        Entry(**asdict(one) | here | {"source": name})
+        for one, name in zip(listed, names, strict=True)
+    ]
+    earlier = [entry for entry in _stored(folder) if entry.generation < plan.generation]
+    lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in earlier + entries]
+    folder.write(QUARANTINE, "".join(lines).encode())
+    documents, text = sum(result.read for result in results), _text_bytes(results)
+    try:
+        check_bad(entries, documents, text, limit)
+    except ValueError:
+        print(*losses(entries, text), sep="\n")
+        folder.write(REFUSED, b"")
+        raise
+    return entries
+
+
+def _stored(folder: Folder) -> list[Entry]:
+    """Return the entries of quarantine.jsonl. Raises ValueError if it is damaged."""
+    content, name = folder.read(QUARANTINE) or b"", f"{folder}/{QUARANTINE}"
+    remedy = "restore it, or remove it: then only what is bad from now on is listed"
+    lines = [stored_json.parse(line, name, remedy) for line in content.splitlines()]
+    return [stored_json.build(Entry, line, name, remedy=remedy) for line in lines]
+
+
+def _text_bytes(results: Sequence[UnitResult]) -> int:
+    """Return the bytes of text in the shards of some units."""
+    return sum(shard.text_bytes for result in results for shard in result.all_shards())
 
 
 def build_manifest(
@@ -71,7 +140,7 @@ def summary(
     """Describe the dataset for people; `seconds` is the time that this run took."""
     counts, splits = manifest.counts, manifest.splits
     tokens = sum(split.tokens for split in splits.values())
-    text, new = manifest.text_bytes, text_bytes(results)
+    text, new = manifest.text_bytes, _text_bytes(results)
     duplicates = f" + {counts['duplicates']:,} duplicates" if counts.get("duplicates") else ""
     lines = [
         f"documents  {counts['read']:,} read = {counts['written']:,} written + "

@@ -104,17 +104,6 @@ class Slice:
     digest: tuple[int, int] | None = None  # content hash of a document in several slices
 
 
-@dataclass(frozen=True)
-class BadDocuments:
-    """A document, or several from `position` on, that could not be read as text."""
-
-    source: int
-    position: int
-    reason: str
-    documents: int = 1
-    bytes: int = 0  # of text lost, estimated if the file is compressed
-
-
 def bytes_lost(file: InputFile, position: int = 0) -> int:
     """Estimate the bytes of text from `position` of a broken file on.
 

@@ -13,17 +13,8 @@ from prepare import finish
 from prepare.dedup import collect_held_out, find_duplicates, validation_units
 from prepare.forecast import check_disk_space, forecast
 from prepare.options import Options
-from prepare.plan import (
-    BadLimit,
-    Plan,
-    Unit,
-    UnitResult,
-    make_plan,
-    requested_tokenizer,
-    unit_number,
-)
-from prepare.quarantine import stop_early, store_quarantine
-from prepare.ray import run_ray
+from prepare.plan import Plan, Unit, UnitResult, make_plan, requested_tokenizer, unit_number
+from prepare.quarantine import BadLimit
 from prepare.resume import finished_plan, start_or_resume, takes_all_text
 from prepare.split import VAL_SOURCE
 from prepare.unit_functions import (
@@ -33,7 +24,7 @@ from prepare.unit_functions import (
     WriteShards,
     publish_in_background,
 )
-from prepare.worker_pool import run_local
+from prepare.worker_pool import run_local, run_ray
 from prepare.workspace import (
     ARRAYS,
     HASHES,
@@ -57,20 +48,18 @@ def run(options: Options) -> None:
     workspace = Workspace(Folder(options.out))
     workspace.check_folder()
     base = _require_manifest(workspace) if options.append else None
-    # Load the vocabulary now: fail fast if there is none.
-    tokenizer = requested_tokenizer(options, base)
     started = time.perf_counter()
     # Plan before anything is written, so that a mistyped source leaves no folder behind.
     all_text = takes_all_text(workspace)
     plan = make_plan(options, base, all_text)
     if options.plan:
-        print(forecast(plan, tokenizer, options.workers))
+        print(forecast(plan, requested_tokenizer(options, base), options.workers))
         return
     with workspace.locked(options.task):
         manifest = workspace.manifest()
         if manifest and (finished := finished_plan(options, workspace, manifest, plan)):
             plan, touched = finished
-            Job(options, workspace, tokenizer, plan, manifest).restore(manifest, touched)
+            Job(options, workspace, plan, manifest).restore(manifest, touched)
             if workspace.stored_plan(manifest.generation + 1) is None:  # no append is in progress
                 workspace.remove_intermediates()
             print(f"{options.out} is complete: nothing to do.")
@@ -81,7 +70,7 @@ def run(options: Options) -> None:
             _check_shards(workspace, manifest)  # before hours of work, and again after them
         with workspace.plan_locked():
             plan = start_or_resume(options, workspace, plan)
-        job = Job(options, workspace, tokenizer, plan, manifest)
+        job = Job(options, workspace, plan, manifest)
         if not options.finish:
             job.run_units()
         if not options.task:
@@ -114,7 +103,6 @@ class Job:
 
     options: Options
     workspace: Workspace
-    tokenizer: Tokenizer | None  # None: its vocabulary is trained on the text
     plan: Plan
     manifest: Manifest | None  # the complete dataset in the folder, if there is one
 
@@ -174,14 +162,16 @@ class Job:
         write = WriteShards(self.plan, workspace, workers_publish, limit)
         written = self._run(write, pending)
         new = publish_in_background(written, workspace)
-        results = stop_early(chain(finished.values(), new), self.plan, workspace.folder, limit)
+        every = chain(finished.values(), new)
+        results = finish.stop_early(every, self.plan, workspace.folder, limit)
         _show_progress(islice(results, len(finished), None), units, pending)
 
     def provide_tokenizer(self) -> Tokenizer:
         """Return the plan's tokenizer; train it and write its file if the folder lacks it."""
         plan, workspace = self.plan, self.workspace
         if plan.vocabulary != GPT2 and not workspace.folder.exists(TOKENIZER_NAME):
-            workspace.store_tokenizer(self.tokenizer or self._train_vocabulary(), self.manifest)
+            tokenizer = requested_tokenizer(self.options) or self._train_vocabulary()
+            workspace.store_tokenizer(tokenizer, self.manifest)
         return workspace.tokenizer(plan)
 
     def _train_vocabulary(self) -> Tokenizer:
@@ -246,7 +236,7 @@ class Job:
             _check_shards(workspace, self.manifest)
         results = [plan.inspection(), *(finished[unit.number] for unit in plan.units)]
         manifest = finish.build_manifest(plan, results, self.provide_tokenizer(), self.manifest)
-        entries = store_quarantine(results, plan, folder, self.bad_limit)
+        entries = finish.store_quarantine(results, plan, folder, self.bad_limit)
         try:
             finish.check_splits(manifest, entries)
         except ValueError:

@@ -7,7 +7,7 @@ tokens on a large one. Units share no state, so they run anywhere and in any ord
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 
 from prepare.columns import column_bytes, with_column
 from prepare.file_types import JSONL, PARQUET, TEXT
-from prepare.input_file import BadDocuments, InputFile, Slice, byte_stream, bytes_lost
+from prepare.input_file import InputFile, Slice, byte_stream, bytes_lost
 from prepare.options import Options
+from prepare.quarantine import BadDocuments
 from prepare.sources import INSPECTED_AT_ONCE, find_files
 from prepare.split import POSITION, VAL_SOURCE, SplitRule, choose_rule, follow_rule
-from prepare.text import BROKEN, PIECE_BYTES, next_cut, next_line, survey
+from prepare.text import PIECE_BYTES, next_cut, next_line, survey
 from shards import stored_json
 from shards.manifest import SPLITS, Manifest, Shard
 from shards.remote import is_remote
@@ -34,18 +35,7 @@ REMEDY = "restore it, or give another --out (beside a complete dataset it may be
 MIN_UNIT_BYTES = 4 << 20
 MAX_UNIT_BYTES = 400 << 20
 TARGET_UNITS = 64
-# Bad documents listed one by one, per unit and in all; the rest is only counted.
-MAX_LISTED = 10_000
 TRAINED = "trained"
-UNLISTED = "further bad documents, which are not listed"
-
-# Bad documents and bytes of text lost with them that are allowed without --max-bad, or a share of
-# all documents and of all text, if that is more.
-BAD_DOCUMENTS = 10
-BAD_BYTES = 64 << 10
-BAD_SHARE = 0.001
-# The size of text that is not read yet is an estimate, which may be too low by this factor.
-ESTIMATE_MARGIN = 10
 
 WeightedSlice = tuple[Slice, int]
 
@@ -80,46 +70,6 @@ class UnitResult:
     def all_shards(self) -> list[Shard]:
         """The shards of both splits."""
         return [shard for shards in self.shards.values() for shard in shards]
-
-
-def list_bad(listed: list[BadDocuments], bad: Iterable[BadDocuments]) -> None:
-    """Append bad documents to a list; beyond `MAX_LISTED`, broken files and a sum of the rest."""
-    rest: list[BadDocuments] = []
-    for one in bad:
-        room = len(listed) < MAX_LISTED or one.reason.startswith(BROKEN)
-        (listed if room else rest).append(one)
-    if rest:
-        rest.append(listed[MAX_LISTED - 1])
-        documents, size = sum(one.documents for one in rest), sum(one.bytes for one in rest)
-        listed[MAX_LISTED - 1] = replace(rest[-1], reason=UNLISTED, documents=documents, bytes=size)
-
-
-def total_bad(bad: Iterable[BadDocuments]) -> tuple[int, int]:
-    """Return how many documents are bad, and the bytes of text lost with them."""
-    counts = [(one.documents, one.bytes) for one in bad]
-    return sum(documents for documents, _ in counts), sum(lost for _, lost in counts)
-
-
-@dataclass(frozen=True)
-class BadLimit:
-    """How much may be bad: `max_bad` documents, or the default shares; see `Options.max_bad`."""
-
-    max_bad: int | None
-    text: int  # estimated bytes of all text
-
-    def allowed(self, documents: int, text: int) -> tuple[int, int]:
-        """Return how many of the documents, and how many bytes of their text, may be bad."""
-        if self.max_bad is not None:
-            return self.max_bad, max(BAD_BYTES, text * self.max_bad // max(documents, 1))
-        return max(BAD_DOCUMENTS, int(BAD_SHARE * documents)), max(BAD_BYTES, int(BAD_SHARE * text))
-
-    def is_exceeded(self, bad: int, lost: int) -> bool:
-        """True if so many documents, or bytes of text, are too many whatever is still to come."""
-        if self.max_bad is not None:
-            return bad > self.max_bad
-        # A document has at least one byte.
-        allowed, allowed_bytes = self.allowed(self.text, ESTIMATE_MARGIN * self.text)
-        return bad > allowed or lost > allowed_bytes
 
 
 @dataclass(frozen=True)
@@ -172,6 +122,7 @@ def make_plan(options: Options, base: Manifest | None = None, all_text: bool = T
     With `all_text` folders give everything that is text. Raises ValueError or OSError for bad
     input.
     """
+    vocabulary = _vocabulary(options, base)  # first: fail fast if there is none
     left_out = Counter[str]()
     val_files = find_files(options.val_source, True, all_text, left_out)
     known = {file.identity for file in val_files}
@@ -198,7 +149,7 @@ def make_plan(options: Options, base: Manifest | None = None, all_text: bool = T
         first_source=len(base.sources) if base else 0,
         all_text=all_text,
         left_out=dict(left_out),
-        vocabulary=_vocabulary(options, base),
+        vocabulary=vocabulary,
     )
 
 
@@ -210,7 +161,7 @@ def _vocabulary(options: Options, base: Manifest | None) -> str:
     return GPT2 if tokenizer.name == GPT2 else tokenizer.hash
 
 
-def requested_tokenizer(options: Options, base: Manifest | None) -> Tokenizer | None:
+def requested_tokenizer(options: Options, base: Manifest | None = None) -> Tokenizer | None:
     """Return the tokenizer of the options, or of the dataset to append to; None: to be trained."""
     if base:
         return open_tokenizer(base.tokenizer, base.location)

@@ -1,18 +1,39 @@
-"""Bad documents: listed in quarantine.jsonl, and too many of them refused."""
+"""Documents that can't be read: what is noted of them, and the limit on how many there may be."""
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-from prepare.input_file import BadDocuments
-from prepare.plan import BAD_BYTES, BadLimit, Plan, UnitResult, list_bad, total_bad
-from prepare.text import BROKEN
-from prepare.workspace import QUARANTINE, REFUSED, Folder
-from shards import stored_json
 from shards.cli import printable
 
+QUARANTINE = "quarantine.jsonl"
+# A document must be held as a whole where it is a line or a row, and so must a stretch of any text
+# without white space, which can't be cut. What is larger is bad.
+MAX_DOCUMENT_BYTES = 64 << 20
+BROKEN = "unreadable from here on"  # begins the reason of a file that is broken in the middle
+# Bad documents listed one by one, per unit and in all; the rest is only counted.
+MAX_LISTED = 10_000
+UNLISTED = "further bad documents, which are not listed"
 # Losses named on the terminal; the list has all of them.
 NAMED = 10
+
+# Bad documents and bytes of text lost with them that are allowed without --max-bad, or a share of
+# all documents and of all text, if that is more.
+BAD_DOCUMENTS = 10
+BAD_BYTES = 64 << 10
+BAD_SHARE = 0.001
+# The size of text that is not read yet is an estimate, which may be too low by this factor.
+ESTIMATE_MARGIN = 10
+
+
+@dataclass(frozen=True)
+class BadDocuments:
+    """A document, or several from `position` on, that could not be read as text."""
+
+    source: int
+    position: int
+    reason: str
+    documents: int = 1
+    bytes: int = 0  # of text lost, estimated if the file is compressed
 
 
 @dataclass(frozen=True)
@@ -27,57 +48,49 @@ class Entry:
     bytes: int = 0  # myGPT 0.2 did not note it
 
 
-def stop_early(
-    results: Iterable[UnitResult], plan: Plan, folder: Folder, limit: BadLimit
-) -> Iterator[UnitResult]:
-    """Yield the results. Raises ValueError once too much is bad, whatever is still to come."""
-    documents, lost = total_bad(plan.bad)
-    seen = [plan.inspection()]
-    for result in results:
-        seen.append(result)
-        more_documents, more_lost = total_bad(result.bad)
-        documents, lost = documents + more_documents, lost + more_lost
-        if limit.is_exceeded(documents, lost):
-            store_quarantine(seen, plan, folder, limit)
-        yield result
+def too_large(actual: str) -> str:
+    """Return the reason to record for a document that is too large."""
+    return f"expected at most {MAX_DOCUMENT_BYTES:,} bytes, found {actual}: split it"
 
 
-def store_quarantine(
-    results: Sequence[UnitResult], plan: Plan, folder: Folder, limit: BadLimit
-) -> list[Entry]:
-    """Write quarantine.jsonl and return the entries of the plan's generation.
-
-    Raises ValueError if too much of what was read for it is bad.
-    """
-    listed: list[BadDocuments] = []
-    for result in sorted(results, key=lambda result: result.unit):
-        list_bad(listed, result.bad)
-    values = [asdict(one) | {"source": plan.files[one.source].name} for one in listed]
-    entries = [Entry(**one, generation=plan.generation) for one in values]
-    earlier = [entry for entry in _stored(folder) if entry.generation < plan.generation]
-    lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in earlier + entries]
-    folder.write(QUARANTINE, "".join(lines).encode())
-    documents, text = sum(result.read for result in results), text_bytes(results)
-    try:
-        check_bad(entries, documents, text, limit)
-    except ValueError:
-        print(*losses(entries, text), sep="\n")
-        folder.write(REFUSED, b"")
-        raise
-    return entries
+def list_bad(listed: list[BadDocuments], bad: Iterable[BadDocuments]) -> None:
+    """Append bad documents to a list; beyond `MAX_LISTED`, broken files and a sum of the rest."""
+    rest: list[BadDocuments] = []
+    for one in bad:
+        room = len(listed) < MAX_LISTED or one.reason.startswith(BROKEN)
+        (listed if room else rest).append(one)
+    if rest:
+        rest.append(listed[MAX_LISTED - 1])
+        documents, lost = total_bad(rest)
+        listed[MAX_LISTED - 1] = replace(rest[-1], reason=UNLISTED, documents=documents, bytes=lost)
 
 
-def _stored(folder: Folder) -> list[Entry]:
-    """Return the entries of quarantine.jsonl. Raises ValueError if it is damaged."""
-    content, name = folder.read(QUARANTINE) or b"", f"{folder}/{QUARANTINE}"
-    remedy = "restore it, or remove it: then only what is bad from now on is listed"
-    lines = [stored_json.parse(line, name, remedy) for line in content.splitlines()]
-    return [stored_json.build(Entry, line, name, remedy=remedy) for line in lines]
+def total_bad(bad: Iterable[BadDocuments | Entry]) -> tuple[int, int]:
+    """Return how many documents are bad, and the bytes of text lost with them."""
+    counts = [(one.documents, one.bytes) for one in bad]
+    return sum(documents for documents, _ in counts), sum(lost for _, lost in counts)
 
 
-def text_bytes(results: Sequence[UnitResult]) -> int:
-    """Return the bytes of text in the shards of some units."""
-    return sum(shard.text_bytes for result in results for shard in result.all_shards())
+@dataclass(frozen=True)
+class BadLimit:
+    """How much may be bad: `max_bad` documents, or the default shares; see `Options.max_bad`."""
+
+    max_bad: int | None
+    text: int  # estimated bytes of all text
+
+    def allowed(self, documents: int, text: int) -> tuple[int, int]:
+        """Return how many of the documents, and how many bytes of their text, may be bad."""
+        if self.max_bad is not None:
+            return self.max_bad, max(BAD_BYTES, text * self.max_bad // max(documents, 1))
+        return max(BAD_DOCUMENTS, int(BAD_SHARE * documents)), max(BAD_BYTES, int(BAD_SHARE * text))
+
+    def is_exceeded(self, bad: int, lost: int) -> bool:
+        """True if so many documents, or bytes of text, are too many whatever is still to come."""
+        if self.max_bad is not None:
+            return bad > self.max_bad
+        # A document has at least one byte.
+        allowed, allowed_bytes = self.allowed(self.text, ESTIMATE_MARGIN * self.text)
+        return bad > allowed or lost > allowed_bytes
 
 
 def check_bad(entries: list[Entry], documents: int, text: int, limit: BadLimit) -> None:
@@ -85,7 +98,7 @@ def check_bad(entries: list[Entry], documents: int, text: int, limit: BadLimit) 
 
     `entries` lists what is bad; `text` is the bytes of the other documents.
     """
-    bad, lost = sum(entry.documents for entry in entries), sum(entry.bytes for entry in entries)
+    bad, lost = total_bad(entries)
     allowed, allowed_bytes = limit.allowed(documents, text + lost)
     if bad <= allowed and lost <= allowed_bytes:
         return
@@ -110,7 +123,7 @@ def losses(entries: list[Entry], text: int) -> list[str]:
     """Describe how much text is bad beside `text` bytes that are not; name broken files."""
     if not entries:
         return []
-    lost = sum(entry.bytes for entry in entries)
+    _, lost = total_bad(entries)
     share = lost / (text + lost or 1)
     lines = [f"left out   {lost:,} of {text + lost:,} bytes of text ({share:.1%})"]
     large = [one for one in entries if one.reason.startswith(BROKEN) or one.bytes > BAD_BYTES]

@@ -9,15 +9,12 @@ import xxhash
 
 from prepare.file_types import HEAD_BYTES, encoding_remedy
 from prepare.input_file import READ_BYTES, archive_of, byte_blocks, byte_stream
+from prepare.quarantine import BROKEN, MAX_DOCUMENT_BYTES, too_large
 from shards.cuts import SAFE_CUT_BYTES
 
 # A text document above this size is handed on in pieces of about this size.
 PIECE_BYTES = 32 << 20
-# A document must be held as a whole where it is a line or a row, and so must a stretch of any text
-# without white space, which can't be cut. What is larger is bad.
-MAX_DOCUMENT_BYTES = 64 << 20
 LOOKBEHIND = 3  # bytes before a cut that the pattern looks at
-BROKEN = "unreadable from here on"  # begins the reason of a file that is broken in the middle
 
 
 def digest_array(digests: bytes) -> np.ndarray:
@@ -72,11 +69,6 @@ def damage(path: str, error: Exception) -> str:
     except OSError as failure:
         raise failure from error
     return f"{BROKEN}: {one_line(error)}"
-
-
-def too_large(actual: str) -> str:
-    """Return the reason to record for a document that is too large."""
-    return f"expected at most {MAX_DOCUMENT_BYTES:,} bytes, found {actual}: split it"
 
 
 def one_line(error: Exception) -> str:

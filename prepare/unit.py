@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from prepare.documents import Batch, read
 from prepare.encode import AuditError, Encoded, encode
-from prepare.plan import BadLimit, Plan, Unit, UnitResult, list_bad, total_bad
+from prepare.plan import Plan, Unit, UnitResult
+from prepare.quarantine import BadLimit, list_bad, total_bad
 from prepare.split import VAL_SOURCE
 from shards.manifest import DTYPE, INDEX_SCHEMA, SPLITS, Shard
 from shards.tokenizer import Tokenizer, string_buffers

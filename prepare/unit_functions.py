@@ -18,7 +18,8 @@ import xxhash
 
 from prepare.documents import read
 from prepare.encode import content_hashes
-from prepare.plan import BadLimit, Plan, Unit, UnitResult, unit_number
+from prepare.plan import Plan, Unit, UnitResult, unit_number
+from prepare.quarantine import BadLimit
 from prepare.unit import Exclusions, check_unchanged, run_unit, validation_mask
 from prepare.workspace import DUPLICATES, HELD_OUT_HASHES, Workspace
 from shards.cuts import cut

@@ -1,7 +1,12 @@
-"""A pool of worker processes on this machine that calls a function on each unit.
+"""A function called on each unit: by worker processes of this machine, or by a Ray cluster.
 
-Each worker has its own pipe and shares no lock with another, so when one is killed, at any moment,
-nobody waits for it forever (concurrent.futures' pool does if it is killed while shutting down).
+Each local worker has its own pipe and shares no lock with another, so when one is killed, at any
+moment, nobody waits for it forever (concurrent.futures' pool does if it is killed while shutting
+down). The nodes of a Ray cluster all see the sources and the output:
+
+    pip install 'mygpt[ray]'
+    ray start --head                 on the first machine; it prints the command for the others
+    python -m prepare SOURCE... --out FOLDER --engine ray --address auto
 """
 
 import multiprocessing
@@ -9,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
@@ -16,9 +22,16 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from typing import Any, TypeVar
 
+import prepare
+import shards
 from prepare.plan import Unit
 
 Result = TypeVar("Result")
+
+# On Ray: times that a unit is run again elsewhere if its node dies, and units submitted per core of
+# the cluster, so that no core waits for the next one.
+RETRIES = 5
+UNITS_PER_CORE = 2
 
 
 def run_local(
@@ -115,3 +128,40 @@ def _exit_with(sentinel: int) -> None:
     """Exit when the parent is gone: a killed parent can't stop its workers."""
     wait_for([sentinel])
     os._exit(1)
+
+
+def run_ray(
+    function: Callable[[Unit], Result], units: Sequence[Unit], address: str | None
+) -> Iterator[Result]:
+    """Call `function` on each unit on the cluster and yield the results in any order.
+
+    Raises what `function` raised, and ValueError if Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ValueError(
+            "expected the package ray for --engine ray, found none: pip install 'mygpt[ray]'"
+        ) from None
+    modules = [module.__path__[0] for module in (prepare, shards)]
+    ray.init(address=address, runtime_env={"py_modules": modules}, log_to_driver=False)
+    try:
+
+        @ray.remote(num_cpus=1, max_retries=RETRIES)
+        def run_one(unit: Unit) -> Result:
+            return function(unit)
+
+        limit = UNITS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        pending = deque(units)
+        running: list[ray.ObjectRef[Result]] = []
+        while pending or running:
+            while pending and len(running) < limit:
+                running = [*running, run_one.remote(pending.popleft())]
+            done, running = ray.wait(running)
+            for result in done:
+                try:
+                    yield ray.get(result)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None  # the function's own error, without Ray's traceback
+    finally:
+        ray.shutdown()

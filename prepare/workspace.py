@@ -21,6 +21,7 @@ import numpy as np
 from pyarrow import fs
 
 from prepare.plan import REMEDY, Plan, Unit, UnitResult, read_plan
+from prepare.quarantine import QUARANTINE
 from shards import stored_json
 from shards.files import (
     atomic_file,
@@ -49,7 +50,7 @@ DUPLICATES = "drops"  # arrays: indices of duplicates
 HELD_OUT = "held_out"  # arrays: content hashes of validation text from --val-source
 ARRAYS = {HASHES, DUPLICATES, HELD_OUT}
 HELD_OUT_HASHES = f"{HELD_OUT}/hashes"
-LOG, QUARANTINE = "prepare.log", "quarantine.jsonl"
+LOG = "prepare.log"
 # An ending run releases the lock within moments; so do orphaned workers that inherited it.
 LOCK_SECONDS = 5.0
 # Results read concurrently: from an object store each takes its time, and there may be many.

@@ -17,7 +17,8 @@ from prepare.documents import (
     column_batch,
     cut_column,
 )
-from prepare.input_file import BadDocuments, InputFile, Slice, byte_stream, bytes_lost
+from prepare.input_file import InputFile, Slice, byte_stream, bytes_lost
+from prepare.quarantine import BadDocuments
 from prepare.text import damage
 
 MAGIC = b"ARROW1\0\0"  # begins the file format; the stream follows

@@ -21,13 +21,13 @@ from prepare.documents import (
 )
 from prepare.input_file import (
     READ_BYTES,
-    BadDocuments,
     InputFile,
     Slice,
     byte_blocks,
     bytes_lost,
 )
-from prepare.text import BROKEN, MAX_DOCUMENT_BYTES, damage, one_line, too_large
+from prepare.quarantine import BROKEN, MAX_DOCUMENT_BYTES, BadDocuments, too_large
+from prepare.text import damage, one_line
 
 BYTES = "latin-1"
 # Content of a field, doubled quotes included, between what tells where fields and rows end.

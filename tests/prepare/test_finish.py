@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 
 from prepare import job
-from prepare.input_file import BadDocuments
-from prepare.plan import UNLISTED, BadLimit, Unit, list_bad
-from prepare.quarantine import Entry, check_bad, losses
-from prepare.text import BROKEN
+from prepare.plan import Unit
+from prepare.quarantine import (
+    BROKEN,
+    UNLISTED,
+    BadDocuments,
+    BadLimit,
+    Entry,
+    check_bad,
+    list_bad,
+    losses,
+)
 from tests.prepare.support import (
     contents,
     held,

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from prepare.columns import with_column
 from prepare.documents import read
-from prepare.input_file import BadDocuments, InputFile, Slice
+from prepare.input_file import InputFile, Slice
+from prepare.quarantine import BadDocuments
 from prepare.sources import find_files
 from tests.prepare.support import (
     COMPRESSORS,

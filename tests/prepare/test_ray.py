@@ -72,7 +72,7 @@ def test_a_node_that_dies_changes_nothing(
 
 
 REFUSING = """
-from prepare.ray import run_ray
+from prepare.worker_pool import run_ray
 
 def refuse(unit):
     raise ValueError("expected another unit, found this one: take that")
