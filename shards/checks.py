@@ -1,10 +1,8 @@
-"""Checks of a dataset against its manifest: of every byte, or of sizes while training runs."""
+"""Verification of a dataset against its manifest, every byte of it."""
 
 import hashlib
 import io
 import os
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,13 +13,11 @@ import numpy as np
 
 from shards import remote
 from shards.manifest import DTYPE, Manifest, Shard, Split
-from shards.reader import REMEDY, open_file, open_tokens, parse_index, read_header
+from shards.reader import REMEDY, open_file, parse_index, read_header
 from shards.tokenizer import BPE, P50K, open_tokenizer, read_stored
 from shards.vocabulary import TOKENIZER_NAME
 
 BLOCK_BYTES = 1 << 22
-# Between two shards of a background check: the batches come first.
-PAUSE_SECONDS = 0.001
 
 
 def tokenizer_faults(manifest: Manifest) -> list[str]:
@@ -132,47 +128,3 @@ def _hash_faults(path: str, expected: str, actual: str) -> list[str]:
     if actual == expected:
         return []
     return [f"expected sha256 {expected[:12]} of {path}, found {actual[:12]}"]
-
-
-class BackgroundCheck(threading.Thread):
-    """Check of the size and header of shards; of a remote dataset, of the sizes in its listing.
-
-    `check` raises the first FileNotFoundError or ValueError found so far.
-    """
-
-    def __init__(self, parts: Sequence[tuple[Manifest, Sequence[Shard]]]) -> None:
-        super().__init__(name="background-check", daemon=True)
-        self.fault: Exception | None = None
-        self._parts = parts
-        self.start()
-
-    def check(self) -> None:
-        """Raise the fault, if one was found so far."""
-        if self.fault is not None:
-            raise self.fault
-
-    def run(self) -> None:
-        """Check all shards, up to the first fault."""
-        try:
-            for manifest, shards in self._parts:
-                if manifest.uri:
-                    _compare_sizes(manifest, shards)
-                    continue
-                for shard in shards:
-                    open_tokens(manifest, shard)
-                    time.sleep(PAUSE_SECONDS)
-        except (ValueError, OSError) as error:
-            self.fault = error
-
-
-def _compare_sizes(manifest: Manifest, shards: Sequence[Shard]) -> None:
-    """Raise FileNotFoundError or ValueError for a shard that is missing or of another size."""
-    sizes = remote.sizes(manifest.uri)
-    for shard in shards:
-        path = manifest.location_of(shard.file)
-        if (found := sizes.get(shard.file)) is None:
-            raise FileNotFoundError(f"expected the shard {path}, found no such file: {REMEDY}")
-        if found != shard.file_bytes:
-            raise ValueError(
-                f"expected {shard.file_bytes} bytes in {path}, found {found}: {REMEDY}"
-            )

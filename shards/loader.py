@@ -18,10 +18,9 @@ import numpy as np
 import torch
 
 from shards import cache
-from shards.checks import BackgroundCheck
 from shards.mixture import Mixture
 from shards.order import ORDER_VERSION
-from shards.reader import ShardReader
+from shards.reader import BackgroundCheck, ShardReader
 from shards.stream import MixedStream
 
 STATE_VERSION = 2

@@ -1,4 +1,4 @@
-"""Reading of shards: memory maps, document indexes, and the exact cover of a split for evaluation.
+"""Reading of shards: memory maps, indexes, checks, and the exact cover of a split for evaluation.
 
 Anything not as the manifest says is a ValueError.
 """
@@ -6,6 +6,7 @@ Anything not as the manifest says is a ValueError.
 import mmap
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards import cache
+from shards import cache, remote
 from shards.manifest import DTYPE, INDEX_SCHEMA, Manifest, Shard, npy_header
 
 # Maps open at once at most; each holds a file descriptor.
@@ -24,6 +25,8 @@ MAX_OPEN = 4096
 # released from time to time; the operating system still has them in its page cache.
 LARGE_TOKENS = 1 << 29
 COUNTED_AT_ONCE = 1 << 22
+# Between two shards of a background check: the batches come first.
+PAUSE_SECONDS = 0.001
 REMEDY = "restore it, or prepare the dataset again"
 # What `row` of an index counts in sources of these types; bytes in all others.
 COUNTED_IN = {".parquet": "row", ".arrow": "row", ".bin": "token"}
@@ -191,6 +194,50 @@ def parse_index(content: IO[bytes], name: str) -> pa.Table:
             f"{', '.join(index.schema.names)}: {REMEDY}"
         )
     return index
+
+
+class BackgroundCheck(threading.Thread):
+    """Check of the size and header of shards; of a remote dataset, of the sizes in its listing.
+
+    `check` raises the first FileNotFoundError or ValueError found so far.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Manifest, Sequence[Shard]]]) -> None:
+        super().__init__(name="background-check", daemon=True)
+        self.fault: Exception | None = None
+        self._parts = parts
+        self.start()
+
+    def check(self) -> None:
+        """Raise the fault, if one was found so far."""
+        if self.fault is not None:
+            raise self.fault
+
+    def run(self) -> None:
+        """Check all shards, up to the first fault."""
+        try:
+            for manifest, shards in self._parts:
+                if manifest.uri:
+                    _compare_sizes(manifest, shards)
+                    continue
+                for shard in shards:
+                    open_tokens(manifest, shard)
+                    time.sleep(PAUSE_SECONDS)
+        except (ValueError, OSError) as error:
+            self.fault = error
+
+
+def _compare_sizes(manifest: Manifest, shards: Sequence[Shard]) -> None:
+    """Raise FileNotFoundError or ValueError for a shard that is missing or of another size."""
+    sizes = remote.sizes(manifest.uri)
+    for shard in shards:
+        path = manifest.location_of(shard.file)
+        if (found := sizes.get(shard.file)) is None:
+            raise FileNotFoundError(f"expected the shard {path}, found no such file: {REMEDY}")
+        if found != shard.file_bytes:
+            raise ValueError(
+                f"expected {shard.file_bytes} bytes in {path}, found {found}: {REMEDY}"
+            )
 
 
 def token_counts(manifest: Manifest, split: str) -> np.ndarray:

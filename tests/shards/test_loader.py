@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import loader as loader_module
-from shards.checks import BackgroundCheck, check
+from shards.checks import check
 from shards.loader import TokenLoader
 from shards.manifest import Manifest
 from shards.mixture import Mixture
+from shards.reader import BackgroundCheck
 from tests.shards.support import arange_dataset, grown, write_dataset
 
 # Lengths of train shards; ids count on over them, so a token's id is its place in the split.

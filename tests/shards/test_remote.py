@@ -16,12 +16,12 @@ from filelock import FileLock
 from pyarrow import fs
 
 from shards import cache, remote
-from shards.checks import BackgroundCheck, verify
+from shards.checks import verify
 from shards.commands import inspect
 from shards.loader import BatchReader, TokenLoader
 from shards.manifest import MANIFEST_NAME, Manifest
 from shards.mixture import Mixture
-from shards.reader import EvalWindows, open_tokens, read_index, token_counts
+from shards.reader import BackgroundCheck, EvalWindows, open_tokens, read_index, token_counts
 from tests.prepare.proxy import FAULTS, Proxy
 from tests.s3 import s3_server
 from tests.shards.support import arange_dataset, text_dataset
