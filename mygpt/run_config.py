@@ -33,7 +33,7 @@ from mygpt.settings import (
 )
 from shards import stored_json
 from shards.files import atomic_file, write_json
-from shards.mixture import Mixture, parse_data_specs
+from shards.mixture import Earlier, Mixture, parse_data_specs
 from shards.tokenizer import GPT2, read_stored, tokenizer_beside
 from shards.vocabulary import TOKENIZER_NAME
 
@@ -54,15 +54,6 @@ FREE = {
 }
 # Settings that may differ between the hosts of one run.
 PER_HOST = {"model", "data", "log_dir", "device"}
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """Identity of a run's datasets up to the step `until`."""
-
-    until: int
-    fingerprint: str
-    generations: dict[str, int]
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,10 @@ the dataset is complete (promise 6). Its fingerprint is the identity that checkp
 10); a dataset grows by generations, and each prefix keeps its own fingerprint.
 """
 
-import gc
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -164,13 +162,12 @@ class Manifest:
         """Return the manifest of the bytes of its file. Raises ValueError as `load` does."""
         uri = location.rstrip("/") if remote.is_remote(location) else ""
         path = f"{uri}/{MANIFEST_NAME}" if uri else Path(location, MANIFEST_NAME)
-        with _without_garbage_collection():
-            raw = stored_json.parse(content, path, REMEDY)
-            stored_json.check_version(raw, FORMAT, (VERSION,), path, "prepare the dataset again")
-            _check_hash("checksum", raw, checksum(raw), path)
-            values = raw | {"folder": location, "uri": uri}
-            manifest = stored_json.build(cls, values, path, retired=DERIVED, remedy=REMEDY)
-            _check_values(manifest, path)
+        raw = stored_json.parse(content, path, REMEDY)
+        stored_json.check_version(raw, FORMAT, (VERSION,), path, "prepare the dataset again")
+        _check_hash("checksum", raw, checksum(raw), path)
+        values = raw | {"folder": location, "uri": uri}
+        manifest = stored_json.build(cls, values, path, retired=DERIVED, remedy=REMEDY)
+        _check_values(manifest, path)
         _check_hash("fingerprint", raw, manifest.fingerprint, path)
         return manifest
 
@@ -269,18 +266,6 @@ def _read_local(folder: Path) -> bytes:
             f"`python -m prepare SOURCE --out {folder}` (an unfinished one: the same command again)"
         )
     return path.read_bytes()
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Keep the garbage collector from traversing 100,000 new objects again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def checksum(values: dict[str, Any]) -> str:

@@ -171,6 +171,15 @@ class Mixture:
         return sum(manifest.splits[split].tokens for manifest in self.manifests)
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What a run's datasets were up to the step `until`, before they moved to later generations."""
+
+    until: int
+    fingerprint: str
+    generations: dict[str, int]
+
+
 def _chosen_generations(
     components: Sequence[Component], generations: Mapping[str, int] | None
 ) -> Mapping[str, int | None]:

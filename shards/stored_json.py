@@ -162,7 +162,7 @@ class _Builder:
 
     def _items(self, hint: Any, values: list[Any], at: str) -> list[Any]:
         if dataclasses.is_dataclass(hint) and _are_plain(hint, values):
-            return _unchecked(hint, values)
+            return [hint(**row) for row in values]
         return [self.value(hint, value, f"{at}[{i}]") for i, value in enumerate(values)]
 
     def _wrong(self, expected: str, at: str, found: Any) -> ValueError:
@@ -198,16 +198,6 @@ def _are_plain(kind: Any, rows: Sequence[Any]) -> bool:
         return all({*map(type, map(itemgetter(key), rows))} == {hints[key]} for key in hints)
     except KeyError:
         return False
-
-
-def _unchecked(kind: Any, rows: Sequence[dict[str, Any]]) -> list[Any]:
-    """Return frozen dataclasses without `__init__`, which sets each field through a call."""
-    records = []
-    for row in rows:
-        record = object.__new__(kind)
-        vars(record).update(row)
-        records.append(record)
-    return records
 
 
 def _join(at: str, key: str) -> str:

@@ -23,7 +23,7 @@ from tyro.conf import UseAppendAction, arg
 from shards import stored_json
 from shards.cli import counted, printable
 from shards.manifest import Manifest
-from shards.mixture import Mixture
+from shards.mixture import Earlier, Mixture
 from shards.reader import ShardReader, position, read_index
 from shards.stream import MixedStream
 from shards.tokenizer import Tokenizer, open_tokenizer
@@ -113,15 +113,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Earlier:
-    """The datasets of a run until some step."""
-
-    until: int
-    fingerprint: str
-    generations: dict[str, int]
-
-
-@dataclass(frozen=True)
 class _Model:
     block_size: int
 
@@ -143,7 +134,7 @@ class _Run:
     fingerprint: str
     generations: dict[str, int]
     config: _Config
-    earlier: tuple[_Earlier, ...] = ()
+    earlier: tuple[Earlier, ...] = ()
 
 
 def rows_of(run_dir: Path, step: int, row: int | None, data: Sequence[str]) -> Iterator[Row]:
