@@ -31,12 +31,11 @@ class Encoded:
     """Tokens of a batch of n documents, each preceded by `<|endoftext|>` unless continued.
 
     tokens: n byte strings, each the uint16 tokens of a document, so that Arrow can join and filter
-    them; text_bytes: (n,) int64, UTF-8 bytes of each; hashes: (n, 2) uint64, content hash of each.
+    them; text_bytes: (n,) int64, UTF-8 bytes of each.
     """
 
     tokens: pa.LargeBinaryArray
     text_bytes: np.ndarray
-    hashes: np.ndarray
 
     @property
     def lengths(self) -> np.ndarray:
@@ -49,9 +48,8 @@ def encode(tokenizer: Tokenizer, batch: Batch, audit_first: bool) -> Encoded:
 
     Raises AuditError if the audit finds a difference.
     """
-    hashes = content_hashes(batch.texts) if batch.hashes is None else batch.hashes
     ids, offsets = tokenizer.encode_batch(batch.texts)
-    audited = hashes[:, 1] % np.uint64(AUDITED_ONE_IN) == 0
+    audited = document_hashes(batch)[:, 1] % np.uint64(AUDITED_ONE_IN) == 0
     audited[:1] |= audit_first
     for i in np.flatnonzero(audited).tolist():
         if not _agrees(
@@ -65,7 +63,14 @@ def encode(tokenizer: Tokenizer, batch: Batch, audit_first: bool) -> Encoded:
         tokens = pc.binary_join_element_wise(
             pa.scalar(eot, tokens.type), tokens, pa.scalar(b"", tokens.type)
         )
-    return Encoded(tokens, np.diff(string_buffers(batch.texts)[0]), hashes)
+    return Encoded(tokens, np.diff(string_buffers(batch.texts)[0]))
+
+
+def document_hashes(batch: Batch) -> np.ndarray:
+    """Return the content hash of each document, (n, 2) uint64, computed once for a batch."""
+    if batch.hashes is None:
+        batch.hashes = content_hashes(batch.texts)
+    return batch.hashes
 
 
 def content_hashes(texts: pa.Array) -> np.ndarray:

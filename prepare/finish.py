@@ -77,8 +77,9 @@ def _stored(folder: Folder) -> list[Entry]:
 
 
 def _text_bytes(results: Sequence[UnitResult]) -> int:
-    """Return the bytes of text in the shards of some units."""
-    return sum(shard.text_bytes for result in results for shard in result.all_shards())
+    """Return the bytes of text in the shards of some units, or that were hashed."""
+    written = sum(shard.text_bytes for result in results for shard in result.all_shards())
+    return written + sum(result.hashed_bytes for result in results)
 
 
 def build_manifest(

@@ -137,7 +137,8 @@ class Job:
             workspace.remove(ARRAYS)  # those of an append in progress are other ones
             self._find_exclusions(plan.units)
             function = RestoreShards(plan, workspace, stored, faulty, touched)
-            self._run_with_progress(function, units, "restore")
+            for _ in tqdm(self._run(function, units), "restore", len(units), unit="unit"):
+                pass
             workspace.remove(ARRAYS)
         if touched:
             workspace.store_plan(plan)
@@ -153,12 +154,12 @@ class Job:
         if finished:
             print(f"Resuming: {len(finished)} of {counted(len(units), 'unit')} finished.")
         check_disk_space(pending, workspace)
+        limit = self.bad_limit
         if pending:
-            self._find_exclusions(units)
+            self._find_exclusions(units, limit)
             self.provide_tokenizer().encode("")  # forked workers inherit what that loads
         # On a cluster each node publishes its shards; uploads, too, are spread over the workers.
         workers_publish = self.options.engine != "local" or workspace.folder.remote
-        limit = self.bad_limit
         write = WriteShards(self.plan, workspace, workers_publish, limit)
         written = self._run(write, pending)
         new = publish_in_background(written, workspace)
@@ -191,33 +192,30 @@ class Job:
         remote = self.workspace.folder.remote or any(file.remote for file in self.plan.files)
         return run_local(function, units, self.options.workers, "spawn" if remote else None)
 
-    def _run_with_progress(
-        self, function: Callable[[Unit], None], units: Sequence[Unit], label: str
-    ) -> None:
-        for _ in tqdm(self._run(function, units), total=len(units), desc=label, unit="unit"):
-            pass
-
-    def _find_exclusions(self, units: Sequence[Unit]) -> None:
-        """Store which documents of the units to leave out."""
+    def _find_exclusions(self, units: Sequence[Unit], limit: BadLimit | None = None) -> None:
+        """Store which documents of the units to leave out. Raises ValueError beyond the limit."""
         plan, workspace = self.plan, self.workspace
         if plan.dedup:
             # All but the first of equal documents. Validation text is planned first, so it stays.
-            self._hash_documents(HASHES, units)
+            self._hash_documents(HASHES, units, limit)
             find_duplicates(workspace, units)
         elif plan.rule.rule == VAL_SOURCE and workspace.load_array(HELD_OUT_HASHES) is None:
             # Training text that is also validation text, of this generation or an earlier one.
             held_out = list(validation_units(plan))
-            self._hash_documents(HELD_OUT, held_out)
+            self._hash_documents(HELD_OUT, held_out, limit)
             collect_held_out(plan, self.manifest, workspace, held_out)
         # Otherwise none: an earlier run has stored them, or the split is by content (or position),
         # where equal documents come into the same split.
 
-    def _hash_documents(self, folder: str, units: Sequence[Unit]) -> None:
+    def _hash_documents(self, folder: str, units: Sequence[Unit], limit: BadLimit | None) -> None:
         """Hash the documents of the units that are not hashed yet, showing progress."""
         hashed = self.workspace.folder.listing(f"{WORK}/{folder}")
         pending = [unit for unit in units if f"{unit.name}.npy" not in hashed]
-        function = HashDocuments(self.plan, self.workspace, folder)
-        self._run_with_progress(function, pending, "hash")
+        results = self._run(HashDocuments(self.plan, self.workspace, folder, limit), pending)
+        if limit:
+            results = finish.stop_early(results, self.plan, self.workspace.folder, limit)
+        for _ in tqdm(results, "hash", len(pending), unit="unit"):
+            pass
 
     def write_manifest(self, started: float) -> None:
         """Write quarantine.jsonl, then the manifest, which completes the dataset.

@@ -21,7 +21,7 @@ from prepare.columns import column_bytes, with_column
 from prepare.file_types import JSONL, PARQUET, TEXT
 from prepare.input_file import InputFile, Slice, byte_stream, bytes_lost
 from prepare.options import Options
-from prepare.quarantine import BadDocuments
+from prepare.quarantine import BadDocuments, total_bad
 from prepare.sources import INSPECTED_AT_ONCE, find_files
 from prepare.split import POSITION, VAL_SOURCE, SplitRule, choose_rule, follow_rule
 from prepare.text import PIECE_BYTES, next_cut, next_line, survey
@@ -65,11 +65,18 @@ class UnitResult:
     duplicates: int = 0  # of them, not written
     bad: list[BadDocuments] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    stopped: bool = False  # too much was bad, so the rest was not read; never stored
+    # Never stored: too much was bad, so the rest was not read; and text that was only hashed.
+    stopped: bool = False
+    hashed_bytes: int = 0
 
     def all_shards(self) -> list[Shard]:
         """The shards of both splits."""
         return [shard for shards in self.shards.values() for shard in shards]
+
+
+def empty_result(unit: int) -> UnitResult:
+    """Return the result of a unit of which nothing is read yet, and no shard written."""
+    return UnitResult(unit, {split: [] for split in SPLITS})
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,9 @@ class Plan:
 
     def inspection(self) -> UnitResult:
         """Return what planning found bad, as the result of a unit before the first."""
-        read = sum(one.documents for one in self.bad)
-        return UnitResult(-1, {split: [] for split in SPLITS}, read, bad=list(self.bad))
+        result = empty_result(-1)
+        result.read, result.bad = total_bad(self.bad)[0], list(self.bad)
+        return result
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `plan.json`."""

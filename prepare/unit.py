@@ -1,5 +1,6 @@
 """One unit of input turned into its train and val shards."""
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from prepare.documents import Batch, read
-from prepare.encode import AuditError, Encoded, encode
+from prepare.encode import AuditError, Encoded, document_hashes, encode
 from prepare.plan import Plan, Unit, UnitResult
 from prepare.quarantine import BadLimit, list_bad, total_bad
 from prepare.split import VAL_SOURCE
@@ -92,35 +93,63 @@ def _write_unit(
         SplitWriter(folder, f"{split}_{unit.name}", plan.first_source) for split in SPLITS
     )
     result = UnitResult(unit.number, {"train": train.shards, "val": val.shards})
-    documents, is_first = 0, True
+    is_first = True
     with train, val:
-        for batch in read(plan.files, unit.slices):
-            # Not right after a batch: what has been read to its end is finished, and kept.
-            result.stopped = bool(limit and limit.is_exceeded(*total_bad(result.bad)))
-            if result.stopped:
-                break
-            list_bad(result.bad, batch.bad)
-            result.read += sum(bad.documents for bad in batch.bad)
-            if not len(batch.texts):
-                continue
+        for batch, in_train, in_val in select(plan, unit, exclusions, result, limit):
             encoded = encode(tokenizer, batch, audit_first=is_first)
             is_first = False
-            is_val = validation_mask(plan, batch, encoded.hashes)
-            # A continued piece has the index of the document that it continues.
-            indices = np.arange(len(is_val)) + documents - int(batch.continued)
-            nonempty = encoded.text_bytes > 0
-            excluded = nonempty & exclusions.mask(indices, encoded.hashes, is_val)
-            if not batch.continued:
-                documents += len(nonempty)
-                result.empty += int(np.count_nonzero(~nonempty))
-                result.duplicates += int(np.count_nonzero(excluded))
-            train.write(batch, encoded, nonempty & ~excluded & ~is_val)
-            val.write(batch, encoded, nonempty & ~excluded & is_val)
-    result.read += documents
+            train.write(batch, encoded, in_train)
+            val.write(batch, encoded, in_val)
     return result
 
 
-def validation_mask(plan: Plan, batch: Batch, hashes: np.ndarray) -> np.ndarray:
+def select(
+    plan: Plan,
+    unit: Unit,
+    exclusions: Exclusions,
+    result: UnitResult,
+    limit: BadLimit | None = None,
+) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
+    """Yield a unit's batches with what is training and what validation text of them, (n,) bool.
+
+    Counts in `result` what is neither; stops as `read_unit` does.
+    """
+    documents = 0
+    for batch in read_unit(plan, unit, result, limit):
+        hashes = document_hashes(batch)
+        is_val = _is_val(plan, batch, hashes)
+        # A continued piece has the index of the document that it continues.
+        indices = np.arange(len(is_val)) + documents - int(batch.continued)
+        nonempty = np.diff(string_buffers(batch.texts)[0]) > 0
+        excluded = nonempty & exclusions.mask(indices, hashes, is_val)
+        if not batch.continued:
+            documents += len(nonempty)
+            result.read += len(nonempty)
+            result.empty += int(np.count_nonzero(~nonempty))
+            result.duplicates += int(np.count_nonzero(excluded))
+        kept = nonempty & ~excluded
+        yield batch, kept & ~is_val, kept & is_val
+
+
+def read_unit(
+    plan: Plan, unit: Unit, result: UnitResult, limit: BadLimit | None = None
+) -> Iterator[Batch]:
+    """Yield a unit's batches that hold documents; list in `result` what could not be read.
+
+    Where more than `limit` of that is bad it stops, and the result is `stopped`.
+    """
+    for batch in read(plan.files, unit.slices):
+        # Not right after a batch: what has been read to its end is finished, and kept.
+        result.stopped = bool(limit and limit.is_exceeded(*total_bad(result.bad)))
+        if result.stopped:
+            return
+        list_bad(result.bad, batch.bad)
+        result.read += sum(bad.documents for bad in batch.bad)
+        if len(batch.texts):
+            yield batch
+
+
+def _is_val(plan: Plan, batch: Batch, hashes: np.ndarray) -> np.ndarray:
     """Return which documents of a batch are validation text, (n,) bool."""
     if batch.split is not None:
         return np.full(len(batch.texts), batch.split == "val")

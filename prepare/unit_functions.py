@@ -16,11 +16,10 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from prepare.documents import read
-from prepare.encode import content_hashes
-from prepare.plan import Plan, Unit, UnitResult, unit_number
+from prepare.encode import document_hashes
+from prepare.plan import Plan, Unit, UnitResult, empty_result, unit_number
 from prepare.quarantine import BadLimit
-from prepare.unit import Exclusions, check_unchanged, run_unit, validation_mask
+from prepare.unit import Exclusions, check_unchanged, read_unit, run_unit, select
 from prepare.workspace import DUPLICATES, HELD_OUT_HASHES, Workspace
 from shards.cuts import cut
 from shards.manifest import Shard
@@ -128,25 +127,31 @@ class RestoreShards(UnitFunction[None]):
 
 
 @dataclass(frozen=True)
-class HashDocuments(UnitFunction[None]):
-    """Store the content hash of each document of a unit, (n, 2) uint64."""
+class HashDocuments(UnitFunction[UnitResult]):
+    """Store the content hash of each document of a unit, (n, 2) uint64; list what can't be read."""
 
     folder: str  # of the work area
+    limit: BadLimit | None
 
-    def run(self, unit: Unit) -> None:
-        """Hash one unit."""
+    def run(self, unit: Unit) -> UnitResult:
+        """Hash one unit, or less of it where more than the limit can't be read."""
+        result = empty_result(unit.number)
         parts = [np.empty((0, 2), np.uint64)]
-        for batch in read(self.plan.files, unit.slices):
+        for batch in read_unit(self.plan, unit, result, self.limit):
             if batch.continued:
                 continue
-            hashes = content_hashes(batch.texts) if batch.hashes is None else batch.hashes
             # Zero: no duplicate of any other. An empty document is dropped anyway, and a part of
             # the one text that is split by position is no document of its own.
-            skipped = np.diff(string_buffers(batch.texts)[0]) == 0
+            sizes = np.diff(string_buffers(batch.texts)[0])
+            skipped = sizes == 0
             skipped |= batch.split is not None and batch.hashes is None
-            parts.append(np.where(skipped[:, None], np.uint64(0), hashes))
+            parts.append(np.where(skipped[:, None], np.uint64(0), document_hashes(batch)))
+            result.read += len(sizes)
+            result.hashed_bytes += int(sizes.sum())
         check_unchanged(self.plan, unit)
-        self.workspace.save_array(f"{self.folder}/{unit.name}", np.concatenate(parts))
+        if not result.stopped:
+            self.workspace.save_array(f"{self.folder}/{unit.name}", np.concatenate(parts))
+        return result
 
 
 @dataclass(frozen=True)
@@ -157,25 +162,16 @@ class SampleText(UnitFunction[list[tuple[int, str]]]):
 
     def run(self, unit: Unit) -> list[tuple[int, str]]:
         """Read one unit."""
+        selected = select(self.plan, unit, self.exclusions(unit), empty_result(unit.number))
         pieces = [
             (digest, piece)
-            for texts in self._training_texts(unit)
-            for text in texts.to_pylist()
+            for batch, in_train, _ in selected
+            for text in batch.texts.filter(pa.array(in_train)).to_pylist()
             for piece in cut(text, SAMPLED_CHARACTERS)
             if (digest := xxhash.xxh3_64_intdigest(piece.encode())) < self.limit
         ]
         check_unchanged(self.plan, unit)
         return pieces
-
-    def _training_texts(self, unit: Unit) -> Iterator[pa.Array]:
-        """Yield the documents that the unit's train shard will hold, in batches."""
-        exclusions, documents = self.exclusions(unit), 0
-        for batch in read(self.plan.files, unit.slices):
-            hashes = content_hashes(batch.texts) if batch.hashes is None else batch.hashes
-            val = validation_mask(self.plan, batch, hashes)
-            indices = np.arange(len(val)) + documents - int(batch.continued)
-            documents += 0 if batch.continued else len(val)
-            yield batch.texts.filter(pa.array(~val & ~exclusions.mask(indices, hashes, val)))
 
 
 def publish_in_background(written: Iterator[Written], workspace: Workspace) -> Iterator[UnitResult]:

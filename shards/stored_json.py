@@ -162,7 +162,7 @@ class _Builder:
 
     def _items(self, hint: Any, values: list[Any], at: str) -> list[Any]:
         if dataclasses.is_dataclass(hint) and _are_plain(hint, values):
-            return [hint(**row) for row in values]
+            return [hint(**row) for row in values]  # type: ignore[operator]
         return [self.value(hint, value, f"{at}[{i}]") for i, value in enumerate(values)]
 
     def _wrong(self, expected: str, at: str, found: Any) -> ValueError:

@@ -110,3 +110,25 @@ def test_halves_of_one_text_are_no_duplicates(
     (tmp_path / "a.txt").write_text("a line\n" * 1000)
     sides = held(make(tmp_path / "out", tmp_path / "a.txt", "--dedup"))
     assert (sides["train"][0].text_bytes, sides["val"][0].text_bytes) == (6307, 693)
+
+
+def test_too_many_bad_documents_stop_it_while_it_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch, MIN_UNIT_BYTES=200, BATCH_ROWS=4, MAX_BATCH_ROWS=4)
+    write_jsonl(tmp_path / "a.jsonl", texts(30))
+    (tmp_path / "b.jsonl").write_text('{"text": null}\n' * 40)
+    write_jsonl(tmp_path / "c.jsonl", texts(30, seed=1))
+    sources = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    command = (*sources, "--out", tmp_path / "out", "--dedup", "--workers", 1)
+    outcome = run(*command, "--text-column", "text")
+    assert outcome.code == 2
+    assert "expected at most 10 bad documents" in outcome.error
+    assert "left out" in outcome.out
+    assert "(100.0%)" not in outcome.out, "the text that was hashed counts"
+    hashed = len(list((tmp_path / "out/.prepare/hashes").iterdir()))
+    units = json.loads((tmp_path / "out/.prepare/plan.json").read_bytes())["units"]
+    assert 0 < hashed < len(units) - 5, "it read on"
+    again = run(*command, "--text-column", "text", "--max-bad", 40)
+    assert again.code == 0, again.err
+    assert counts(tmp_path / "out")["quarantined"] == 40
