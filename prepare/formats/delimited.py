@@ -32,6 +32,7 @@ from prepare.text import damage, one_line
 BYTES = "latin-1"
 # Content of a field, doubled quotes included, between what tells where fields and rows end.
 CONTENT = re.compile(rb'[^",\t\r\n]+(?:""[^",\t\r\n]*)*')
+LINE_END = re.compile(rb"\r\n?|\n")
 Row = tuple[int, int, list[str] | str]
 
 
@@ -116,8 +117,9 @@ def _rows(file: InputFile) -> Iterator[Row]:
 class _Lines(Iterator[str]):
     """Lines of a file as Latin-1, with how far they were read.
 
-    Of a row above `MAX_DOCUMENT_BYTES` only the structure is handed on from there: where it ends is
-    found, and its content not held.
+    Inside of a quoted field lines have no meaning: all up to the line of the next quote is handed
+    on at once. Of a row above `MAX_DOCUMENT_BYTES` only the structure is handed on from there:
+    where it ends is found, and its content not held.
     """
 
     def __init__(self, blocks: Iterable[bytes]) -> None:
@@ -142,15 +144,22 @@ class _Lines(Iterator[str]):
         """Yield (size, line); of a line that is too long the content is dropped on the way."""
         held: list[bytes] = []
         size = kept = 0
+        is_inside = False  # a row that goes on after the end of a line is inside of a quoted field
         for block in blocks:
-            for line in block.splitlines(keepends=True):
-                size += len(line)
-                held.append(line if size <= MAX_DOCUMENT_BYTES else CONTENT.sub(b"x", line))
+            at = 0
+            while at < len(block):
+                quote = block.find(b'"', at) if is_inside else at
+                end = LINE_END.search(block, quote) if quote >= 0 else None
+                stop = end.end() if end else len(block)
+                part, at = block[at:stop], stop
+                size += len(part)
+                held.append(part if size <= MAX_DOCUMENT_BYTES else CONTENT.sub(b"x", part))
                 kept += len(held[-1])
                 if kept > 2 * MAX_DOCUMENT_BYTES:
                     raise csv.Error(f"a line beyond the limit of {MAX_DOCUMENT_BYTES:,} bytes")
-                if line.endswith((b"\n", b"\r")):
+                if end or quote < 0:
                     yield size, b"".join(held)
                     held, size, kept = [], 0, 0
+                is_inside = not held and self.offset > self.begin
         if held:
             yield size, b"".join(held)

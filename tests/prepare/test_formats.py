@@ -6,8 +6,9 @@ import json
 import random
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -197,6 +198,22 @@ class TestDelimited:
         assert [text for _, _, text in found] == ["before"]
         assert [one.position for one in bad] == [12]
         assert bad[0].reason.startswith("unreadable from here on")
+
+    def test_the_lines_of_a_cell_are_read_at_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A cell of 84 MB of line ends took three minutes, one call for each of them."""
+        lines = []
+
+        def counted(source: Iterator[str], **options: Any) -> Any:
+            return csv_reader((lines.append(line) or line for line in source), **options)
+
+        csv_reader = csv.reader
+        monkeypatch.setattr("prepare.formats.delimited.csv.reader", counted)
+        cell = "a\n" + "\n" * 2000 + "b\n" * 200
+        write_table(tmp_path / "a.csv", [["n", "text"], ["1", cell], ["2", "after"]])
+        assert [text for _, _, text in documents(tmp_path / "a.csv")[0]] == [cell, "after"]
+        assert len(lines) < 10
 
     def test_the_column_is_one_of_the_first_row(self, tmp_path: Path) -> None:
         write_table(tmp_path / "a.csv", [["id", "body"], ["1", "x"]])
