@@ -41,36 +41,22 @@ if __name__ == "__main__":
 import hashlib
 import struct
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
-from mygpt import autotune, checkpoint, plot, run_config, sharding, trackers
+from mygpt import autotune, checkpoint, plot, run_config, sharding, start, trackers
 from mygpt.describe import describe_end, describe_run, nothing_left
 from mygpt.distributed import EXIT_LOST, DistributedContext, RanksLost, autocast, init_distributed
 from mygpt.evaluate import Loss, default_batch_size, evaluate
-from mygpt.generate import Sampling, generate, trailing_space_note
-from mygpt.log import (
-    Meter,
-    RunLog,
-    StepResult,
-    checkpoint_line,
-    skip_line,
-    step_line,
-    val_line,
-)
-from mygpt.optim import learning_rate
+from mygpt.generate import Sampling, continued, trailing_space_note
+from mygpt.log import Meter, RunLog, StepResult, checkpoint_line, skip_line, step_line, val_line
 from mygpt.run_config import RunRecord
+from mygpt.schedule import learning_rate, steps_of
 from mygpt.spikes import fp16_overflow
 from mygpt.stopping import Stop, Stopped
-from mygpt.time_budget import BudgetClock
-from mygpt.train_state import (
-    TrainState,
-    build_train_state,
-    lacks_validation,
-    load_checkpoint,
-    prune,
-    save_checkpoint,
-)
+from mygpt.time_budget import BudgetClock, measure_length
+from mygpt.train_state import TrainState, build_train_state, load_checkpoint, prune, save_checkpoint
 from shards import checks
 from shards.mixture import Mixture
 from shards.tokenizer import Tokenizer, open_tokenizer
@@ -88,17 +74,15 @@ def main(args: list[str] | None = None, started: float | None = None) -> int:
     started = time.monotonic() if started is None else started
     config = settings.parse(sys.argv[1:] if args is None else args, str(__doc__))
     trackers.check(config)  # fail fast if one is not installed
-    record, dataset = run_config.start_or_resume(config)
+    record, dataset = start.start_or_resume(config)
     try:
-        with init_distributed(config.device, config.deterministic) as ranks:
-            if config.verify:  # each rank a part: one that fails must not leave others waiting
-                checks.check_local_part(dataset.manifests)
-            with (
-                checkpoint.locked(record.config.log_dir) if ranks.is_main else nullcontext(),
-                Stop(ranks, config.max_time, started).watch() as stop,
-            ):
-                clock = BudgetClock(record.config.log_dir, config.time_budget, started)
-                return train(record, dataset, ranks, stop, clock)
+        with (
+            init_distributed(config.device, config.deterministic) as ranks,
+            checkpoint.locked(record.config.log_dir) if ranks.is_main else nullcontext(),
+            Stop(ranks, config.max_time, started).watch() as stop,
+        ):
+            clock = BudgetClock(record.config.log_dir, config.time_budget, started)
+            return train(record, dataset, ranks, stop, clock)
     except RanksLost as lost:
         print("error:", lost, file=sys.stderr)
         return EXIT_LOST
@@ -108,34 +92,31 @@ def train(
     record: RunRecord, dataset: Mixture, ranks: DistributedContext, stop: Stop, clock: BudgetClock
 ) -> int:
     """Train from the newest checkpoint, or from the initial weights, to the last step."""
-    run_config.check_ranks_agree(record, ranks)
-    run_dir, log = record.config.log_dir, RunLog(record.config.log_dir, enabled=ranks.is_main)
+    log = RunLog(record.config.log_dir, enabled=ranks.is_main)
+    record, dataset, newest = start.agree(record, dataset, ranks, log)
+    if record.config.verify:  # each rank a part: one that fails must not leave others waiting
+        checks.check_local_part(dataset.manifests)
+    if newest >= record.config.last_step and not record.lacks_validation(newest):
+        log.write(nothing_left(record.config, newest))
+        return 0
     tokenizer = None
     if record.config.sample_interval:
         tokenizer = open_tokenizer(dataset.tokenizer, *dataset.locations)
+        if note := trailing_space_note(record.config.sample_prompt):
+            log.show(note)
+    state = None
     try:
-        record = autotune.resolve(record, dataset, ranks, log, stop, clock, train_step, validate)
-    except Stopped as stopped:
-        log.write(f"stopped by {stopped} before the first step: the same command starts again")
-        return stop.exit_code
-    if ranks.is_main and record.extensions:
-        run_config.write(record, dataset)
-        run_config.set_aside_former_end(record)
-    newest, faults = checkpoint.agree_on_newest(run_dir, ranks)
-    log.write(*(f"skipped a damaged checkpoint: {fault}" for fault in faults))
-    if newest >= record.config.last_step and not lacks_validation(record.config, newest):
-        log.write(nothing_left(record.config, newest))
-        return 0
-    if tokenizer and (note := trailing_space_note(record.config.sample_prompt)):
-        log.show(note)
-    state = build_train_state(record, dataset, ranks, init_weights=newest < 0)
-    try:
+        record = resolve(record, dataset, ranks, stop, clock, log)
+        state = build_train_state(record, dataset, ranks, init_weights=newest < 0)
         resume_or_init(state, newest, dataset, stop, log)
         train_loop(state, tokenizer, stop, clock, log)
     except Stopped as stopped:
+        if state is None:
+            log.write(f"stopped by {stopped} before the first step: the same command starts again")
+            return stop.exit_code
         # The interrupted step or validation was discarded and the loader rewound.
         if state.step != state.saved_step:
-            save_checkpoint(state, run_dir, None)
+            save_checkpoint(state, state.config.log_dir, None)
             log.write(checkpoint_line(state.step, state.config.max_steps))
         clock.store(state)
         step = f"step {state.step} of {state.config.max_steps}"
@@ -209,15 +190,7 @@ def train_step(state: TrainState, stop: Stop) -> StepResult:
             state.scaler.scale(micro_loss / state.grad_accum_steps).backward()
         loss += micro_loss.detach() / state.grad_accum_steps
 
-    lr = learning_rate(
-        state.step,
-        max_lr=config.max_lr,
-        min_lr=config.min_lr,
-        warmup_steps=config.warmup_steps,
-        max_steps=config.max_steps,
-        schedule=config.schedule,
-        horizons=state.record.horizons,
-    )
+    lr = learning_rate(state.step, config, state.record.horizons)
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
@@ -290,27 +263,45 @@ def sample_and_log(state: TrainState, tokenizer: Tokenizer, log: RunLog) -> None
     They are appended to samples.jsonl. Deterministic: the same weights write the same text.
     """
     prompts = state.config.sample_prompt or ("",)
+    sampling = Sampling(SAMPLE_TOKENS, temperature=0.8, seed=state.config.seed)
     # On all ranks: the forward pass of a sharded model needs every rank.
     with sharding.unsharded(state.model):
-        continuations = generate(
-            state.model,
-            [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts],
-            Sampling(SAMPLE_TOKENS, temperature=0.8, seed=state.config.seed),
-            stop=tokenizer.eot,
-        )
-    # Drop ids beyond the tokenizer's vocabulary, which a padded model may draw.
-    known = [[token for token in ids if token < tokenizer.n_vocab] for ids in continuations]
-    samples = [
-        {"prompt": prompt, "text": prompt + tokenizer.decode(ids)}
-        for prompt, ids in zip(prompts, known, strict=True)
-    ]
-    if state.ranks.is_main:
-        run_config.write_samples(state.config.log_dir, state.step, samples)
-    for sample in samples:
-        log.show(f"sample {state.step}  {printable_text(sample['text'])}")
+        texts = continued(state.model, tokenizer, prompts, sampling)
+    pairs = zip(prompts, texts, strict=True)
+    log.write_samples(state.step, [{"prompt": prompt, "text": text} for prompt, text in pairs])
+    for text in texts:
+        log.show(f"sample {state.step}  {printable_text(text)}")
 
 
 # --- before the first step
+
+
+def resolve(
+    record: RunRecord,
+    dataset: Mixture,
+    ranks: DistributedContext,
+    stop: Stop,
+    clock: BudgetClock,
+    log: RunLog,
+) -> RunRecord:
+    """Return the record with micro-batch, number of steps and intervals, all fixed from here on.
+
+    Raises `Stopped` on a stop request while measuring, and ValueError if no micro-batch fits, a
+    step does not divide into micro-batches, or too few steps fit into --time-budget.
+    """
+    record = autotune.resolve_micro_batch(record, dataset, ranks, log)
+    config, splits = record.config, [manifest.splits["train"] for manifest in dataset.manifests]
+    windows = [split.windows(config.model.block_size) for split in splits]
+    if max_steps := steps_of(config, windows):
+        return replace(record, config=config.resolved(max_steps))
+    return measure_length(
+        record,
+        clock,
+        lambda trial: build_train_state(trial, dataset, ranks),
+        lambda state: train_step(state, stop),
+        lambda state: validate(state, stop),
+        log,
+    )
 
 
 def resume_or_init(
@@ -330,7 +321,7 @@ def resume_or_init(
     log.write(f"{'resume' if newest >= 0 else 'start'} {state.step}/{config.max_steps}")
     if is_main:
         log.write(*describe_run(state, dataset))
-    if lacks_validation(config, newest):
+    if state.record.lacks_validation(newest):
         val_loss, is_best = validate_and_log(state, stop, log)
         if is_main:
             checkpoint.note_val_loss(checkpoint.folder_of(config.log_dir, newest), val_loss)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mygpt.distributed import padded_length
 from mygpt.model import GPT, KeyValueCache
+from shards.tokenizer import Tokenizer
 
 # Constants of SplitMix64 as int64.
 _GOLDEN_GAMMA, _MIX_1, _MIX_2 = (
@@ -62,6 +63,21 @@ def generate(
             if token is not None:
                 text.append(token)
     return texts
+
+
+def continued(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling
+) -> list[str]:
+    """Return each prompt with its continuation, as documents that begin with the prompt.
+
+    Ids beyond the tokenizer's vocabulary, which a padded model may draw, are dropped.
+    """
+    eot, known = tokenizer.eot, tokenizer.n_vocab
+    ids = generate(model, [[eot, *tokenizer.encode(p)] for p in prompts], sampling, stop=eot)
+    return [
+        prompt + tokenizer.decode([token for token in text if token < known])
+        for prompt, text in zip(prompts, ids, strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -12,12 +12,13 @@ crash some steps are trained and logged a second time, and `read` drops what was
 after the one that a `resume` line names. It ignores all other lines.
 """
 
+import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -110,7 +111,10 @@ def baseline_line(unigram: float, uniform: float) -> str:
 
 
 class RunLog:
-    """Append-only writer of `RUN/log.txt`, echoed on the terminal; silent unless `enabled`."""
+    """Append-only writer of `RUN/log.txt`, echoed on the terminal, and of `RUN/samples.jsonl`.
+
+    Silent unless `enabled`.
+    """
 
     def __init__(self, run_dir: Path, enabled: bool = True) -> None:
         self.path = run_dir / "log.txt"
@@ -137,6 +141,14 @@ class RunLog:
                     f"cannot write {self.path} ({error}): make room and run the same command "
                     "again, it resumes from the last checkpoint"
                 ) from error
+
+    def write_samples(self, step: int, samples: Iterable[Mapping[str, str]]) -> None:
+        """Append the samples drawn after `step` steps, "prompt" and "text", to samples.jsonl."""
+        if self.enabled:
+            path = self.path.with_name("samples.jsonl")
+            end_torn_line(path)
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
 
     def show(self, line: str) -> None:
         """Print a line on the terminal only."""

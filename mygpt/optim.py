@@ -1,11 +1,10 @@
-"""Optimizers: AdamW, Muon for the matrices of the blocks, and the learning-rate schedule.
+"""Optimizers: AdamW, and Muon for the matrices of the blocks.
 
-The training loop sets `group["lr"] = learning_rate(step, ...)` in every parameter group.
+The training loop sets `group["lr"] = learning_rate(step, config)` in every parameter group.
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,62 +13,6 @@ from torch.optim import AdamW, Optimizer
 
 from mygpt.config import OPTIMIZERS, check_shapes
 from mygpt.model import GPT
-
-_DECAY_FRACTION = 0.5  # part of a "wsd" run over which the learning rate falls
-
-
-@dataclass(frozen=True)
-class Horizon:
-    """The length of a run, `max_steps`, as it was fixed before step `since`."""
-
-    since: int
-    max_steps: int
-
-
-def learning_rate(
-    step: int,
-    *,
-    max_lr: float,
-    min_lr: float,
-    warmup_steps: int,
-    max_steps: int,
-    schedule: Literal["cosine", "wsd"] = "cosine",
-    horizons: Sequence[Horizon] = (),
-) -> float:
-    """Return the learning rate of step `step`, counted from 0.
-
-    It rises linearly to max_lr during the warm-up. "cosine" then falls along half a cosine until
-    max_steps, as for GPT-3; "wsd" (warm-up, stable, decay; MiniCPM, section 4) stays at max_lr and
-    falls linearly over the last half of the steps. From max_steps on the rate is min_lr.
-    `horizons`: those of a "wsd" run whose length was revised on its way; max_steps is the last.
-    """
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
-    if step >= max_steps:
-        return min_lr
-    if schedule == "cosine":
-        progress = (step - warmup_steps) / (max_steps - warmup_steps)
-        coeff = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        coeff = wsd_coefficient(step, horizons or [Horizon(0, max_steps)])
-    return min_lr + coeff * (max_lr - min_lr)
-
-
-def wsd_coefficient(step: int, horizons: Sequence[Horizon]) -> float:
-    """Return the height of a "wsd" schedule after its warm-up, from 1 down to 0.
-
-    The decay begins at half of the horizon in force. From then on a new horizon changes its slope,
-    and never raises the learning rate.
-    """
-    passed = [h for h in horizons if h.since <= step]
-    coeff = 1.0
-    for horizon, until in zip(passed, [*(h.since for h in passed[1:]), step], strict=True):
-        begins: float = horizon.since
-        if coeff == 1.0:
-            begins = max(begins, (1 - _DECAY_FRACTION) * horizon.max_steps)
-        left = (horizon.max_steps - until) / (horizon.max_steps - begins)
-        coeff *= min(1.0, max(0.0, left))
-    return coeff
 
 
 def configure_optimizers(

@@ -4,7 +4,6 @@ Plain values without torch, so that `train.py --help` answers at once.
 """
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -369,54 +368,6 @@ def _is_explicit(name: str, args: Sequence[str]) -> bool:
 def shallow(config: GPTConfig | TrainConfig) -> dict[str, Any]:
     """Return {field: value}, with the model of a `TrainConfig` as an object."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
-
-
-def steps_of(config: TrainConfig, windows_per_epoch: int | None) -> int:
-    """Convert --max-steps, --max-tokens or --epochs to steps, rounded up; 0 for --time-budget.
-
-    `windows_per_epoch` is None for a mixture of datasets, each of which has epochs of its own:
-    --epochs is then a ValueError.
-    """
-    if config.max_steps or config.max_tokens:
-        return config.max_steps or math.ceil(config.max_tokens / config.total_batch_size)
-    if not config.epochs:
-        return 0
-    if windows_per_epoch is None:
-        raise ValueError("--epochs is not defined for several datasets: give --max-tokens instead")
-    windows = config.epochs * windows_per_epoch
-    # Rounded before ceil: 0.1 * 300 is a little more than 30.
-    return math.ceil(round(windows * config.model.block_size / config.total_batch_size, 6))
-
-
-def fits_micro_batch(config: TrainConfig, world_size: int) -> bool:
-    """Return whether a step divides into whole micro-batches on this many ranks."""
-    tokens = config.micro_batch * config.model.block_size * world_size
-    return not tokens or config.total_batch_size % tokens == 0
-
-
-def grad_accum_steps(config: TrainConfig, world_size: int) -> int:
-    """Return total_batch_size / (micro_batch * block_size * world_size): micro-batches per step.
-
-    Raises ValueError with the nearest valid values if this is not an integer.
-    """
-    sequence_tokens = config.model.block_size * world_size
-    micro_tokens = config.micro_batch * sequence_tokens
-    steps, rest = divmod(config.total_batch_size, micro_tokens)
-    if not rest:
-        return steps
-    below = config.total_batch_size - rest
-    nearest = f"{below} or {below + micro_tokens}" if below else f"{micro_tokens}"
-    message = (
-        f"--total-batch-size must be a multiple of micro_batch * block_size * ranks = "
-        f"{config.micro_batch} * {config.model.block_size} * {world_size} = {micro_tokens}, got "
-        f"{config.total_batch_size}: nearest are {nearest}"
-    )
-    sequences, rest = divmod(config.total_batch_size, sequence_tokens)
-    if not rest:
-        most = min(config.micro_batch, sequences)
-        fits = next(m for m in range(most, 0, -1) if sequences % m == 0)
-        message += f"; or keep it and give --micro-batch {fits}"
-    raise ValueError(message)
 
 
 def only_dataset(folder: Path = Path("data")) -> Path:

@@ -1,4 +1,4 @@
-"""`--time-budget` with the WSD schedule: the length of the run follows the clock.
+"""`--time-budget`: as many steps as fit into a time, by measuring and, with WSD, by the clock.
 
 Until its decay begins a "wsd" run does not depend on its length, and in the decay a new length only
 changes the slope. So between steps the main rank compares the time left with the steps left. If
@@ -12,20 +12,30 @@ whenever another hundredth of the budget is gone, so a kill loses no more of the
     {"format": "mygpt-clock", "version": 1, "seconds": 151.3, "pause_seconds": 1.2, "checksum": ...}
 """
 
+import math
+import tempfile
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median_low
+from statistics import median, median_low
+from typing import TypeVar
 
-from mygpt.distributed import LaggedMax
+from mygpt.distributed import DistributedContext, LaggedMax
 from mygpt.log import RunLog
-from mygpt.settings import TrainConfig
-from mygpt.train_state import TrainState
+from mygpt.run_config import RunRecord
+from mygpt.settings import VALIDATIONS, TrainConfig
+from mygpt.train_state import TrainState, save_checkpoint, trial_pass
 from shards import stored_json
 from shards.files import write_json
 
+Result = TypeVar("Result")
+
 FORMAT, VERSION = "mygpt-clock", 1
+MIN_STEPS = 20  # for which a time budget must be enough: a step is then a twentieth of it at most
+# Share of the budget, and least number of steps, to measure. "cosine" has this one calibration.
+_MEASURED = {"cosine": (0.02, 3), "wsd": (0.002, 0)}
 AIM = 0.98  # of the budget: the closing lines and the last step's rest take some more
 # Deviations of the end that are left alone: a share of the budget, and one of the time left, in
 # which there is another opportunity to correct them.
@@ -150,3 +160,139 @@ def _read(path: Path) -> _Stored:
     remedy = "remove it: the budget then counts from here"
     raw = stored_json.read(path, FORMAT, {VERSION}, remedy)
     return stored_json.build(_Stored, raw, path, remedy=remedy)
+
+
+def measure_length(
+    record: RunRecord,
+    clock: BudgetClock,
+    build: Callable[[RunRecord], TrainState],
+    train_step: Callable[[TrainState], object],
+    validate: Callable[[TrainState], object],
+    log: RunLog,
+) -> RunRecord:
+    """Return the record with the number of steps that fit into --time-budget, as measured.
+
+    Raises as `steps_in_budget`, and what the functions raise that it is given.
+    """
+    config = record.config
+    log.write(f"measuring how many steps fit into {config.time_budget:g} seconds")
+    trial = replace(record, config=config.resolved(max(1000, config.warmup_steps)))
+    steps, validations = steps_in_budget(
+        config, clock, lambda: build(trial), train_step, validate, log
+    )
+    record = replace(record, config=config.resolved(steps, validations))
+    return record.with_horizon(0, steps) if config.schedule == "wsd" else record
+
+
+def steps_in_budget(
+    config: TrainConfig,
+    clock: BudgetClock,
+    build: Callable[[], TrainState],
+    train_step: Callable[[TrainState], object],
+    validate: Callable[[TrainState], object],
+    log: RunLog,
+) -> tuple[int, int]:
+    """Return the steps and validations that fit into --time-budget, the same on all ranks.
+
+    Measured on states that `build` makes and that are thrown away. What a process pays once, such
+    as compilation, is paid first; then a start, some steps, a validation and a checkpoint are
+    timed. A "wsd" run corrects the number later, so little is measured. Raises ValueError as soon
+    as it shows that less than `MIN_STEPS` fit.
+    """
+    state, start_seconds = build(), 0.0
+    ranks = state.ranks
+    _check_budget(config, clock, ranks, _estimate_step(state))
+    train_step(state)
+    if ranks.device.type == "cuda":
+        validate(state)
+    if config.schedule == "cosine":
+        del state  # there may be no room for two
+
+        def start() -> TrainState:
+            state = build()
+            train_step(state)
+            return state
+
+        start_seconds, state = _timed(start)
+
+    def validate_and_save() -> None:
+        validate(state)
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(state, Path(folder), None)
+
+    step_seconds, _ = _timed(lambda: train_step(state))
+    _check_budget(config, clock, ranks, step_seconds)
+    # All ranks must take equally many steps: rank 0 decides, here and below.
+    share, least = _MEASURED[config.schedule]
+    count = ranks.broadcast_object(int(share * config.time_budget / step_seconds))
+    more = [_timed(lambda: train_step(state))[0] for _ in range(max(least, min(count, 100)))]
+    step_seconds = median([step_seconds, *more])
+    log.write(f"a step takes {step_seconds:.3g} s, now measuring a validation and a checkpoint")
+    round_seconds, _ = _timed(validate_and_save)
+    left = clock.left() - start_seconds
+    validations = validations_that_fit(left, round_seconds)
+    steps = steps_that_fit(left, step_seconds, round_seconds, config.val_interval, validations)
+    log.write(f"these take {round_seconds:.3g} s: about {steps} steps fit")
+    if config.schedule == "wsd":
+        steps = max(steps, MIN_STEPS)
+        if ranks.is_main:
+            clock.begin(round_seconds)
+    return ranks.broadcast_object((steps, validations))
+
+
+def _estimate_step(state: TrainState) -> float:
+    """Return the seconds of a step, extrapolated from a pass of one micro-batch."""
+    size, device = state.config.micro_batch, state.ranks.device
+    seconds, _ = _timed(lambda: trial_pass(state.model, size, device))
+    if device.type == "cuda" or seconds < 10:  # a first pass compiles, or allocates memory
+        seconds, _ = _timed(lambda: trial_pass(state.model, size, device))
+    state.zero_grad()
+    return seconds * state.grad_accum_steps
+
+
+def _check_budget(
+    config: TrainConfig, clock: BudgetClock, ranks: DistributedContext, step_seconds: float
+) -> None:
+    """Raise ValueError, on all ranks, if less than `MIN_STEPS` steps fit into the time left."""
+    step_seconds, left = ranks.broadcast_object((step_seconds, clock.left()))
+    if MIN_STEPS * step_seconds > left:
+        least = math.ceil(1.25 * MIN_STEPS * step_seconds + config.time_budget - left)
+        raise ValueError(
+            f"one step takes about {step_seconds:.2g} s here: --time-budget "
+            f"{config.time_budget:g} is too short for {MIN_STEPS} steps; give --time-budget "
+            f"{least}, a --total-batch-size below {config.total_batch_size}, or a smaller model: "
+            "the preset tiny is for CPUs"
+        )
+
+
+def _timed(call: Callable[[], Result]) -> tuple[float, Result]:
+    """Return the seconds that a call takes, and its result."""
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+def validations_that_fit(seconds: float, round_seconds: float) -> int:
+    """Return the number of validations of a run of `seconds`, each taking `round_seconds`.
+
+    At least 1; `VALIDATIONS` unless they would take more than a fifth of the time.
+    """
+    most = 0.2 * max(0.0, seconds)
+    return max(1, min(VALIDATIONS, int(most / round_seconds) if round_seconds else VALIDATIONS))
+
+
+def steps_that_fit(
+    seconds: float,
+    step_seconds: float,
+    round_seconds: float,
+    val_interval: int,
+    validations: int = VALIDATIONS,
+) -> int:
+    """Return how many steps fit into `seconds`, at least 1, leaving a twentieth of it unused.
+
+    `round_seconds`: a validation with its checkpoint, once per `val_interval` steps or, if that is
+    0, `validations` times in the run.
+    """
+    if not val_interval:
+        return max(1, int((0.95 * seconds - validations * round_seconds) / step_seconds))
+    return max(1, int(0.95 * seconds / (step_seconds + round_seconds / val_interval)))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mygpt import checkpoint, optim, run_config, settings, sharding
-from mygpt.distributed import DistributedContext, compute_dtype, peak_flops
+from mygpt import checkpoint, optim, run_config, schedule, sharding
+from mygpt.distributed import DistributedContext, autocast, compute_dtype, peak_flops
 from mygpt.model import GPT
 from mygpt.pretrained import from_pretrained
 from mygpt.run_config import RunRecord
@@ -115,7 +115,7 @@ def assemble(
         scaler=torch.amp.GradScaler(device.type, enabled=compute_dtype(device) == torch.float16),
         loader=loader,
         val_windows=val_windows,
-        grad_accum_steps=settings.grad_accum_steps(config, ranks.world_size),
+        grad_accum_steps=schedule.grad_accum_steps(config, ranks.world_size),
         ideal_seconds=peak and flops / (peak * ranks.world_size),
     )
 
@@ -126,6 +126,15 @@ def compile_blocks(model: GPT, backend: str = "inductor") -> None:
     # optimizer would cut it in two, and copy what lies between.
     torch._dynamo.config.optimize_ddp = False
     model.compile(backend)  # in place: a wrapper would prefix the names of the parameters
+
+
+def trial_pass(model: GPT, micro_batch: int, device: torch.device) -> None:
+    """Take a forward and a backward pass over random tokens, without communication."""
+    shape = (micro_batch, model.config.block_size + 1)
+    tokens = torch.randint(model.config.vocab_size, shape, device=device)  # (B, T + 1)
+    with autocast(device):
+        _, loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
 
 
 def _initial_model(config: TrainConfig, init_weights: bool) -> GPT:
@@ -178,13 +187,6 @@ def save_checkpoint(state: TrainState, run_dir: Path, val_loss: float | None) ->
         prune(state.record, run_dir)
     state.saved_step = state.step
     state.ranks.barrier()
-
-
-def lacks_validation(config: TrainConfig, step: int) -> bool:
-    """Return whether the checkpoint of `step` was saved before its validation was finished."""
-    if step < 1 or (step % config.val_interval and step != config.max_steps):
-        return False
-    return checkpoint.read_state(checkpoint.folder_of(config.log_dir, step))["val_loss"] is None
 
 
 def prune(record: RunRecord, run_dir: Path) -> None:

@@ -26,7 +26,7 @@ SUBJECTS = {
     "prepare/encode.py": ("*", "tests/prepare/test_encode.py", "tests/prepare/test_unit.py"),
     "prepare/unit.py": ("*", "tests/prepare/test_unit.py", "tests/prepare/test_dedup.py"),
     "mygpt/checkpoint.py": ("*", "tests/mygpt/test_checkpoint.py"),
-    "mygpt/optim.py": ("*learning_rate*", "tests/mygpt/test_optim.py"),
+    "mygpt/schedule.py": ("*learning_rate*", "tests/mygpt/test_schedule.py"),
     "mygpt/spikes.py": ("*", "tests/mygpt/test_spikes.py"),
 }
 PACKAGES = ["prepare", "shards", "mygpt"]

@@ -90,7 +90,7 @@ def test_a_kill_while_it_is_taken_up_loses_nothing(
 
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    monkeypatch.setattr(run_config, "set_aside_former_end", killed)
+    monkeypatch.setattr("mygpt.start.set_aside_former_end", killed)
     with pytest.raises(SystemExit):
         start(data, run, *WSD, "--extend", "6")
     assert json.loads((run / "config.json").read_text())["config"]["extend"] == 6

@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 import eval as evaluation
-from mygpt import settings
+from mygpt import schedule, settings
 from mygpt.config import GPTConfig
 from mygpt.doctor import __main__ as doctor
 from mygpt.doctor import verify_resume
@@ -43,8 +43,8 @@ def train(args: Sequence[str]) -> None:
         config = settings.parse(args, "")
         for world_size in (1, 7):
             if config.micro_batch:
-                settings.grad_accum_steps(replace(config, total_batch_size=2**20), world_size)
-        config.resolved(settings.steps_of(config, 1000) or 1)
+                schedule.grad_accum_steps(replace(config, total_batch_size=2**20), world_size)
+        config.resolved(schedule.steps_of(config, [1000]) or 1)
 
 
 def evaluate(args: Sequence[str]) -> None:

@@ -23,7 +23,9 @@ from mygpt import checkpoint, pretrained, run_config
 from mygpt.distributed import DistributedContext
 from mygpt.eval import multiple_choice
 from mygpt.hub import export
+from mygpt.log import RunLog
 from mygpt.report import __main__ as report
+from mygpt.report import run_summary
 from prepare.options import Options
 from prepare.plan import make_plan, read_plan
 from shards import stored_json
@@ -141,7 +143,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.save(folder / "data")
     write_run(folder / "run", data, block_size=24)
     samples = [{"prompt": "a", "text": f"a{n}"} for n in range(3)]
-    run_config.write_samples(folder / "run", 7, samples)
+    RunLog(folder / "run").write_samples(7, samples)
     record = run_config.read_run(folder / "run")
     assert record
     former = run_config.Earlier(7, data.fingerprint, {"data": 0})
@@ -211,7 +213,7 @@ def eval_json(folder: Path) -> Kind:
 def samples(folder: Path) -> Kind:
     def read(path: Path) -> object:
         return [
-            (s["step"] + 1, s["prompt"] + s["text"]) for s in run_config.read_samples(path.parent)
+            (s["step"] + 1, s["prompt"] + s["text"]) for s in run_summary.read_samples(path.parent)
         ]
 
     return Kind(folder / "run/samples.jsonl", read, is_log=True)

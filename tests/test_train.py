@@ -17,8 +17,11 @@ import pytest
 import torch
 
 import train
-from mygpt import checkpoint, log, optim, run_config, settings
+from mygpt import checkpoint, log, run_config, settings
 from mygpt.evaluate import Loss
+from mygpt.schedule import learning_rate
+from mygpt.settings import TrainConfig
+from mygpt.start import start_or_resume
 from mygpt.stopping import Stop
 from mygpt.train_state import TrainState
 from shards.loader import TokenLoader
@@ -372,7 +375,9 @@ def test_the_schedule_is_set_on_every_group(data: Path, tmp_path: Path) -> None:
     job = one_job(data, tmp_path, "--optimizer", "muon", "--warmup-steps", "5")
     job.step = 8
     lr = train.train_step(job, Stop(job.ranks)).lr
-    expected = optim.learning_rate(8, max_lr=3e-3, min_lr=1.5e-4, warmup_steps=5, max_steps=20)
+    expected = learning_rate(
+        8, TrainConfig(max_lr=3e-3, min_lr=1.5e-4, warmup_steps=5, max_steps=20)
+    )
     assert lr == expected
     groups = [group for optimizer in job.optimizers for group in optimizer.param_groups]
     assert [group["lr"] for group in groups] == [lr] * len(groups)
@@ -394,7 +399,7 @@ def test_a_run_is_named_after_its_data_and_preset(
         (["--data", "books", "--log-dir", "runs/{data}-x"], "runs/books-x"),
     ):
         config = settings.parse(["tiny", *FLAGS, *given], "")
-        assert run_config.start_or_resume(config)[0].config.log_dir == Path(name)
+        assert start_or_resume(config)[0].config.log_dir == Path(name)
 
 
 @pytest.mark.parametrize(("epochs", "warned"), [("19.9", False), ("21", True)])

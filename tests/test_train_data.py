@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 import train
 from mygpt import checkpoint, log, run_config
 from mygpt.pretrained import from_pretrained
+from mygpt.report import run_summary
 from shards import tokenizer
 from shards.manifest import Manifest, Split, TokenizerIdentity
 from tests.dataset import VOCABULARY, write_dataset
@@ -111,7 +113,9 @@ def test_a_grown_dataset_is_moved_on_to_when_asked_only(
     assert list(log.read(run).train) == list(range(1, 21))
 
 
-def test_a_damaged_checkpoint_does_not_say_when_a_run_moved_on(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_does_not_say_when_a_run_moved_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = write_dataset(tmp_path / "data")
     data, run = whole.folder, tmp_path / "run"
     first = Split(whole.splits["train"].shards[:1])
@@ -120,7 +124,10 @@ def test_a_damaged_checkpoint_does_not_say_when_a_run_moved_on(tmp_path: Path) -
     whole.save(data)
     grown(data)
     (checkpoint.folder_of(run, 6) / "optimizer.safetensors").write_bytes(b"")
+    reads = Mock(wraps=checkpoint.newest_intact)
+    monkeypatch.setattr(checkpoint, "newest_intact", reads)
     start(data, run, "--stop-at", "8", "--generation", "latest")
+    assert reads.call_count == 1  # it reads every tensor
     assert [former["until"] for former in config_of(run)["earlier"]] == [5]
 
 
@@ -230,13 +237,13 @@ def test_samples_are_written_and_change_nothing(
     assert f"\nsamples     {tmp_path / 'told' / 'samples.jsonl'}\n" in shown
     assert f"\nsample      python eval.py {tmp_path / 'told'} --prompt def\n" in shown
     assert final_bytes(tmp_path / "told") == final_bytes(tmp_path / "plain")
-    samples = run_config.read_samples(tmp_path / "told")
+    samples = run_summary.read_samples(tmp_path / "told")
     assert [(one["step"], one["prompt"]) for one in samples] == [
         *((2, "def"), (2, "é"), (4, "def"), (4, "é"), (4, "a ")),
     ]
     assert all(one["text"].startswith(one["prompt"]) for one in samples)
     assert len({one["text"] for one in samples if one["step"] == 4}) == 3
-    assert run_config.read_samples(tmp_path / "plain") == []
+    assert run_summary.read_samples(tmp_path / "plain") == []
 
 
 # --- what older versions wrote

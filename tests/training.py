@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import train
-from mygpt import checkpoint, plot, run_config, settings
+from mygpt import checkpoint, plot, settings
 from mygpt.distributed import DistributedContext
+from mygpt.start import start_or_resume
 from mygpt.train_state import TrainState
 from tests.dataset import VOCABULARY
 
@@ -79,6 +80,6 @@ def final_bytes(run: Path) -> tuple[bytes, bytes, dict[str, Any]]:
 def one_job(data: Path, run: Path, *flags: str) -> TrainState:
     """What a run begins with, without the run."""
     config = settings.parse(arguments(data, run, *flags), "Train.")
-    record, dataset = run_config.start_or_resume(config)
+    record, dataset = start_or_resume(config)
     record = replace(record, config=record.config.resolved(20))
     return train.build_train_state(record, dataset, ALONE)

@@ -25,8 +25,8 @@ from bench.plain import PlainGPT
 from bench.steps import GRAD_CLIP, adamw_of, plain_model
 from bench.train import MICRO_BATCH
 from mygpt.distributed import autocast, init_distributed
-from mygpt.optim import learning_rate
 from mygpt.run_config import RunRecord
+from mygpt.schedule import learning_rate
 from mygpt.settings import PRESETS, TrainConfig
 from mygpt.stopping import Stop
 from mygpt.train_state import build_train_state
@@ -129,6 +129,7 @@ def config_of(setting: Setting, data: str, steps: int) -> TrainConfig:
 def plain(setting: Setting, data: str, steps: int) -> Racer:
     """nanoGPT's recipe: one compiled graph, AdamW, cosine from 6e-4 to 6e-5."""
     config, device = config_of(setting, data, steps), torch.device(setting.device)
+    nanogpts = replace(config, schedule="cosine", max_lr=6e-4, min_lr=6e-5, max_steps=steps)
     model = plain_model(config.model, setting.device)
     run = torch.compile(model) if setting.on_gpu else model
     adamw, numbers = adamw_of(model, device), count()
@@ -136,13 +137,7 @@ def plain(setting: Setting, data: str, steps: int) -> Racer:
     loader = TokenLoader(data, "train", *sizes, seed=config.seed, device=device)
 
     def step() -> float:
-        lr = learning_rate(
-            next(numbers),
-            max_lr=6e-4,
-            min_lr=6e-5,
-            warmup_steps=config.warmup_steps,
-            max_steps=steps,
-        )
+        lr = learning_rate(next(numbers), nanogpts)
         for group in adamw.param_groups:
             group["lr"] = lr
         total = torch.zeros((), device=device)

@@ -47,6 +47,7 @@ import torch
 from mygpt import checkpoint, log, settings
 from mygpt.__main__ import script_path
 from mygpt.distributed import find_device
+from mygpt.schedule import micro_batch_sizes
 
 ROUNDING = 1e-3  # relative difference of losses that a different order of summation may cause
 
@@ -101,14 +102,8 @@ def train(flags: Sequence[str], run: Path, ranks: int = 1) -> None:
 
 def micro_batch_of_two_ranks(config: settings.TrainConfig) -> int:
     """The largest micro-batch with which two ranks can share the sequences of a step."""
-    sequences, rest = divmod(config.total_batch_size, 2 * config.model.block_size)
-    if rest or not sequences:
-        raise ValueError(
-            f"two ranks can't share a step of {config.total_batch_size} tokens in sequences of "
-            f"{config.model.block_size}: give an even number of sequences with --total-batch-size"
-        )
-    largest = min(config.micro_batch or sequences, sequences)
-    return next(size for size in range(largest, 0, -1) if sequences % size == 0)
+    sizes = micro_batch_sizes(config.total_batch_size, config.model.block_size, world_size=2)
+    return max(size for size in sizes if size <= (config.micro_batch or size))
 
 
 def first_bit_difference(one: Path, other: Path) -> str:

@@ -1,7 +1,8 @@
 """Everything that the files of a run say, for its report and for an exported model's card."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mygpt.eval import summary
 from mygpt.log import History
 from mygpt.run_config import RunRecord
 from mygpt.settings import TrainConfig
+from shards import stored_json
 from shards.mixture import Mixture
 from shards.reader import evenly_spaced
 
@@ -66,7 +68,7 @@ def _read(run: Path, record: RunRecord, step: int | None, data: Sequence[str]) -
         dataset=dataset,
         missing=missing,
         evaluation=read_evaluation(run),
-        samples=run_config.read_samples(run),
+        samples=read_samples(run),
     )
 
 
@@ -82,6 +84,27 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
     """Read RUN/eval.json; None if eval.py has not run, ValueError if the file is damaged."""
     path = run / "eval.json"
     return summary.read(path) if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class _Sample:
+    step: int
+    prompt: str
+    text: str
+
+
+def read_samples(run: Path) -> list[dict[str, Any]]:
+    """Read RUN/samples.jsonl: {"step", "prompt", "text"} each; an empty list without the file.
+
+    Samples of steps that were trained again appear once; torn and damaged lines are passed over.
+    """
+    path = run / "samples.jsonl"
+    samples: dict[tuple[int, str], dict[str, Any]] = {}
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            sample = stored_json.build(_Sample, stored_json.parse(line, path), path)
+            samples[sample.step, sample.prompt] = asdict(sample)
+    return list(samples.values())
 
 
 def first_to_last(total: int, count: int) -> list[int]:

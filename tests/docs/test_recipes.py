@@ -12,7 +12,7 @@ from torch.distributed.run import get_args_parser
 
 import eval as evaluation
 import shards.__main__
-from mygpt import distributed, settings
+from mygpt import distributed, schedule, settings
 from mygpt.doctor import __main__ as doctor
 from mygpt.hub import __main__ as hub
 from mygpt.play import __main__ as play
@@ -52,7 +52,7 @@ def parse_training(args: list[str], ranks: int = 1) -> None:
     """What train.py refuses before anything slow begins: flags, and batches that don't divide."""
     config = settings.parse(args, "")
     if config.micro_batch:  # 0 measures one that fits
-        settings.grad_accum_steps(config, ranks)
+        schedule.grad_accum_steps(config, ranks)
 
 
 PARSERS: dict[str, Callable[[list[str]], object]] = {

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import train
-from mygpt import autotune, checkpoint, optim, run_config, settings, time_budget
+from mygpt import autotune, checkpoint, optim, schedule, settings, time_budget
 from mygpt.config import GPTConfig
 from mygpt.distributed import DistributedContext
 from mygpt.log import RunLog
 from mygpt.model import GPT
 from mygpt.run_config import RunRecord
+from mygpt.start import start_or_resume
 from mygpt.time_budget import BudgetClock
 from shards.mixture import Mixture
 from tests.dataset import VOCABULARY, write_dataset
@@ -40,12 +41,12 @@ def model_with_room(monkeypatch: pytest.MonkeyPatch, rows: int) -> tuple[GPT, li
 
 
 def test_sizes_divide_a_ranks_rows() -> None:
-    assert autotune.micro_batch_sizes(12 * 8, 8, 1) == [1, 2, 3, 4, 6, 12]
-    assert autotune.micro_batch_sizes(12 * 8, 8, 4) == [1, 3]
+    assert schedule.micro_batch_sizes(12 * 8, 8, 1) == [1, 2, 3, 4, 6, 12]
+    assert schedule.micro_batch_sizes(12 * 8, 8, 4) == [1, 3]
     with pytest.raises(ValueError, match=r"8 \* 5 = 40, got 96: nearest is 80"):
-        autotune.micro_batch_sizes(12 * 8, 8, 5)
+        schedule.micro_batch_sizes(12 * 8, 8, 5)
     with pytest.raises(ValueError, match="got 4: nearest is 8"):
-        autotune.micro_batch_sizes(4, 8, 1)
+        schedule.micro_batch_sizes(4, 8, 1)
 
 
 def test_the_rule_bounds_the_tokens() -> None:
@@ -131,7 +132,7 @@ def test_auto_is_found_once_and_written_down(
     # What was found for one rank is found anew for four, which it can't be shared out over.
     for world_size, rows in ((2, 6), (4, 0)):
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
-        record, _ = run_config.start_or_resume(settings.parse(command, ""))
+        record, _ = start_or_resume(settings.parse(command, ""))
         assert record.config.micro_batch == rows
 
 
@@ -174,10 +175,9 @@ class Machine:
         self.now, self.calls = 0.0, {"step": 0, "validation": 0}
         self.ranks = DistributedContext(0, 0, 1, torch.device(device))
         self.log = RunLog(folder)
-        for module in (autotune, time_budget):
-            for name in ("perf_counter", "monotonic"):
-                monkeypatch.setattr(module.time, name, lambda: self.now)
-        monkeypatch.setattr(autotune, "save_checkpoint", lambda *_: None)
+        for name in ("perf_counter", "monotonic"):
+            monkeypatch.setattr(time_budget.time, name, lambda: self.now)
+        monkeypatch.setattr(time_budget, "save_checkpoint", lambda *_: None)
 
     def takes(self, name: str, first: float, later: float) -> None:
         self.now += later if self.calls[name] else first
@@ -185,7 +185,7 @@ class Machine:
 
     def steps_in_budget(self, *flags: str, step: float, first: float) -> tuple[int, int]:
         config = settings.parse(["tiny", *flags], "")
-        return autotune.steps_in_budget(
+        return time_budget.steps_in_budget(
             config,
             BudgetClock(self.log.path.parent, config.time_budget, started=0.0),
             lambda: SimpleNamespace(ranks=self.ranks),  # type: ignore[arg-type, return-value]
@@ -201,7 +201,7 @@ def test_what_a_process_pays_once_is_not_paid_for_every_validation(
 ) -> None:
     """A first step and a first validation of 15 seconds, compilation; then 5 ms and 0.1 s each."""
     machine = Machine(monkeypatch, tmp_path, "cuda")
-    monkeypatch.setattr(autotune, "_estimate_step", lambda _: 0.005)
+    monkeypatch.setattr(time_budget, "_estimate_step", lambda _: 0.005)
     flags = ("--time-budget", "290", "--schedule", schedule)
     steps, validations = machine.steps_in_budget(*flags, step=0.005, first=15)
     trained = 290 - machine.now
@@ -225,7 +225,7 @@ def test_a_budget_of_too_few_steps_is_refused_at_once(
 ) -> None:
     """After one pass of a micro-batch; or, if that was fast, as soon as a step has been timed."""
     machine = Machine(monkeypatch, tmp_path, "cpu")
-    monkeypatch.setattr(autotune, "_estimate_step", lambda _: estimate)
+    monkeypatch.setattr(time_budget, "_estimate_step", lambda _: estimate)
     with pytest.raises(ValueError, match=r"one step takes about 80 s here: --time-budget 100") as e:
         machine.steps_in_budget(
             "--time-budget", "100", "--schedule", schedule, step=80, first=first
@@ -246,7 +246,7 @@ def test_a_step_is_estimated_from_one_micro_batch(
         grad_accum_steps=1000,
         zero_grad=lambda: model.zero_grad(),
     )
-    seconds = autotune._estimate_step(state)  # type: ignore[arg-type]
+    seconds = time_budget._estimate_step(state)  # type: ignore[arg-type]
     assert tried == [4, 4]
     assert seconds > 1000 * 1e-6
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,5 +1,4 @@
 import copy
-import math
 
 import pytest
 import torch
@@ -10,14 +9,12 @@ from mygpt.optim import (
     Muon,
     allocate_state,
     configure_optimizers,
-    learning_rate,
     load_state_tensors,
     newton_schulz,
     state_tensors,
 )
 
 SHAPE = {"block_size": 8, "vocab_size": 65, "n_layers": 2, "n_heads": 2, "n_embed": 16}
-RATES = {"max_lr": 6e-4, "min_lr": 6e-5, "warmup_steps": 10, "max_steps": 110}
 
 
 @pytest.fixture(autouse=True)
@@ -33,40 +30,6 @@ def train(model: GPT, optimizers: list[torch.optim.Optimizer], steps: int) -> No
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-
-
-# --- the learning rate
-
-
-def test_cosine():
-    lr = [learning_rate(step, **RATES) for step in range(200)]
-    assert lr[0] == pytest.approx(6e-5) and lr[9] == pytest.approx(6e-4)  # warm-up never is at 0
-    assert lr[10] == 6e-4
-    assert lr[60] == pytest.approx((6e-4 + 6e-5) / 2)
-    assert lr[35] == pytest.approx(6e-5 + 0.5 * (1 + math.cos(math.pi / 4)) * 5.4e-4)
-    assert lr[:10] == sorted(lr[:10]) and lr[10:] == sorted(lr[10:], reverse=True)
-    assert set(lr[110:]) == {6e-5}
-
-
-def test_the_ancestors_missing_star():
-    """`min_lr + coeff (max_lr - min_lr)` calls a float; the decay must multiply."""
-    assert learning_rate(60, **RATES) == pytest.approx(6e-5 + 0.5 * (6e-4 - 6e-5))
-
-
-def test_warmup_stable_decay():
-    lr = [learning_rate(step, **RATES, schedule="wsd") for step in range(120)]
-    assert lr[9:56] == [pytest.approx(6e-4)] * 47  # 55 = 110 - half of 110
-    assert lr[82] == pytest.approx(6e-5 + 28 / 55 * 5.4e-4)
-    assert lr[55] > lr[56] > lr[109] > lr[110] == lr[119] == 6e-5
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-def test_no_warmup_and_nothing_but_warmup(schedule):
-    none = RATES | {"warmup_steps": 0}
-    assert learning_rate(0, **none, schedule=schedule) == 6e-4
-    only = RATES | {"warmup_steps": 110}
-    assert learning_rate(109, **only, schedule=schedule) == 6e-4
-    assert learning_rate(110, **only, schedule=schedule) == 6e-5
 
 
 # --- which tensor goes where

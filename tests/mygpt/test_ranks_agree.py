@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from mygpt import run_config, settings
+from mygpt import settings
 from mygpt.distributed import DistributedContext
 from mygpt.run_config import RunRecord
+from mygpt.start import check_ranks_agree, start_or_resume
 from tests.ranks import ends_of_ranks
 from tests.training import ALONE, arguments
 
@@ -31,7 +32,7 @@ def test_another_seed_on_one_rank_is_refused_on_both(data: Path, tmp_path: Path)
 
 @pytest.fixture
 def record(data: Path, tmp_path: Path) -> RunRecord:
-    return run_config.start_or_resume(settings.parse(arguments(data, tmp_path), "Train."))[0]
+    return start_or_resume(settings.parse(arguments(data, tmp_path), "Train."))[0]
 
 
 def check(first: RunRecord, second: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,8 +41,8 @@ def check(first: RunRecord, second: RunRecord, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         DistributedContext, "all_gather_object", lambda _, value: said.append(value) or list(said)
     )
-    run_config.check_ranks_agree(first, ALONE)
-    run_config.check_ranks_agree(second, ALONE)
+    check_ranks_agree(first, ALONE)
+    check_ranks_agree(second, ALONE)
 
 
 def test_where_things_lie_may_differ(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:

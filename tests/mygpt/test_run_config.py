@@ -8,6 +8,8 @@ import pytest
 
 from mygpt import run_config, settings
 from mygpt.config import GPTConfig
+from mygpt.log import RunLog
+from mygpt.report import run_summary
 from mygpt.settings import PRESETS, TrainConfig
 
 
@@ -112,13 +114,13 @@ def test_the_record_of_a_run_round_trips_and_knows_its_version(tmp_path: Path) -
 
 
 def test_samples_are_read_back_once_and_torn_lines_not_at_all(tmp_path: Path) -> None:
-    assert run_config.read_samples(tmp_path) == []
+    assert run_summary.read_samples(tmp_path) == []
     first, again = ({"prompt": "a", "text": f"a {word}"} for word in ("cat", "dog"))
     other = {"prompt": "b", "text": "b\nü"}
-    run_config.write_samples(tmp_path, 5, [first, other])
+    RunLog(tmp_path).write_samples(5, [first, other])
     with open(tmp_path / "samples.jsonl", "a") as file:
         file.write('{"step": 10, "prom')  # killed in the middle of a line
-    run_config.write_samples(tmp_path, 5, [again])
-    run_config.write_samples(tmp_path, 10, [first])
+    RunLog(tmp_path).write_samples(5, [again])
+    RunLog(tmp_path).write_samples(10, [first])
     expected = [{"step": 5, **again}, {"step": 5, **other}, {"step": 10, **first}]
-    assert run_config.read_samples(tmp_path) == expected
+    assert run_summary.read_samples(tmp_path) == expected

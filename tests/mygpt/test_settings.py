@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mygpt import autotune, run_config, settings
+from mygpt import run_config, schedule, settings, time_budget
 from mygpt.config import GPTConfig
 from mygpt.settings import PRESETS, TrainConfig
 
@@ -25,7 +25,7 @@ def test_every_preset_parses_to_itself_and_survives_json(name: str) -> None:
     assert config == PRESETS[name][1]
     written = json.loads(json.dumps(run_config.to_dict(config)))
     assert run_config.to_dict(run_config.from_dict(written)) == run_config.to_dict(config)
-    assert settings.grad_accum_steps(config, world_size=1) >= 1
+    assert schedule.grad_accum_steps(config, world_size=1) >= 1
 
 
 def test_without_a_preset_it_is_gpt2() -> None:
@@ -71,17 +71,17 @@ def test_data_and_prompts_may_be_repeated() -> None:
 
 
 def test_each_way_to_say_how_long_stands_for_steps() -> None:
-    steps = settings.steps_of
-    assert steps(parse("small", "--max-steps", "7"), None) == 7
-    assert steps(parse("small", "--max-tokens", str(2**14 * 5)), None) == 5
-    assert steps(parse("small", "--max-tokens", str(2**14 * 5 + 1)), None) == 6
+    steps = schedule.steps_of
+    assert steps(parse("small", "--max-steps", "7"), [1]) == 7
+    assert steps(parse("small", "--max-tokens", str(2**14 * 5)), [1]) == 5
+    assert steps(parse("small", "--max-tokens", str(2**14 * 5 + 1)), [1]) == 6
     # 64 windows of 256 tokens in a step of 2**14
-    assert steps(parse("small", "--epochs", "2.5"), 64 * 4) == 10
-    assert steps(parse("small", "--epochs", "1"), 64 * 4 + 1) == 5
-    assert steps(parse("small", "--epochs", "0.1"), 64 * 30) == 3
-    assert steps(parse("tiny"), 100) == 0
+    assert steps(parse("small", "--epochs", "2.5"), [64 * 4]) == 10
+    assert steps(parse("small", "--epochs", "1"), [64 * 4 + 1]) == 5
+    assert steps(parse("small", "--epochs", "0.1"), [64 * 30]) == 3
+    assert steps(parse("tiny"), [100]) == 0
     with pytest.raises(ValueError, match=r"several datasets: give --max-tokens"):
-        steps(parse("small", "--epochs", "1"), None)
+        steps(parse("small", "--epochs", "1"), [64, 64])
 
 
 def test_the_length_of_a_run_is_given_once() -> None:
@@ -162,9 +162,9 @@ def test_the_124M_run_has_2_to_the_19_tokens_a_step() -> None:
     """The ancestor had 524277 in place of 2**19, which no batch divides."""
     config = PRESETS["gpt2"][1]
     assert config.total_batch_size == 2**19 == 524288
-    assert settings.grad_accum_steps(config, world_size=4) == 2**19 // (16 * 1024 * 4)
+    assert schedule.grad_accum_steps(config, world_size=4) == 2**19 // (16 * 1024 * 4)
     with pytest.raises(ValueError, match="got 524277: nearest are 507904 or 524288"):
-        settings.grad_accum_steps(replace(config, total_batch_size=524277), world_size=1)
+        schedule.grad_accum_steps(replace(config, total_batch_size=524277), world_size=1)
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 9), st.integers(1, 10**5))
@@ -175,16 +175,16 @@ def test_accumulation_is_exact_or_names_values_that_are(
     config = TrainConfig(model, micro_batch=micro_batch, total_batch_size=total)
     piece = micro_batch * block_size * world_size
     try:
-        assert settings.grad_accum_steps(config, world_size) * piece == total
+        assert schedule.grad_accum_steps(config, world_size) * piece == total
     except ValueError as error:
         assert total % piece
         nearest = str(error).split("nearest are ")[1].split(";")[0]
         for value in map(int, nearest.split(" or ")):
-            settings.grad_accum_steps(replace(config, total_batch_size=value), world_size)
+            schedule.grad_accum_steps(replace(config, total_batch_size=value), world_size)
             assert abs(value - total) < piece
         if "--micro-batch " in str(error):
             fits = replace(config, micro_batch=int(str(error).split("--micro-batch ")[1]))
-            settings.grad_accum_steps(fits, world_size)
+            schedule.grad_accum_steps(fits, world_size)
 
 
 @given(st.floats(1, 1e5), st.floats(1e-3, 10), st.floats(0, 10), st.integers(0, 500))
@@ -192,7 +192,7 @@ def test_steps_that_fit_fit(seconds: float, step: float, round_: float, interval
     def cost(steps: int) -> float:
         return steps * step + round_ * (steps / interval if interval else settings.VALIDATIONS)
 
-    steps = autotune.steps_that_fit(seconds, step, round_, interval)
+    steps = time_budget.steps_that_fit(seconds, step, round_, interval)
     assert steps == 1 or cost(steps) <= 0.95 * seconds * (1 + 1e-9) + (0 if interval else round_)
     assert steps >= 1
     assert cost(steps + 1) > 0.949 * seconds
@@ -205,8 +205,8 @@ def test_initial_weights_take_settings_for_fine_tuning(preset: str) -> None:
     assert (config.optimizer, config.schedule, config.warmup_steps) == ("adamw", "cosine", 0)
     assert (config.epochs, config.max_steps, config.time_budget) == (3, 0, 0)
     assert config.total_batch_size == min(trained.total_batch_size, 2**15)
-    assert settings.steps_of(config, 1000) <= 3 * 1000
-    assert settings.grad_accum_steps(config, world_size=8 if preset.startswith("gpt2") else 1) >= 1
+    assert schedule.steps_of(config, [1000]) <= 3 * 1000
+    assert schedule.grad_accum_steps(config, world_size=8 if preset.startswith("gpt2") else 1) >= 1
     assert config.log_dir == Path(f"log/{{data}}-{preset}-tuned")
 
 
@@ -226,7 +226,7 @@ def test_flags_change_the_settings_for_fine_tuning() -> None:
 def test_validations_take_a_fifth_of_the_time_at_most(
     seconds: float, each: float, expected: int
 ) -> None:
-    assert autotune.validations_that_fit(seconds, each) == expected
+    assert time_budget.validations_that_fit(seconds, each) == expected
 
 
 def test_the_dataset_is_never_guessed(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 import train
-from mygpt import checkpoint, log, optim, run_config, time_budget
+from mygpt import checkpoint, log, run_config, time_budget
 from mygpt.log import RunLog
-from mygpt.optim import Horizon
 from mygpt.run_config import RunRecord
+from mygpt.schedule import Horizon, learning_rate
 from mygpt.settings import TrainConfig
 from mygpt.stopping import EXIT_STOPPED, Stop
 from mygpt.time_budget import BudgetClock
@@ -149,28 +149,16 @@ def test_a_damaged_clock_is_refused(run: Run) -> None:
 # --- the schedule
 
 
+def wsd(max_steps: int) -> TrainConfig:
+    return TrainConfig(max_lr=1.0, min_lr=0.0, max_steps=max_steps, schedule="wsd")
+
+
 def rates(steps: range, *horizons: Horizon) -> list[float]:
-    return [
-        optim.learning_rate(
-            step,
-            max_lr=1.0,
-            min_lr=0.0,
-            warmup_steps=0,
-            max_steps=horizons[-1].max_steps,
-            schedule="wsd",
-            horizons=horizons,
-        )
-        for step in steps
-    ]
+    return [learning_rate(step, wsd(horizons[-1].max_steps), horizons) for step in steps]
 
 
 def test_one_horizon_is_the_plain_schedule() -> None:
-    plain = [
-        optim.learning_rate(
-            step, max_lr=1.0, min_lr=0.0, warmup_steps=0, max_steps=101, schedule="wsd"
-        )
-        for step in range(102)
-    ]
+    plain = [learning_rate(step, wsd(101)) for step in range(102)]
     assert rates(range(102), Horizon(0, 101)) == plain
 
 

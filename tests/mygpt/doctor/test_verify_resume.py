@@ -97,7 +97,7 @@ def test_rows_that_two_ranks_can_share(capsys: pytest.CaptureFixture[str]) -> No
     small = settings.parse(["small", "--micro-batch", "12", "--total-batch-size", "16384"], "")
     assert verify_resume.micro_batch_of_two_ranks(small) == 8  # 32 rows a rank
     odd = settings.parse(["small", "--total-batch-size", str(3 * 256)], "")
-    with pytest.raises(ValueError, match="give an even number of sequences"):
+    with pytest.raises(ValueError, match=r"= 256 \* 2 = 512, got 768: nearest is 512"):
         verify_resume.micro_batch_of_two_ranks(odd)
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import eval as evaluation
-from mygpt import run_config
+from mygpt.log import RunLog
 from mygpt.report import __main__ as report
 from mygpt.report import comparison, run_summary
 from shards.manifest import Manifest
@@ -41,7 +41,7 @@ def run(data: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     found["choices"] = {"hella <swag>": ANSWERS}
     (folder / "eval.json").write_text(json.dumps(found))
     for step in range(1, 21):
-        run_config.write_samples(folder, step, [{"prompt": "The", "text": f"The text of {step}."}])
+        RunLog(folder).write_samples(step, [{"prompt": "The", "text": f"The text of {step}."}])
     return folder
 
 
