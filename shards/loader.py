@@ -55,7 +55,9 @@ class BatchReader:
         self.batch_size, self.width = batch_size, block_size + 1
         self.rank, self.world_size = rank, world_size
         self._readers = [ShardReader(manifest, split) for manifest in mixture.manifests]
-        self.stream = MixedStream(mixture, split, block_size, seed, shuffle_shards)
+        self.stream = MixedStream(
+            mixture.manifests, mixture.weights, split, block_size, seed, shuffle_shards
+        )
         _check_cache(self._readers, shuffle_shards)
         self._check: BackgroundCheck | None = None
         self._buffer = np.empty((0, self.width), np.uint16)

@@ -9,8 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from shards.manifest import Shard
-from shards.mixture import Mixture
+from shards.manifest import Manifest, Shard
 from shards.order import key_of, permute
 
 # Parts of a key: the order of the groups of an epoch, and the order inside one of them.
@@ -135,20 +134,26 @@ class WindowStream:
 
 
 class MixedStream:
-    """Endless stream of one split of a mixture, each source in the order of its own stream.
+    """Endless stream of one split of datasets mixed by their weights, each in its own order.
 
-    Raises ValueError for a source without a window.
+    Raises ValueError for a dataset without a window.
     """
 
     def __init__(
-        self, mixture: Mixture, split: str, block_size: int, seed: int, shuffle_shards: int = 0
+        self,
+        manifests: Sequence[Manifest],
+        weights: Sequence[int],
+        split: str,
+        block_size: int,
+        seed: int,
+        shuffle_shards: int = 0,
     ) -> None:
-        self._weights = mixture.weights
+        self._weights = weights
         self.streams = [
             WindowStream(manifest.splits[split].shards, block_size, seed, shuffle_shards)
-            for manifest in mixture.manifests
+            for manifest in manifests
         ]
-        for manifest, stream in zip(mixture.manifests, self.streams, strict=True):
+        for manifest, stream in zip(manifests, self.streams, strict=True):
             if not stream.windows_per_epoch:
                 longest = max(shard.tokens for shard in manifest.splits[split].shards)
                 raise ValueError(

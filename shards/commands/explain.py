@@ -155,7 +155,8 @@ def rows_of(run_dir: Path, step: int, row: int | None, data: Sequence[str]) -> I
         raise ValueError(f"expected --row from 0 to {rows - 1}, found {row}")
     mixture = _open_data(record, step, list(data or config.data))
     tokenizer = open_tokenizer(mixture.tokenizer, run_dir, *mixture.locations)
-    stream = MixedStream(mixture, "train", block_size, config.seed, config.shuffle_shards)
+    settings = block_size, config.seed, config.shuffle_shards
+    stream = MixedStream(mixture.manifests, mixture.weights, "train", *settings)
     chosen = np.arange(rows) if row is None else np.array([row])
     windows = zip(chosen, *stream.locate((step - 1) * rows + chosen), strict=True)
     sources = [_Source(manifest, tokenizer) for manifest in mixture.manifests]
