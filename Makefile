@@ -86,9 +86,9 @@ train-small: $(VENV)/core ## train GPTConfigSmall: DATA=data/NAME RUN=log/NAME (
 	$(RUN_PYTHON) train.py small $(data_flag) --log-dir $(call quoted,$(or $(RUN),log/small)) --device $(DEVICE) $(ARGS)
 
 train-gpu4: $(VENV)/core ## train GPT-2 124M on four GPUs: NPROC=n, DEVICE=cpu, DATA=, RUN=
-	@$(RUN_PYTHON) -m mygpt.distributed --device $(DEVICE) -- $(NPROC)
+	@# Several ranks on a CPU are hardly what was meant, so they are never taken unasked.
 	$(RUN_PYTHON) -m mygpt.launch --standalone --nproc_per_node=$(NPROC) train.py gpt2 $(data_flag) \
-	  --log-dir $(call quoted,$(or $(RUN),log/gpt2)) --device $(DEVICE) $(ARGS)
+	  --log-dir $(call quoted,$(or $(RUN),log/gpt2)) --device $(DEVICE:auto=cuda) $(ARGS)
 
 eval: $(VENV)/core ## evaluate and sample from the newest checkpoint: RUN=log/NAME (ARGS=... more flags)
 	$(RUN_PYTHON) eval.py $(run_word) $(data_flag) $(ARGS)

@@ -1,9 +1,5 @@
-"""Process group: the ranks that train one model, their devices and collectives.
+"""Process group: the ranks that train one model, their devices and collectives."""
 
-python -m mygpt.distributed 4 [--device cuda]    check that 4 ranks can start here; exit 2 if not
-"""
-
-import argparse
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-
-from shards.cli import one_line_errors
 
 Value = TypeVar("Value")
 
@@ -158,9 +152,7 @@ def find_device(name: str) -> str:
 
 
 def check_room(ranks_here: int, device: str) -> None:
-    """Raise ValueError for less than one rank on this machine, or more than it has GPUs."""
-    if ranks_here < 1:
-        raise ValueError(f"expected at least 1 rank, found {ranks_here}: give NPROC=n")
+    """Raise ValueError for more ranks on this machine than it has GPUs, if they need them."""
     gpus = torch.cuda.device_count()
     if find_device(device) == "cuda" and ranks_here > gpus:
         raise ValueError(
@@ -277,23 +269,3 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     own = torch.cuda.get_device_name(device)
     return next((peak for name, peak in _PEAK_FLOPS.items() if name in own), None)
-
-
-@one_line_errors()
-def main() -> None:
-    """Check the number of ranks for the Makefile: torchrun would bury the line in a traceback.
-
-    "auto" means GPUs here: several ranks on a CPU are hardly what was meant.
-    """
-    parser = argparse.ArgumentParser(
-        "python -m mygpt.distributed", description="Check that this many ranks can start here."
-    )
-    parser.add_argument("ranks", type=int, help="how many ranks: one per GPU")
-    devices = ("auto", "cuda", "mps", "cpu")
-    parser.add_argument("--device", choices=devices, default="auto", help="auto: GPUs")
-    args = parser.parse_args()
-    check_room(args.ranks, "cuda" if args.device == "auto" else args.device)
-
-
-if __name__ == "__main__":
-    main()

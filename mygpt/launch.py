@@ -34,7 +34,7 @@ def main() -> int:
     args = run.parse_args(None)
     ranks = run.determine_local_world_size(args.nproc_per_node)
     if ranks < 1:
-        raise ValueError(f"expected at least 1 rank, found --nproc_per_node={ranks}")
+        raise ValueError(f"expected at least 1 rank, found --nproc_per_node={ranks}: give a number")
     logging.disable(logging.CRITICAL)  # torchrun's own
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a notice of six lines
     if getattr(args, "shutdown_timeout", 0) is None:  # torch 2.11 has no such option

@@ -50,6 +50,9 @@ def test_the_other_targets(tmp_path: Path) -> None:
     for target in ("train-small", "train-gpu4"):
         given = words(tmp_path, target, RUN=run, DATA=data)
         assert {run, data} <= set(given), given
+    for device, found in {"auto": "cuda", "cpu": "cpu"}.items():  # never a CPU unasked
+        given = words(tmp_path, "train-gpu4", DEVICE=device)
+        assert given[given.index("--device") + 1] == found
     assert words(tmp_path, "eval", RUN=run, DATA=data) == ["eval.py", run, "--data", data]
     assert words(tmp_path, "sample", RUN=run, PROMPT="don't go")[1:5] == [
         *(run, "--no-loss", "--prompt", "don't go")

@@ -42,7 +42,6 @@ COMMANDS = (
         "mygpt.explain",
         "mygpt.doctor",
         "mygpt.doctor.verify_resume",
-        "mygpt.distributed",
     ),
     "mygpt.launch",
 )

@@ -12,7 +12,7 @@ from torch.distributed.run import get_args_parser
 
 import eval as evaluation
 import shards.__main__
-from mygpt import distributed, schedule, settings
+from mygpt import schedule, settings
 from mygpt.doctor import __main__ as doctor
 from mygpt.hub import __main__ as hub
 from mygpt.play import __main__ as play
@@ -64,7 +64,6 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "mygpt.play": play.parse,
     "mygpt.report": report.main,
     "mygpt.doctor": doctor.main,
-    "mygpt.distributed": lambda args: distributed.main(),
 }
 
 

@@ -1,8 +1,6 @@
 """Who am I, on what: from torchrun's environment, and refused in one line where it can't be."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -125,16 +123,6 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     for device in ("auto", "cuda"):
         with pytest.raises(ValueError, match=r"so 4, found 2: .*NPROC=n.*DEVICE=cpu"):
             check_room(4, device)
-
-
-def test_the_check_is_a_command(capfd: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, "-m", "mygpt.distributed"]
-    assert subprocess.run([*command, "3", "--device", "cpu"], check=False).returncode == 0
-    gpus = torch.cuda.device_count()
-    for ranks in (str(gpus + 1), "0", "-1"):
-        refused = subprocess.run([*command, "--", ranks], check=False)
-        assert refused.returncode == 2
-        assert capfd.readouterr().err.count("\n") == 1
 
 
 def test_devices_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
