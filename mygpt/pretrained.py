@@ -17,7 +17,8 @@ from mygpt import checkpoint
 from mygpt.config import GPTConfig, check_shapes
 from mygpt.model import GPT
 from shards import stored_json
-from shards.tokenizer import Tokenizer, tokenizer_beside
+from shards.manifest import TokenizerIdentity
+from shards.tokenizer import GPT2, Tokenizer, tokenizer_beside
 from shards.vocabulary import TOKENIZER_NAME
 
 # Settings that change the function computed, with the values that are ours. The first of them is
@@ -123,6 +124,31 @@ def read_tokenizer(name_or_folder: str | Path) -> Tokenizer | None:
     """
     folder = _folder(name_or_folder)
     return tokenizer_beside(folder) if (folder / TOKENIZER_NAME).is_file() else None
+
+
+def other_tokenizer(name_or_folder: str | Path, identity: TokenizerIdentity) -> Tokenizer | None:
+    """Return the tokenizer of such a model if it is known to be another than `identity`.
+
+    Without a `tokenizer.json` beside it that of a run of ours is GPT-2's, any other is unknown.
+    """
+    folder = _folder(name_or_folder)
+    is_known = (folder / TOKENIZER_NAME).is_file()
+    if not is_known and (identity.name == GPT2 or not checkpoint.is_ours(folder)):
+        return None
+    found = tokenizer_beside(folder)
+    return found if found.identity != identity else None
+
+
+def check_vocabulary(
+    name_or_folder: str | Path, identity: TokenizerIdentity, remedy: str = ""
+) -> None:
+    """Raise ValueError if such a model is known to have another tokenizer than the dataset's."""
+    if other := other_tokenizer(name_or_folder, identity):
+        raise ValueError(
+            f"expected a dataset in the vocabulary of {name_or_folder}, {other.name}, found "
+            f"{identity.name} {identity.hash[:12]}: prepare the text with --tokenizer "
+            f"{GPT2 if other.name == GPT2 else name_or_folder}{remedy}"
+        )
 
 
 def _folder(name_or_folder: str | Path) -> Path:

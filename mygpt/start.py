@@ -5,19 +5,17 @@ Nothing is written before all ranks agree, so a mistyped command leaves a run as
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mygpt import checkpoint, run_config
 from mygpt.config import GPTConfig
 from mygpt.distributed import DistributedContext
 from mygpt.log import RunLog
-from mygpt.pretrained import from_pretrained, read_tokenizer
+from mygpt.pretrained import check_vocabulary, from_pretrained
 from mygpt.run_config import RunRecord, flat, read_run, resume
 from mygpt.schedule import fits_micro_batch
 from mygpt.settings import TrainConfig, only_dataset
 from shards.mixture import Earlier, Mixture, parse_data_specs
-from shards.tokenizer import GPT2, read_stored, tokenizer_beside
 
 # Settings that may differ between the hosts of one run.
 PER_HOST = {"model", "data", "log_dir", "device"}
@@ -42,7 +40,7 @@ def _start(config: TrainConfig) -> tuple[RunRecord, Mixture]:
     dataset = Mixture.load(config.data)
     if config.init_from:
         config = replace(config, model=_pretrained_shape(config))
-        _check_vocabulary(config.init_from, dataset)
+        check_vocabulary(config.init_from, dataset.tokenizer)
     elif config.model.vocab_size == GPTConfig.vocab_size:  # not given
         config = replace(config, model=replace(config.model, vocab_size=dataset.tokenizer.n_vocab))
     if dataset.tokenizer.n_vocab > config.model.vocab_size:
@@ -88,20 +86,6 @@ def _pretrained_shape(config: TrainConfig) -> GPTConfig:
     """Return the shape of --init-from's model, with the run's dropout, cut to its block size."""
     shape = from_pretrained(config.init_from, dropout=config.model.dropout).config
     return replace(shape, block_size=min(shape.block_size, config.model.block_size))
-
-
-def _check_vocabulary(init_from: str, dataset: Mixture) -> None:
-    """Raise ValueError if --init-from's model has its tokenizer beside it, and it is another."""
-    found = read_tokenizer(init_from)
-    is_other = read_stored(dataset.manifests[0].location) is not None
-    if not found and is_other and checkpoint.is_ours(Path(init_from)):
-        found = tokenizer_beside(init_from)  # GPT-2's: only other ones are stored
-    if found and found.identity != dataset.tokenizer:
-        raise ValueError(
-            f"expected a dataset in the vocabulary of {init_from}, {found.name}, found "
-            f"{dataset.tokenizer.name} {dataset.tokenizer.hash[:12]}: prepare the text with "
-            f"--tokenizer {init_from if found.name != GPT2 else GPT2}"
-        )
 
 
 def agree(

@@ -28,6 +28,11 @@ PROBE_TIMEOUT = 90  # seconds; a machine under load needs most of them
 GIB = 2**30
 PROBE_BYTES = 64 * 2**20  # written to measure a disk
 LITTLE_ROOM = 5 * GIB
+BYTES_PER_PARAMETER = 4 * 4  # weight, gradient and two moments, fp32
+# Activations of width n_embed that a block keeps per token: input and output of two layer norms,
+# queries, keys and values, the attention's output, two residual sums.
+KEPT_WIDTHS = 10
+KEPT_HIDDEN = 2  # activations of width n_hidden: before and after the GELU
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,9 @@ if __name__ == "__main__":  # before the imports below, which take seconds and f
 
 import torch
 
+from mygpt.config import GPTConfig
 from mygpt.distributed import compute_dtype, find_device
-from mygpt.doctor.memory import training_bytes
+from mygpt.loss import chunk_rows
 from mygpt.settings import PRESETS
 from shards import tokenizer
 
@@ -214,6 +220,23 @@ def memory(preset: str) -> Finding:
     fitting = [n for n in sizes if training_bytes(config.model, n, device) <= available]
     remedy = f"--micro-batch {fitting[-1]} would fit" if fitting else "take a smaller preset"
     return Finding("warn", preset, text, remedy)
+
+
+def training_bytes(config: GPTConfig, micro_batch: int, device: str = "cuda") -> int:
+    """Estimate the peak memory of training in bytes, from the shapes alone.
+
+    Activations are bf16 on a GPU and fp32 on a CPU. Right to within about a third: allocators round
+    up, kernels differ in what they keep, and torch itself, some 0.5 GB on a GPU, is not counted.
+    """
+    size = 2 if device == "cuda" else 4
+    tokens = micro_batch * config.block_size
+    kept = KEPT_WIDTHS * config.n_embed + KEPT_HIDDEN * config.n_hidden
+    return (
+        BYTES_PER_PARAMETER * config.num_params
+        + tokens * config.n_layers * kept * size
+        + 4 * config.vocab_size * config.n_embed  # gradient of lm_head, beside that of wte
+        + 4 * config.vocab_size * min(tokens, chunk_rows(device))  # logits of one chunk
+    )
 
 
 def _memory_of(device: str) -> int:

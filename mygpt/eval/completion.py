@@ -1,14 +1,18 @@
-"""Text as it is generated: streamed to a terminal, and interactive completion.
+"""Text as it is generated: samples, streamed to a terminal, and interactive completion.
 
 T: tokens, V: vocabulary.
 """
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import TextIOWrapper
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mygpt.eval import summary
 from mygpt.generate import Sampling, draw, stream, trailing_space_note
 from mygpt.model import GPT, KeyValueCache
 from mygpt.stopping import Interrupt
@@ -64,6 +68,36 @@ def continuations(
     if show:
         print(printable_text(ends[0]))
     return [text + end for text, end in zip(texts, ends, strict=True)]
+
+
+def draw_samples(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    count: int,
+    sampling: Sampling,
+    labels: Mapping[str, Any],
+    show: bool,
+) -> list[dict[str, Any]]:
+    """Return `count` samples of each prompt, {"prompt", "text", **labels}; with `show`, print them.
+
+    On a terminal a single sample of a prompt is printed while it is generated.
+    """
+    if note := trailing_space_note(prompts):
+        print(note, file=sys.stderr)
+    live = show and count == 1 and sys.stdout.isatty()
+    samples: list[dict[str, Any]] = []
+    for prompt in prompts:
+        if live:
+            title = summary.title({"prompt": prompt, **labels}, len(samples) + 1)
+            print(f"\n--- {title}\n{printable_text(prompt)}", end="", flush=True)
+        ids = [tokenizer.eot, *tokenizer.encode(prompt)]  # as every document begins in training
+        for text in continuations(model, ids, count, sampling, tokenizer, live):
+            samples.append({"prompt": prompt, "text": prompt + text, **labels})
+            if show and not live:
+                print(f"\n--- {summary.title(samples[-1], len(samples))}")
+                print(printable_text(prompt + text))
+    return samples
 
 
 class Completer:
@@ -129,6 +163,8 @@ def converse(
 
     Every text begins with <|endoftext|>, as every document in training does.
     """
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 don't end the talk
     print(HELP)
     vocabulary, start = tokenizer.vocabulary(), [tokenizer.eot]
     noted = False

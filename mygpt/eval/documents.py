@@ -1,10 +1,12 @@
-"""Losses per document, and per position in the context.
+"""A split by documents: the losses of each, and the same documents in another vocabulary.
 
 T block size, D documents.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +14,10 @@ import pyarrow as pa
 from mygpt.distributed import DistributedContext
 from mygpt.evaluate import Loss, token_losses
 from mygpt.model import GPT
-from shards.manifest import Manifest
-from shards.reader import EvalWindows, locate_part, read_index
+from shards.manifest import Manifest, Shard, Split
+from shards.reader import EvalWindows, locate_part, open_tokens, read_index
+from shards.tokenizer import Tokenizer, open_tokenizer
+from shards.writer import open_shard
 
 
 class DocumentWindows(Sequence[np.ndarray]):
@@ -116,3 +120,57 @@ def evaluate_documents(
         sums, np.cumsum([len(part) for part in parts[:-1]])
     )
     return Losses(nats, tokens.astype(np.int64), position_nats, position_tokens.astype(np.int64))
+
+
+def retokenize(
+    manifests: Sequence[Manifest], split: str, tokenizer: Tokenizer, folder: Path
+) -> list[Manifest]:
+    """Write a split of datasets into `folder` in another vocabulary; return the manifests there.
+
+    So that models of other tokens can be compared, in bits per byte, on the same text. Shards and
+    rows of their indexes stay what they are. Raises ValueError for tokens that are not UTF-8 text,
+    and as `open_tokenizer` does.
+    """
+    written = []
+    for number, manifest in enumerate(manifests):
+        vocabulary = np.array(
+            open_tokenizer(manifest.tokenizer, manifest.location).vocabulary(), object
+        )
+        place, shards = folder / str(number), list[Shard]()
+        place.mkdir()
+        for shard in manifest.splits[split].shards:
+            _rewrite(manifest, shard, vocabulary, tokenizer, place, shards)
+        splits = {split: Split(tuple(shards))}
+        identity = tokenizer.identity
+        written.append(replace(manifest, tokenizer=identity, splits=splits, folder=place, uri=""))
+    return written
+
+
+def _rewrite(
+    manifest: Manifest,
+    shard: Shard,
+    vocabulary: np.ndarray,
+    tokenizer: Tokenizer,
+    place: Path,
+    shards: list[Shard],
+) -> None:
+    """Write one shard; `vocabulary`, (n_vocab,), holds the bytes of each id that it has now."""
+    index, tokens = read_index(manifest, shard), open_tokens(manifest, shard)
+    bounds = pairwise([*index["offset"].to_pylist(), len(tokens)])
+    offsets = []
+    with open_shard(place / shard.file, shards) as writer:
+        for (start, end), continued in zip(bounds, index["continued"].to_pylist(), strict=True):
+            try:
+                text = b"".join(vocabulary[tokens[start:end]]).decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"expected UTF-8 from token {start} of {manifest.location_of(shard.file)} on, "
+                    f"found {error.reason}: a model of another vocabulary can't read it; leave out "
+                    "--reference"
+                ) from None
+            offsets.append(writer.tokens)
+            writer.write(np.array([] if continued else [tokenizer.eot], np.uint16))
+            writer.write(np.array(tokenizer.encode(text), np.uint32))
+        moved = index.set_column(0, index.schema.field(0), pa.array(offsets, pa.int64()))
+        for batch in moved.to_batches():
+            writer.note(batch)

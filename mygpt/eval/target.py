@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ import mygpt
 from mygpt import checkpoint, pretrained, run_config
 from mygpt.model import GPT
 from mygpt.settings import TrainConfig, only_dataset
+from shards.manifest import TokenizerIdentity
 from shards.mixture import Mixture
-from shards.tokenizer import GPT2, Tokenizer, open_tokenizer, tokenizer_beside
+from shards.tokenizer import Tokenizer, open_tokenizer, tokenizer_beside
 from shards.tokenizer import load as load_tokenizer
 
 SOURCE = Path(__file__).parents[2]
@@ -70,28 +70,19 @@ class Target:
             return tokenizer_beside(self.name)
         return open_tokenizer(data.tokenizer, self.name, *data.locations)
 
-    def other_tokenizer(self, data: Mixture) -> Tokenizer | None:
-        """Return the model's tokenizer if it is another than the dataset's, as far as is known."""
-        if self.config is None:
-            found = pretrained.read_tokenizer(self.name)
-            return found if found and found.identity != data.tokenizer else None
-        if self.state["fingerprint"] == data.fingerprint:
+    def other_tokenizer(
+        self, identity: TokenizerIdentity, data: Mixture | None = None
+    ) -> Tokenizer | None:
+        """Return the model's tokenizer if it is known to be another than that of the dataset."""
+        if data and self.state.get("fingerprint") == data.fingerprint:
             return None
-        with suppress(FileNotFoundError):
-            if self.open_data().tokenizer == data.tokenizer:
-                return None
-        found = self.tokenizer()
-        return found if found.identity != data.tokenizer else None
+        return pretrained.other_tokenizer(self.name, identity)
 
     def check_vocabulary(self, data: Mixture) -> None:
         """Raise ValueError if the model's tokenizer is known and is not that of the dataset."""
-        if other := self.other_tokenizer(data):
-            given = GPT2 if other.name == GPT2 else self.name
-            raise ValueError(
-                f"expected a dataset in the vocabulary of {self.name}, {other.name}, found "
-                f"{data.tokenizer.name} {data.tokenizer.hash[:12]}: prepare the text with "
-                f"--tokenizer {given}, or give the model as --reference"
-            )
+        if self.state.get("fingerprint") != data.fingerprint:
+            remedy = ", or give the model as --reference"
+            pretrained.check_vocabulary(self.name, data.tokenizer, remedy)
 
     def load(self, device: torch.device, n_vocab: int = 0, block_size: int = 0) -> GPT:
         """Load the model in evaluation mode, float32.

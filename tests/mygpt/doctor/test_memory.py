@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mygpt.config import GPTConfig
-from mygpt.doctor.memory import BYTES_PER_PARAMETER, training_bytes
+from mygpt.doctor.__main__ import BYTES_PER_PARAMETER, training_bytes
 from mygpt.model import GPT
 from mygpt.settings import PRESETS
 
