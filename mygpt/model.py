@@ -80,12 +80,13 @@ class GPT(nn.Module):
             )
         positions = torch.arange(n_tokens, device=idx.device)
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
+        mlp: Tensor | None = None
         for block in self.h:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x, mlp = checkpoint(block, x, mlp, use_reentrant=False)
             else:
-                x = block(x)
-        return self.ln_f(x)
+                x, mlp = block(x, mlp)
+        return self.ln_f(x + mlp)
 
     @torch.no_grad()
     def next_logits(self, idx: Tensor, lengths: Tensor | None, cache: "KeyValueCache") -> Tensor:
@@ -95,14 +96,16 @@ class GPT(nn.Module):
         """
         positions = cache.begin_step(idx.size(1), lengths)  # (B, T)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
+        mlp = None
         for layer, block in enumerate(self.h):
-            x = block.forward(x, cache, layer)  # .forward: __call__ is compiled for training
+            x, mlp = block.forward(x, mlp, cache, layer)  # __call__ is compiled for training
+        x = x + mlp
         rows = torch.arange(len(x), device=x.device)
         last = x[:, -1] if lengths is None else x[rows, lengths - 1]  # (B, C)
         return self.lm_head(self.ln_f(last))
 
     def compile(self, backend: Any = "inductor") -> None:
-        """Compile each block (one graph for all) and the loss, in place: parameter names stay.
+        """Compile each block (one graph for all but the first) and the loss, in place.
 
         Every shape is compiled for itself: a graph for any batch size would be slower for all.
         """
@@ -131,7 +134,10 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Pre-norm attention and MLP, each added to the residual stream.
+
+    The MLP's output is added by the next block: compiled, its first norm reads x anyway.
+    """
 
     def __init__(self, config: GPTConfig, flash: bool) -> None:
         super().__init__()
@@ -140,10 +146,17 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embed, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: "KeyValueCache | None" = None, layer: int = 0) -> Tensor:
-        """Map (B, T, C) to (B, T, C). With a cache, x continues the tokens in its `layer`."""
+    def forward(
+        self, x: Tensor, mlp: Tensor | None, cache: "KeyValueCache | None" = None, layer: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the stream x and the output of the MLP, from those of the block before.
+
+        All are (B, T, C). With a cache, x continues the tokens in its `layer`.
+        """
+        if mlp is not None:
+            x = x + mlp
         x = x + self.attn(self.ln_1(x), cache, layer)
-        return x + self.mlp(self.ln_2(x))
+        return x, self.mlp(self.ln_2(x))
 
 
 class CausalSelfAttention(nn.Module):

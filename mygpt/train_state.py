@@ -125,6 +125,8 @@ def compile_blocks(model: GPT, backend: str = "inductor") -> None:
     # A block is a graph of its own, so gradients are ready to travel block by block anyway. DDP's
     # optimizer would cut it in two, and copy what lies between.
     torch._dynamo.config.optimize_ddp = False
+    # Reductions are otherwise chosen by timing them, which may turn out differently on a resume.
+    torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
     model.compile(backend)  # in place: a wrapper would prefix the names of the parameters
 
 

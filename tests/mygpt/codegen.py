@@ -115,7 +115,7 @@ def traced(function: Callable[..., Any], *inputs: torch.Tensor) -> torch.fx.Grap
 
 
 def block_graphs() -> dict[str, torch.fx.GraphModule]:
-    """A block of GPT-2, forward and backward, for 64 x 1024 tokens in bf16."""
+    """A block of GPT-2 after another one, forward and backward, for 64 x 1024 tokens in bf16."""
     block = model.Block(GPTConfig(), flash=True)
     names = [name for name, _ in block.named_parameters()]
     weights = [torch.empty(p.shape, requires_grad=True) for p in block.parameters()]
@@ -128,13 +128,16 @@ def block_graphs() -> dict[str, torch.fx.GraphModule]:
         parts.update(zip(("forward", "backward"), both, strict=True))
         return both
 
-    def step(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    def step(x: torch.Tensor, mlp: torch.Tensor, *weights: torch.Tensor) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
-            return torch.func.functional_call(block, dict(zip(names, weights, strict=True)), (x,))
+            own = dict(zip(names, weights, strict=True))
+            return torch.func.functional_call(block, own, (x, mlp))
 
     same: Callable[..., Any] = lambda module, _: module  # noqa: E731
     aot_function(step, same, same, partition_fn=partition, decompositions=select_decomp_table())(
-        torch.empty(64, 1024, 768, requires_grad=True), *weights
+        torch.empty(64, 1024, 768, requires_grad=True),
+        torch.empty(64, 1024, 768, requires_grad=True, dtype=torch.bfloat16),
+        *weights,
     )
     return parts
 

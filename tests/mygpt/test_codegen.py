@@ -29,7 +29,7 @@ def test_the_loss_is_one_kernel_that_reads_the_logits_twice_or_once() -> None:
 
 @pytest.mark.slow
 def test_the_kernels_of_a_block_move_no_more_bytes_than_they_did() -> None:
-    """Beside matrix products and attention, for 64 x 1024 tokens: 88 GB in 12 blocks."""
+    """Beside matrix products and attention, for 64 x 1024 tokens: 80 GB in 12 blocks."""
     found = written("block")
-    assert found["forward"]["kernels"] <= 12 and found["forward"]["megabytes"] <= 2160
-    assert found["backward"]["kernels"] <= 18 and found["backward"]["megabytes"] <= 5190
+    assert found["forward"]["kernels"] <= 11 and found["forward"]["megabytes"] <= 1960
+    assert found["backward"]["kernels"] <= 17 and found["backward"]["megabytes"] <= 4690

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,7 +46,10 @@ ORDERS = {
 def test_training_and_validation_compile_once_for_their_shape(
     order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two graphs each, of a block and of the loss. The last batch of a validation is padded."""
+    """Three graphs each: of the first block, of the others and of the loss.
+
+    The last batch of a validation is padded.
+    """
     monkeypatch.setattr("mygpt.distributed._FIXED_SHAPES", {"cpu"})
     model, counter = GPT(SHAPE), CompileCounterWithBackend("eager")
     compile_blocks(model, counter)
@@ -56,7 +60,18 @@ def test_training_and_validation_compile_once_for_their_shape(
             model(batch, batch)[1].backward()
         else:
             evaluate(model, windows, ALONE, batch_size=8)
-    assert [is_dynamic(graph) for graph in counter.graphs] == [False] * 4
+    assert [is_dynamic(graph) for graph in counter.graphs] == [False] * 6
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_kernels_are_not_chosen_by_timing(deterministic: bool) -> None:
+    with torch._inductor.config.patch(deterministic=not deterministic):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            compile_blocks(GPT(SHAPE), "eager")
+            assert torch._inductor.config.deterministic is deterministic
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
@@ -72,4 +87,4 @@ def test_under_ddp_a_block_stays_one_graph(tmp_path: Path) -> None:
         ddp(batch, batch)[1].backward()
     finally:
         torch.distributed.destroy_process_group()
-    assert counter.frame_count == 2  # a block and the loss
+    assert counter.frame_count == 3  # the first block, the others and the loss
