@@ -28,13 +28,13 @@ if __name__ == "__main__":
     process_started = time.monotonic()
     end_on_interrupt()
 
-from mygpt import settings
+from mygpt import command_line
 
 if __name__ == "__main__":
     # Parsed before the imports below, which take seconds, so that --help and mistyped flags answer
     # at once; main parses again.
     with one_line_errors():
-        settings.parse(sys.argv[1:], str(__doc__))
+        command_line.parse(sys.argv[1:], str(__doc__))
     # Read by OpenMP when torch loads it: spinning threads slow a shared machine down several times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -72,7 +72,7 @@ def main(args: list[str] | None = None, started: float | None = None) -> int:
     `started`: the value of `time.monotonic()` from which --max-time and --time-budget count.
     """
     started = time.monotonic() if started is None else started
-    config = settings.parse(sys.argv[1:] if args is None else args, str(__doc__))
+    config = command_line.parse(sys.argv[1:] if args is None else args, str(__doc__))
     trackers.check(config)  # fail fast if one is not installed
     record, dataset = start.start_or_resume(config)
     try:

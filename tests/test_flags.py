@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 import eval as evaluation
-from mygpt import schedule, settings
+from mygpt import command_line, schedule
 from mygpt.config import GPTConfig
 from mygpt.doctor import __main__ as doctor
 from mygpt.doctor import verify_resume
@@ -40,7 +40,7 @@ def flags_of(*kinds: type) -> list[str]:
 def train(args: Sequence[str]) -> None:
     """All that a run computes of its flags before anything is opened."""
     with one_line_errors():
-        config = settings.parse(args, "")
+        config = command_line.parse(args, "")
         for world_size in (1, 7):
             if config.micro_batch:
                 schedule.grad_accum_steps(replace(config, total_batch_size=2**20), world_size)

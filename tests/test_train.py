@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train
-from mygpt import checkpoint, log, run_config, settings
+from mygpt import checkpoint, command_line, log, run_config
 from mygpt.evaluate import Loss
 from mygpt.schedule import learning_rate
 from mygpt.settings import TrainConfig
@@ -398,7 +398,7 @@ def test_a_run_is_named_after_its_data_and_preset(
         (mixed, "log/code-web-tiny"),
         (["--data", "books", "--log-dir", "runs/{data}-x"], "runs/books-x"),
     ):
-        config = settings.parse(["tiny", *FLAGS, *given], "")
+        config = command_line.parse(["tiny", *FLAGS, *given], "")
         assert start_or_resume(config)[0].config.log_dir == Path(name)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from mygpt import checkpoint, plot, settings
+from mygpt import checkpoint, command_line, plot
 from mygpt.distributed import DistributedContext
 from mygpt.start import start_or_resume
 from mygpt.train_state import TrainState
@@ -79,7 +79,7 @@ def final_bytes(run: Path) -> tuple[bytes, bytes, dict[str, Any]]:
 
 def one_job(data: Path, run: Path, *flags: str) -> TrainState:
     """What a run begins with, without the run."""
-    config = settings.parse(arguments(data, run, *flags), "Train.")
+    config = command_line.parse(arguments(data, run, *flags), "Train.")
     record, dataset = start_or_resume(config)
     record = replace(record, config=record.config.resolved(20))
     return train.build_train_state(record, dataset, ALONE)

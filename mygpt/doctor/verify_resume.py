@@ -44,10 +44,11 @@ if __name__ == "__main__":  # answer --help before the imports below, which take
 
 import torch
 
-from mygpt import checkpoint, log, settings
+from mygpt import checkpoint, command_line, log
 from mygpt.__main__ import script_path
 from mygpt.distributed import find_device
 from mygpt.schedule import micro_batch_sizes
+from mygpt.settings import TrainConfig
 
 ROUNDING = 1e-3  # relative difference of losses that a different order of summation may cause
 
@@ -66,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def differences(folder: Path, flags: Sequence[str], steps: int) -> Iterator[tuple[str, str]]:
     """Train and compare: (comparison, its first difference or "")."""
-    config = settings.parse(flags, "")
+    config = command_line.parse(flags, "")
     device = find_device(config.device)
     length = ["--max-steps", str(2 * steps), "--log-interval", str(2 * steps)]
     if device == "cuda":
@@ -100,7 +101,7 @@ def train(flags: Sequence[str], run: Path, ranks: int = 1) -> None:
         raise ValueError(f"train.py ended with {done.returncode}, see above")
 
 
-def micro_batch_of_two_ranks(config: settings.TrainConfig) -> int:
+def micro_batch_of_two_ranks(config: TrainConfig) -> int:
     """The largest micro-batch with which two ranks can share the sequences of a step."""
     sizes = micro_batch_sizes(config.total_batch_size, config.model.block_size, world_size=2)
     return max(size for size in sizes if size <= (config.micro_batch or size))

@@ -12,7 +12,7 @@ from torch.distributed.run import get_args_parser
 
 import eval as evaluation
 import shards.__main__
-from mygpt import schedule, settings
+from mygpt import command_line, schedule
 from mygpt.doctor import __main__ as doctor
 from mygpt.hub import __main__ as hub
 from mygpt.play import __main__ as play
@@ -50,7 +50,7 @@ def subcommand(known: dict[str, Callable[..., object]]) -> Callable[[list[str]],
 
 def parse_training(args: list[str], ranks: int = 1) -> None:
     """What train.py refuses before anything slow begins: flags, and batches that don't divide."""
-    config = settings.parse(args, "")
+    config = command_line.parse(args, "")
     if config.micro_batch:  # 0 measures one that fits
         schedule.grad_accum_steps(config, ranks)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from mygpt import autotune, checkpoint, optim, schedule, settings, time_budget
+from mygpt import autotune, checkpoint, command_line, optim, schedule, settings, time_budget
 from mygpt.config import GPTConfig
 from mygpt.distributed import DistributedContext
 from mygpt.log import RunLog
@@ -132,7 +132,7 @@ def test_auto_is_found_once_and_written_down(
     # What was found for one rank is found anew for four, which it can't be shared out over.
     for world_size, rows in ((2, 6), (4, 0)):
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
-        record, _ = start_or_resume(settings.parse(command, ""))
+        record, _ = start_or_resume(command_line.parse(command, ""))
         assert record.config.micro_batch == rows
 
 
@@ -144,7 +144,7 @@ def test_every_preset_can_be_tried_on_a_gpu(
     job = SimpleNamespace(model=0, optimizers=[], own_parameters=None)
     monkeypatch.setattr(autotune, "build_train_state", lambda *_: job)
     monkeypatch.setattr(autotune, "by_trying", lambda model, optimizers, sizes, *_: sizes[-1])
-    config = settings.parse([preset, "--micro-batch", "auto"], "")
+    config = command_line.parse([preset, "--micro-batch", "auto"], "")
     record = RunRecord(config, "", {})
     ranks, run = DistributedContext(0, 0, 1, torch.device("cuda", 0)), RunLog(tmp_path)
     dataset = Mixture.load([str(write_dataset(tmp_path / "data").folder)])
@@ -184,7 +184,7 @@ class Machine:
         self.calls[name] += 1
 
     def steps_in_budget(self, *flags: str, step: float, first: float) -> tuple[int, int]:
-        config = settings.parse(["tiny", *flags], "")
+        config = command_line.parse(["tiny", *flags], "")
         return time_budget.steps_in_budget(
             config,
             BudgetClock(self.log.path.parent, config.time_budget, started=0.0),

@@ -11,7 +11,7 @@ from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train
-from mygpt import autotune, settings
+from mygpt import autotune, command_line
 from mygpt.distributed import DistributedContext
 from mygpt.start import start_or_resume
 from mygpt.stopping import Stop
@@ -40,7 +40,7 @@ with init_distributed("cpu") as ranks:
 
 def two_steps(ranks: DistributedContext, flags: list[str]) -> dict[str, Any]:
     """Of two steps of a run: what is logged, what the optimizer is given, who talked when."""
-    record, dataset = start_or_resume(settings.parse(flags, "Train."))
+    record, dataset = start_or_resume(command_line.parse(flags, "Train."))
     record = replace(record, config=record.config.resolved(20))
     job, stop = train.build_train_state(record, dataset, ranks), Stop(ranks)
     passes: list[int] = []  # the step of each forward pass

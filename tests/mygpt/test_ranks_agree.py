@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mygpt import settings
+from mygpt import command_line
 from mygpt.distributed import DistributedContext
 from mygpt.run_config import RunRecord
 from mygpt.start import check_ranks_agree, start_or_resume
@@ -32,7 +32,7 @@ def test_another_seed_on_one_rank_is_refused_on_both(data: Path, tmp_path: Path)
 
 @pytest.fixture
 def record(data: Path, tmp_path: Path) -> RunRecord:
-    return start_or_resume(settings.parse(arguments(data, tmp_path), "Train."))[0]
+    return start_or_resume(command_line.parse(arguments(data, tmp_path), "Train."))[0]
 
 
 def check(first: RunRecord, second: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:

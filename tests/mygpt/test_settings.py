@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mygpt import run_config, schedule, settings, time_budget
+from mygpt import command_line, run_config, schedule, settings, time_budget
 from mygpt.config import GPTConfig
 from mygpt.settings import PRESETS, TrainConfig
 
 
 def parse(*args: str) -> TrainConfig:
-    return settings.parse(args, "Train.")
+    return command_line.parse(args, "Train.")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -151,7 +151,7 @@ def test_a_shape_beside_initial_weights_is_refused(flag: str) -> None:
 
 
 def test_flags_are_read_without_torch() -> None:
-    code = "import sys, mygpt.settings, mygpt.log; sys.exit('torch' in sys.modules)"
+    code = "import sys, mygpt.command_line, mygpt.log; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mygpt import checkpoint
+from mygpt import checkpoint, command_line
 from mygpt.doctor import verify_resume
 from mygpt.doctor.verify_resume import first_bit_difference, first_loss_difference
 from tests.training import FLAGS, environment, start
@@ -92,11 +92,10 @@ def test_what_no_loss_shows_is_found_in_the_checkpoint(data: Path, tmp_path: Pat
 
 
 def test_rows_that_two_ranks_can_share(capsys: pytest.CaptureFixture[str]) -> None:
-    from mygpt import settings
 
-    small = settings.parse(["small", "--micro-batch", "12", "--total-batch-size", "16384"], "")
+    small = command_line.parse(["small", "--micro-batch", "12", "--total-batch-size", "16384"], "")
     assert verify_resume.micro_batch_of_two_ranks(small) == 8  # 32 rows a rank
-    odd = settings.parse(["small", "--total-batch-size", str(3 * 256)], "")
+    odd = command_line.parse(["small", "--total-batch-size", str(3 * 256)], "")
     with pytest.raises(ValueError, match=r"= 256 \* 2 = 512, got 768: nearest is 512"):
         verify_resume.micro_batch_of_two_ranks(odd)
 
