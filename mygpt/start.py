@@ -1,6 +1,7 @@
 """Start or resume: the record and the datasets of the run that a command asks for, or a refusal.
 
-Nothing is written before all ranks agree, so a mistyped command leaves a run as it was.
+`start_or_resume` writes nothing, and what follows waits until all ranks agree: a mistyped command
+leaves a run as it was.
 """
 
 import os
@@ -88,15 +89,14 @@ def _pretrained_shape(config: TrainConfig) -> GPTConfig:
     return replace(shape, block_size=min(shape.block_size, config.model.block_size))
 
 
-def agree(
+def find_checkpoint(
     record: RunRecord, dataset: Mixture, ranks: DistributedContext, log: RunLog
 ) -> tuple[RunRecord, Mixture, int]:
-    """Return the record, the datasets and the step to resume from, the same on all ranks.
+    """Return the step of the newest checkpoint that is not damaged, -1 if there is none.
 
-    The step is that of the newest checkpoint that is not damaged, -1 if there is none. Raises
-    ValueError on all ranks if their records differ, or if every checkpoint is damaged.
+    Before it, the record and the datasets, with --generation latest those that training goes on
+    with. The same on all ranks. Raises ValueError on all of them if every checkpoint is damaged.
     """
-    check_ranks_agree(record, ranks)
     if ranks.is_main and record.extensions:
         run_config.write(record, dataset)
         set_aside_former_end(record)
