@@ -18,7 +18,7 @@ from mygpt.config import GPTConfig, check_shapes
 from mygpt.model import GPT
 from shards import stored_json
 from shards.manifest import TokenizerIdentity
-from shards.tokenizer import GPT2, Tokenizer, tokenizer_beside
+from shards.tokenizer import BPE, GPT2, P50K, Tokenizer, tokenizer_beside
 from shards.vocabulary import TOKENIZER_NAME
 
 # Settings that change the function computed, with the values that are ours. The first of them is
@@ -129,11 +129,12 @@ def read_tokenizer(name_or_folder: str | Path) -> Tokenizer | None:
 def other_tokenizer(name_or_folder: str | Path, identity: TokenizerIdentity) -> Tokenizer | None:
     """Return the tokenizer of such a model if it is known to be another than `identity`.
 
-    Without a `tokenizer.json` beside it that of a run of ours is GPT-2's, any other is unknown.
+    Without a `tokenizer.json` beside it, a run of ours has GPT-2's or one that is stored nowhere,
+    and of any other model it is unknown.
     """
     folder = _folder(name_or_folder)
-    is_known = (folder / TOKENIZER_NAME).is_file()
-    if not is_known and (identity.name == GPT2 or not checkpoint.is_ours(folder)):
+    is_stored = identity.name.startswith((P50K, BPE))
+    if not (folder / TOKENIZER_NAME).is_file() and not (is_stored and checkpoint.is_ours(folder)):
         return None
     found = tokenizer_beside(folder)
     return found if found.identity != identity else None

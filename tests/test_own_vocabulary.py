@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 import eval as evaluation
 import train
 from mygpt import checkpoint
+from mygpt.config import GPTConfig
 from mygpt.hub import __main__ as hub
 from mygpt.model import GPT
 from shards import __main__ as shards_command
@@ -216,7 +217,7 @@ def test_a_reference_of_another_vocabulary_reads_the_same_text(
     assert sum(len(document.encode()) for document in text) == found["text_bytes"]
     folder = checkpoint.find(root / "gpt2-run")
     config = json.loads((folder / "state.json").read_bytes())["config"]["model"]
-    model = GPT(train.settings.GPTConfig(**config)).eval()
+    model = GPT(GPTConfig(**config)).eval()
     checkpoint.load_model(folder, model)
     nats = nats_by_hand(model, ids.tolist(), 16)
     bits = nats / math.log(2) / found["text_bytes"]
