@@ -94,7 +94,8 @@ def train(
     """Train from the newest checkpoint, or from the initial weights, to the last step."""
     start.check_ranks_agree(record, ranks)  # before anything is written
     log = RunLog(record.config.log_dir, enabled=ranks.is_main)
-    record, dataset, newest = start.find_checkpoint(record, dataset, ranks, log)
+    newest = start.find_checkpoint(record, dataset, ranks, log)
+    record, dataset = start.advance_generation(record, dataset, newest, ranks)
     if record.config.verify:  # each rank a part: one that fails must not leave others waiting
         checks.check_local_part(dataset.manifests)
     if newest >= record.config.last_step and not record.lacks_validation(newest):

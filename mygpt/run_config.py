@@ -113,17 +113,8 @@ class RunRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as it is stored."""
-        record = {
-            "format": FORMAT,
-            "version": VERSION,
-            "fingerprint": self.fingerprint,
-            "generations": self.generations,
-            "earlier": list(map(asdict, self.earlier)),
-            "horizons": list(map(asdict, self.horizons)),
-            "extensions": list(map(asdict, self.extensions)),
-            "config": to_dict(self.config),
-        }
-        return stored_json.with_checksum(record)
+        record = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return stored_json.with_checksum(record | {"config": to_dict(self.config)})
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -89,25 +89,6 @@ def _pretrained_shape(config: TrainConfig) -> GPTConfig:
     return replace(shape, block_size=min(shape.block_size, config.model.block_size))
 
 
-def find_checkpoint(
-    record: RunRecord, dataset: Mixture, ranks: DistributedContext, log: RunLog
-) -> tuple[RunRecord, Mixture, int]:
-    """Return the step of the newest checkpoint that is not damaged, -1 if there is none.
-
-    Before it, the record and the datasets, with --generation latest those that training goes on
-    with. The same on all ranks. Raises ValueError on all of them if every checkpoint is damaged.
-    """
-    if ranks.is_main and record.extensions:
-        run_config.write(record, dataset)
-        set_aside_former_end(record)
-    newest, faults = checkpoint.agree_on_newest(record.config.log_dir, ranks)
-    log.write(*(f"skipped a damaged checkpoint: {fault}" for fault in faults))
-    if record.config.generation == "latest":
-        record, dataset = advance_generation(record, dataset, newest)
-        check_ranks_agree(record, ranks)
-    return record, dataset, newest
-
-
 def check_ranks_agree(record: RunRecord, ranks: DistributedContext) -> None:
     """Raise ValueError on all ranks, naming the first difference, if their records differ.
 
@@ -132,6 +113,21 @@ def _identity(record: RunRecord) -> dict[str, Any]:
     return datasets | {k: v for k, v in flat(record.config).items() if k not in PER_HOST}
 
 
+def find_checkpoint(
+    record: RunRecord, dataset: Mixture, ranks: DistributedContext, log: RunLog
+) -> int:
+    """Return the step to resume from, that of the newest checkpoint that is whole; -1 without one.
+
+    The same on all ranks. Raises ValueError on all of them if every checkpoint is damaged.
+    """
+    if ranks.is_main and record.extensions:
+        run_config.write(record, dataset)
+        set_aside_former_end(record)
+    newest, faults = checkpoint.agree_on_newest(record.config.log_dir, ranks)
+    log.write(*(f"skipped a damaged checkpoint: {fault}" for fault in faults))
+    return newest
+
+
 def set_aside_former_end(record: RunRecord) -> None:
     """Rename the checkpoints that an extended run made before, after the step it goes on from."""
     config = record.config
@@ -143,15 +139,19 @@ def set_aside_former_end(record: RunRecord) -> None:
 
 
 def advance_generation(
-    record: RunRecord, dataset: Mixture, newest: int
+    record: RunRecord, dataset: Mixture, newest: int, ranks: DistributedContext
 ) -> tuple[RunRecord, Mixture]:
-    """Move a run to the newest generation of its datasets, if any has grown.
+    """Return the record and the datasets of --generation latest: all that they have grown to.
 
-    `newest`: its last step on the generation of before.
+    The record notes that up to step `newest` the run read the generation of before. Raises
+    ValueError on all ranks if they find different generations.
     """
-    latest = Mixture.load(record.config.data)
-    if latest.fingerprint == dataset.fingerprint:
+    if record.config.generation != "latest":
         return record, dataset
-    former = Earlier(max(newest, 0), record.fingerprint, record.generations)
-    record = replace(record, fingerprint=latest.fingerprint, generations=latest.generations)
-    return replace(record, earlier=(*record.earlier, former)), latest
+    latest = Mixture.load(record.config.data)
+    if latest.fingerprint != dataset.fingerprint:
+        former = Earlier(max(newest, 0), record.fingerprint, record.generations)
+        record = replace(record, fingerprint=latest.fingerprint, generations=latest.generations)
+        record = replace(record, earlier=(*record.earlier, former))
+    check_ranks_agree(record, ranks)
+    return record, latest
