@@ -70,9 +70,19 @@ def build_train_state(
 
     `init_weights=False` if a checkpoint will be loaded over the weights.
     """
-    loader = _loader(record.config, dataset, ranks)
-    val_windows = _validation_windows(record.config, dataset)
-    return assemble(record, ranks, loader, val_windows, init_weights)
+    config = record.config
+    loader = TokenLoader(
+        dataset,
+        "train",
+        config.micro_batch,
+        config.model.block_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=config.seed,
+        device=ranks.device,
+        shuffle_shards=config.shuffle_shards,
+    )
+    return assemble(record, ranks, loader, validation_windows(config, dataset), init_weights)
 
 
 def assemble(
@@ -84,7 +94,11 @@ def assemble(
 ) -> TrainState:
     """Return the state before the first step of a run that reads from `loader`."""
     config, device = record.config, ranks.device
-    model = _initial_model(config, init_weights)
+    if config.init_from and init_weights:
+        model = from_pretrained(config.init_from, config.model.block_size, config.model.dropout)
+    else:
+        torch.manual_seed(config.seed)
+        model = GPT(config.model)
     model.gradient_checkpointing = config.gradient_checkpointing
     shard = config.shard if ranks.world_size > 1 else "none"
     if shard == "full":
@@ -139,28 +153,7 @@ def trial_pass(model: GPT, micro_batch: int, device: torch.device) -> None:
     loss.backward()
 
 
-def _initial_model(config: TrainConfig, init_weights: bool) -> GPT:
-    if config.init_from and init_weights:
-        return from_pretrained(config.init_from, config.model.block_size, config.model.dropout)
-    torch.manual_seed(config.seed)
-    return GPT(config.model)
-
-
-def _loader(config: TrainConfig, dataset: Mixture, ranks: DistributedContext) -> TokenLoader:
-    return TokenLoader(
-        dataset,
-        "train",
-        config.micro_batch,
-        config.model.block_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        seed=config.seed,
-        device=ranks.device,
-        shuffle_shards=config.shuffle_shards,
-    )
-
-
-def _validation_windows(config: TrainConfig, dataset: Mixture) -> list[np.ndarray]:
+def validation_windows(config: TrainConfig, dataset: Mixture) -> list[np.ndarray]:
     """Return the fixed validation subset, from each source in proportion to its weight."""
     chosen: list[np.ndarray] = []
     for manifest, weight in zip(dataset.manifests, dataset.weights, strict=True):

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from mygpt.config import GPTConfig
 from mygpt.eval import summary
-from mygpt.hub.nanogpt import Imported
 from mygpt.report.run_summary import RunSummary, first_to_last
 
 MAX_ROWS = 20  # of the table of losses
@@ -40,14 +39,15 @@ def of_run(name: str, about: RunSummary, comparison: str) -> str:
     return "\n".join(parts)
 
 
-def of_nanogpt(name: str, imported: Imported, comparison: str) -> str:
+def of_nanogpt(
+    name: str, model: GPTConfig, step: int | None, loss: float | None, comparison: str
+) -> str:
     """The card of a model imported from nanoGPT."""
-    step = "unknown" if imported.step is None else f"{imported.step:,}"
-    loss = imported.val_loss
+    steps = "unknown" if step is None else f"{step:,}"
     told = "unknown" if loss is None else f"{loss:.4f} nats per token"
     parts = [
-        f"{_HEADER}\n# {name}\n\n{_shape(imported.model.config)}\n",
-        f"## Training\n\nTrained with nanoGPT. Step: {step}. Best validation loss recorded in its "
+        f"{_HEADER}\n# {name}\n\n{_shape(model)}\n",
+        f"## Training\n\nTrained with nanoGPT. Step: {steps}. Best validation loss recorded in its "
         f"checkpoint: {told}. The checkpoint does not say what it was trained on.\n",
         _compared(comparison),
     ]

@@ -9,9 +9,10 @@ computes; the card states the largest difference.
 """
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2TokenizerFast
 from transformers.utils import logging
 
-from mygpt import checkpoint
+from mygpt import checkpoint, pretrained
 from mygpt.config import GPTConfig
-from mygpt.hub import card, nanogpt
+from mygpt.hub import card
 from mygpt.model import GPT
 from mygpt.pretrained import PREFIX, TRANSPOSED
 from mygpt.report import run_summary
+from shards import stored_json
 from shards.cli import script
 from shards.files import atomic_folder
 from shards.tokenizer import Tokenizer, open_tokenizer, tokenizer_beside
@@ -78,10 +80,70 @@ def convert(source: Path, out: Path) -> list[str]:
 
     nanoGPT doesn't store the tokenizer: a model of fewer ids than GPT-2's is written without one.
     """
-    imported = nanogpt.load(source / "ckpt.pt" if source.is_dir() else source)
-    gpt2, name = load_tokenizer("gpt2"), out.name
-    known = gpt2 if imported.model.config.vocab_size >= gpt2.n_vocab else None
-    return _write(out, imported.model, known, lambda _, text: card.of_nanogpt(name, imported, text))
+    model, step, loss = load_nanogpt(source / "ckpt.pt" if source.is_dir() else source)
+    gpt2, config = load_tokenizer("gpt2"), model.config
+    known = gpt2 if config.vocab_size >= gpt2.n_vocab else None
+    return _write(
+        out, model, known, lambda _, text: card.of_nanogpt(out.name, config, step, loss, text)
+    )
+
+
+@dataclass(frozen=True)
+class _ModelArgs:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Fields of `ckpt.pt` beside the weights."""
+
+    model_args: _ModelArgs
+    iter_num: int | None = None
+    best_val_loss: float | None = None
+
+
+def load_nanogpt(path: Path) -> tuple[GPT, int | None, float | None]:
+    """Return the model in `ckpt.pt`, its step and its best validation loss, if it has these.
+
+    Runs no code of the file. Today's nanoGPT computes the exact GELU, GPT-2 and myGPT its tanh
+    approximation: they differ by less than 0.0005, and so do the logits a little. Raises
+    FileNotFoundError or ValueError, in one line, if it is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected nanoGPT's checkpoint at {path}, found no file")
+    try:
+        raw = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # Only the reason: torch goes on to advise weights_only=False, which would run code.
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise ValueError(f"expected tensors and plain values in {path}, found: {reason}") from None
+    if not isinstance(raw, dict) or not {"model", "model_args"} <= raw.keys():
+        keys = ", ".join(sorted(map(str, raw))[:5]) if isinstance(raw, dict) else type(raw).__name__
+        raise ValueError(f"expected nanoGPT's model and model_args in {path}, found {keys}")
+    if not isinstance(raw["model"], dict) or not all(map(torch.is_tensor, raw["model"].values())):
+        raise ValueError(f"expected a dictionary of tensors as model in {path}, found another one")
+    tensors = pretrained.our_names(raw["model"], wrapper="_orig_mod.")
+    if torch.is_tensor(loss := raw.get("best_val_loss")) and loss.numel() == 1:
+        raw["best_val_loss"] = loss.item()
+    about = stored_json.build(_Checkpoint, raw, path, ignore_unknown=True, remedy="save it again")
+    args = about.model_args
+    config = GPTConfig(
+        block_size=args.block_size,
+        vocab_size=args.vocab_size,
+        n_layers=args.n_layer,
+        n_heads=args.n_head,
+        n_embed=args.n_embd,
+        dropout=args.dropout,
+        bias=args.bias,
+    )
+    model = pretrained.build(config, tensors, path)
+    return model.eval(), about.iter_num, about.best_val_loss
 
 
 def _write(

@@ -9,7 +9,7 @@ import torch
 
 from mygpt.config import GPTConfig
 from mygpt.hub import __main__ as hub
-from mygpt.hub import nanogpt
+from mygpt.hub.export import load_nanogpt
 from mygpt.model import GPT
 from mygpt.pretrained import from_pretrained
 
@@ -73,7 +73,7 @@ def test_no_code_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     torch.save({**checkpoint(65)[0], "config": Evil()}, "ckpt.pt")
     with pytest.raises(ValueError) as error:
-        nanogpt.load(Path("ckpt.pt"))
+        load_nanogpt(Path("ckpt.pt"))
     assert "expected tensors and plain values in ckpt.pt, found" in str(error.value)
     assert "\n" not in str(error.value)
     assert not Path("was_here").exists()
@@ -82,22 +82,22 @@ def test_no_code_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "ckpt.pt"
     with pytest.raises(FileNotFoundError, match="expected nanoGPT's checkpoint at"):
-        nanogpt.load(path)
+        load_nanogpt(path)
     for content in (b"", b"not a pickle", b"PK\x03\x04 half an archive"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="expected tensors and plain values in"):
-            nanogpt.load(path)
+            load_nanogpt(path)
     torch.save({"weights": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"expected nanoGPT's model and model_args .* weights"):
-        nanogpt.load(path)
+        load_nanogpt(path)
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     raw, _ = checkpoint(65, n_layer=3)
     torch.save(raw, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match=r"tensor h\.2\.attn\.c_attn\.weight: expected shape"):
-        nanogpt.load(tmp_path / "ckpt.pt")
+        load_nanogpt(tmp_path / "ckpt.pt")
     del raw["model_args"]["n_head"]
     torch.save(raw, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match=r"expected a value for model_args\.n_head"):
-        nanogpt.load(tmp_path / "ckpt.pt")
+        load_nanogpt(tmp_path / "ckpt.pt")
