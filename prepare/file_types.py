@@ -4,6 +4,7 @@ import codecs
 import importlib
 import posixpath
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 TEXT, JSONL, PARQUET = "text", "jsonl", "parquet"
@@ -33,6 +34,9 @@ SEEKING = {PARQUET, ZIP}
 # The beginning of a file that tells if it is text.
 HEAD_BYTES = 1 << 13
 
+# Types of files left out that are named on the terminal.
+NAMED = 20
+
 PANDOC, OFFICE = "pandoc -t plain {} -o {}.txt", "libreoffice --headless --convert-to {} {{}}"
 # Commands that make text of what is no text, or not one document.
 CONVERTERS = {
@@ -55,6 +59,18 @@ def by_name(path: str) -> tuple[str | None, str | None, str]:
         suffix = posixpath.splitext(stem)[1]
     kind = KINDS.get(suffix)
     return (None if compression and kind in SEEKING else kind), compression, suffix
+
+
+def is_of_first_kinds(path: str) -> bool:
+    """True for a file of a type that myGPT 0.2 read."""
+    kind, _, suffix = by_name(path)
+    return kind is not None and suffix in FIRST_KINDS
+
+
+def is_stream_by_name(name: str) -> bool:
+    """True if the name of a file says that it can be read from its start, as in an archive."""
+    kind, compression, _ = by_name(name)
+    return kind is not None and kind not in SEEKING and compression is None
 
 
 def unreadable(path: str) -> str:
@@ -100,6 +116,14 @@ def encoding_remedy(path: str, head: bytes) -> str:
         f"text in {said}, not UTF-8: convert it first "
         f"(iconv -f {encoding or 'LATIN1'} -t UTF-8 {name} > {name}.txt)"
     )
+
+
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """Return counts of files by type as a phrase: `3 .png, 1 .pdf`."""
+    by_count = sorted(left_out.items(), key=lambda pair: (-pair[1], pair[0]))
+    named = [f"{number:,} {suffix}" for suffix, number in by_count[:NAMED]]
+    more = len(by_count) - NAMED
+    return ", ".join([*named, f"{more:,} more types"] if more > 0 else named)
 
 
 def format_module(kind: str) -> Any:

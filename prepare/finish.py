@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 
+from prepare.file_types import describe_left_out
 from prepare.plan import Plan, UnitResult
 from prepare.quarantine import (
     QUARANTINE,
@@ -15,7 +16,6 @@ from prepare.quarantine import (
     losses,
     total_bad,
 )
-from prepare.sources import describe_left_out
 from prepare.split import HASH, POSITION, VAL_SOURCE, SplitRule
 from prepare.workspace import REFUSED, Folder
 from shards import stored_json

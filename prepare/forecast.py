@@ -7,8 +7,8 @@ from itertools import islice
 
 from prepare.documents import read
 from prepare.encode import encode
+from prepare.file_types import describe_left_out
 from prepare.plan import Plan, Unit
-from prepare.sources import describe_left_out
 from prepare.text import PIECE_BYTES
 from prepare.workspace import Workspace
 from shards.cli import counted

@@ -16,9 +16,9 @@ recognized, and one whose sources have changed since is refused:
 
 from dataclasses import asdict, fields, replace
 
+from prepare.file_types import is_of_first_kinds
 from prepare.options import Options
 from prepare.plan import Plan, make_plan
-from prepare.sources import is_of_first_kinds
 from prepare.workspace import REFUSED, Workspace
 from shards.cli import counted
 from shards.manifest import Manifest

@@ -12,7 +12,7 @@ import posixpath
 import shlex
 import sysconfig
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -25,10 +25,12 @@ from prepare.file_types import (
     FIRST_KINDS,
     HEAD_BYTES,
     KINDS,
-    SEEKING,
     TEXT,
     ZIP,
     by_name,
+    describe_left_out,
+    is_of_first_kinds,
+    is_stream_by_name,
     not_text,
     unreadable,
 )
@@ -43,8 +45,6 @@ DATASET_DICT = "dataset_dict.json"
 DATASET_DATA = "data-"
 # Files inspected concurrently: most of that time is waiting, for a network above all.
 INSPECTED_AT_ONCE = 16
-# Types of files left out that are named on the terminal.
-NAMED = 20
 
 
 def find_files(
@@ -210,7 +210,7 @@ class _Search:
             yield file
             return
         inside = {key: value for key, value in members(path).items() if not _is_hidden(key)}
-        known = [member for member in inside if _is_readable_member(member)]
+        known = [member for member in inside if is_stream_by_name(member)]
         others = {member: inside[member][0] for member in inside.keys() - known}
         for member in [*known, *self._texts(others)]:
             path, size = inside[member]
@@ -218,28 +218,8 @@ class _Search:
             yield InputFile(f"{name}/{member}", path, size, mtime, kind, ZIP, self.val)
 
 
-def describe_left_out(left_out: Mapping[str, int]) -> str:
-    """Return counts of files by type as a phrase: `3 .png, 1 .pdf`."""
-    by_count = sorted(left_out.items(), key=lambda pair: (-pair[1], pair[0]))
-    named = [f"{number:,} {suffix}" for suffix, number in by_count[:NAMED]]
-    more = len(by_count) - NAMED
-    return ", ".join([*named, f"{more:,} more types"] if more > 0 else named)
-
-
 def _is_hidden(inside: str) -> bool:
     return any(part.startswith(".") for part in inside.split("/"))
-
-
-def is_of_first_kinds(path: str) -> bool:
-    """True for a file of a type that myGPT 0.2 read."""
-    kind, _, suffix = by_name(path)
-    return kind is not None and suffix in FIRST_KINDS
-
-
-def _is_readable_member(name: str) -> bool:
-    """True if the name of an archive's member says that it can be read as a stream."""
-    kind, compression, _ = by_name(name)
-    return kind is not None and kind not in SEEKING and compression is None
 
 
 def _not_text(name: str, path: str) -> str:
