@@ -49,11 +49,16 @@ def store_quarantine(
     listed: list[BadDocuments] = []
     for result in sorted(results, key=lambda result: result.unit):
         list_bad(listed, result.bad)
-    here = {"generation": plan.generation}
-    names = [plan.files[one.source].name for one in listed]
     entries = [
-        Entry(**asdict(one) | here | {"source": name})
-        for one, name in zip(listed, names, strict=True)
+        Entry(
+            source=plan.files[one.source].name,
+            position=one.position,
+            reason=one.reason,
+            documents=one.documents,
+            generation=plan.generation,
+            bytes=one.bytes,
+        )
+        for one in listed
     ]
     earlier = [entry for entry in _stored(folder) if entry.generation < plan.generation]
     lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in earlier + entries]

@@ -185,7 +185,8 @@ def parse_index(content: IO[bytes], name: str) -> pa.Table:
     """Return the index in an open file, called `name` in errors. Raises as `read_index`."""
     try:
         with pq.ParquetFile(content) as file:
-            index = file.read()
+            # A thread that lets go of a Python file while the interpreter ends aborts the process.
+            index = file.read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"expected a whole index in {name}, found {error}: {REMEDY}") from None
     if index.schema != INDEX_SCHEMA:
