@@ -82,6 +82,7 @@ class _Search:
     left_out: Counter[str] = field(default_factory=Counter)  # files by type
     reason: str = ""  # why the first of them was left out, and what to do
     met: set[Hashable] = field(default_factory=set)  # identities of the files found
+    listed: dict[str, fs.FileInfo] = field(default_factory=dict)  # files of a remote folder
 
     def files(self) -> Iterator[InputFile]:
         """Yield the files. Raises ValueError or OSError for a bad source."""
@@ -135,7 +136,14 @@ class _Search:
 
         Files whose type only their content tells come last: a link may give them a better name.
         """
-        inside = {path: posixpath.relpath(path, folder) for path in _paths_below(system, folder)}
+        if isinstance(system, fs.LocalFileSystem):
+            found = _paths_below(folder)
+        else:
+            selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
+            infos = system.get_file_info(selector)
+            self.listed = {info.path: info for info in infos if info.type == fs.FileType.File}
+            found = iter(self.listed)
+        inside = {path: posixpath.relpath(path, folder) for path in found}
         paths = [
             path
             for path, name in inside.items()
@@ -157,8 +165,7 @@ class _Search:
 
     def _is_new(self, system: fs.FileSystem, path: str) -> bool:
         """True for a regular file that has not been found under another name."""
-        _check_utf8(path)
-        is_file = system.get_file_info(path).type == fs.FileType.File
+        is_file = self._info(system, path).type == fs.FileType.File
         return is_file and (is_remote(self.source) or inode_of(path) not in self.met)
 
     def _texts(self, paths: dict[str, str]) -> Iterator[str]:
@@ -192,11 +199,15 @@ class _Search:
 
     def _checked(self, system: fs.FileSystem, path: str, name: str) -> Iterator[InputFile]:
         """Yield the file at a path, or its members if it is an archive."""
-        _check_utf8(path)
-        info = system.get_file_info(path)
+        info = self._info(system, path)
         _check_regular(info)
         if info.type == fs.FileType.File:
             yield from self._found(info, name)
+
+    def _info(self, system: fs.FileSystem, path: str) -> fs.FileInfo:
+        """Return what is at a path; of a remote one the listing has told that already."""
+        _check_utf8(path)
+        return self.listed.get(path) or system.get_file_info(path)
 
     def _found(self, info: fs.FileInfo, name: str) -> Iterator[InputFile]:
         """Yield a file that is there, unless it was met before, or the members of an archive."""
@@ -257,17 +268,12 @@ def _check_regular(info: fs.FileInfo) -> None:
         )
 
 
-def _paths_below(system: fs.FileSystem, folder: str) -> Iterator[str]:
-    """Yield the paths of the files below a folder.
+def _paths_below(folder: str) -> Iterator[str]:
+    """Yield the paths of the files below a local folder.
 
-    On a local disk links are followed last, the shallowest first, and only to what was not met
-    before, so a file has its real path if that is below the folder, and a loop ends.
+    Links are followed last, the shallowest first, and only to what was not met before, so a file
+    has its real path if that is below the folder, and a loop ends.
     """
-    if not isinstance(system, fs.LocalFileSystem):
-        selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
-        found = system.get_file_info(selector)
-        yield from (info.path for info in found if info.type == fs.FileType.File)
-        return
     seen: set[tuple[int, int]] = set()
     links = [(0, folder)]
     while links:

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
 from prepare.input_file import InputFile
 from prepare.sources import find_files
@@ -276,6 +277,27 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         find_files(["hf://datasets/a"])
     with pytest.raises(ConnectError):
         find_files(["a.txt"])
+
+
+def test_a_remote_folder_is_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request per file would take an object store twenty minutes for 25,000 of them."""
+    asked = []
+
+    class Store:
+        def get_file_info(self, what: str | fs.FileSelector) -> fs.FileInfo | list[fs.FileInfo]:
+            asked.append(what)
+            if isinstance(what, str):
+                return fs.FileInfo(what, fs.FileType.Directory)
+            names = [f"bucket/web/{number}.txt" for number in range(3)]
+            return [fs.FileInfo(name, fs.FileType.File, size=9, mtime=1.5) for name in names]
+
+    monkeypatch.setattr("prepare.sources.filesystem", lambda _: (Store(), "bucket/web"))
+    monkeypatch.setattr("prepare.sources.path_of", lambda _, inside: f"s3://{inside}")
+    found = find_files(["s3://bucket/web"])
+    assert [(file.name, file.path, file.size) for file in found] == [
+        (f"web/{number}.txt", f"s3://bucket/web/{number}.txt", 9) for number in range(3)
+    ]
+    assert len(asked) == 2, "the folder, and the listing of what is in it"
 
 
 def test_a_link_never_names_what_has_a_real_path(corpus: Path) -> None:
