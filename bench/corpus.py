@@ -38,25 +38,11 @@ class Corpus:
     text_bytes: int
     sample_bytes: int
 
-    @property
-    def parquet(self) -> Path:
-        """All documents in a column `text`, in row groups of about 4 MB, zstd."""
-        return self.folder / "corpus.parquet"
-
-    @property
-    def jsonl(self) -> Path:
-        """One line of JSON per document."""
-        return self.folder / "corpus.jsonl"
-
-    @property
-    def txt(self) -> Path:
-        """All documents, concatenated."""
-        return self.folder / "corpus.txt"
-
-    @property
-    def sample(self) -> Path:
-        """An eighth of the documents, as `parquet`."""
-        return self.folder / "sample.parquet"
+    # A column `text` in row groups of about 4 MB, zstd: of all documents, and of an eighth of them.
+    parquet = property(lambda self: self.folder / "corpus.parquet")
+    sample = property(lambda self: self.folder / "sample.parquet")
+    jsonl = property(lambda self: self.folder / "corpus.jsonl")  # one line of JSON per document
+    txt = property(lambda self: self.folder / "corpus.txt")  # all documents, concatenated
 
 
 def build(megabytes: float) -> Corpus:

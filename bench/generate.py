@@ -29,7 +29,15 @@ PACKAGES = ("torch", "transformers")
 OURS, PEER = "myGPT", "Hugging Face"
 # The weights measured on each device; Hugging Face's in the first of them only.
 WEIGHTS = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("bf16", "fp32")}
-HEADERS = ("", "weights", "texts", "tokens/s", "low to high", "× Hugging Face", "CPU ms")
+COLUMNS: table.Columns = {
+    "": ("what", ""),
+    "weights": ("weights", ""),
+    "texts": ("batch", ""),
+    "tokens/s": ("tokens_s", ",.1f"),
+    "low to high": ("tokens_s", ",.1f"),
+    "× Hugging Face": ("of_peer", ".2f"),
+    "CPU ms": ("cpu_ms", ".1f"),
+}
 
 
 @dataclass(frozen=True)
@@ -170,24 +178,11 @@ def row(
 
 def as_text(results: Mapping[str, Any]) -> str:
     """The results of `run` for people."""
-    rows = [
-        (
-            row["what"],
-            row["weights"],
-            str(row["batch"]),
-            f"{row['tokens_s']['median']:,.1f}",
-            f"{row['tokens_s']['low']:,.1f} to {row['tokens_s']['high']:,.1f}",
-            table.shown(row["of_peer"], ".2f"),
-            f"{row['cpu_ms']['median']:.1f}",
-        )
-        for row in results["rows"]
-    ]
     return table.page(
         results,
         f"on {results['device']}; {results['preset']}: {results['new_tokens']} new tokens; medians "
         f"of {results['rounds']} rounds",
-        HEADERS,
-        rows,
+        COLUMNS,
         ["CPU ms: of all threads, per token; other work on the machine changes it little."],
     )
 

@@ -23,7 +23,14 @@ from bench import feeds, table, worker
 PACKAGES = ("torch", "numpy", "litdata")
 OURS, NANOGPT = "this loader", "nanoGPT's get_batch"
 ON_GPU = "this loader, to a GPU"
-HEADERS = ("", "M tokens/core-s", "low to high", "× nanoGPT", "by the clock", "order")
+COLUMNS: table.Columns = {
+    "": ("what", ""),
+    "M tokens/core-s": ("million_tokens_s", ""),
+    "low to high": ("million_tokens_s", ""),
+    "× nanoGPT": ("of_nanogpt", ".2f"),
+    "by the clock": ("million_tokens_s_by_the_clock", ""),
+    "order": ("order", ""),
+}
 # Enough to fill any read-ahead; then so many batches between two looks at the clock.
 WARM_BATCHES, TIMED_AT_ONCE = 600, 20
 
@@ -136,23 +143,11 @@ def rates_of(feed: Iterator[Any], seconds: float, on_gpu: bool = False) -> dict[
 def as_text(results: Mapping[str, Any]) -> str:
     """The results of `run` for people."""
     dataset = results["dataset"]
-    rows = [
-        (
-            row["what"],
-            str(row["million_tokens_s"]["median"]),
-            f"{row['million_tokens_s']['low']} to {row['million_tokens_s']['high']}",
-            table.shown(row["of_nanogpt"], ".2f"),
-            str(row["million_tokens_s_by_the_clock"]["median"]),
-            row["order"],
-        )
-        for row in results["rows"]
-    ]
     return table.page(
         results,
         f"{dataset['megatokens']} million tokens in {dataset['shards']} shards, batches of "
         f"{feeds.BATCH} × {feeds.BLOCK} as int64; medians of {results['rounds']} rounds",
-        HEADERS,
-        rows,
+        COLUMNS,
     )
 
 

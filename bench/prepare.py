@@ -33,7 +33,15 @@ PEERS = {
     "nanogpt": "nanoGPT's recipe",
 }
 COMMAND = ("-m", "prepare")
-HEADERS = ("", "processes", "MB/s", "low to high", "× encoder", "× pool", "whole MB/s")
+COLUMNS: table.Columns = {
+    "": ("what", ""),
+    "processes": ("processes", ""),
+    "MB/s": ("mb_s", ""),
+    "low to high": ("mb_s", ""),
+    "× encoder": ("of_ceiling", ".2f"),
+    "× pool": ("of_pool", ".1f"),
+    "whole MB/s": ("mb_s_whole", ""),
+}
 NOTES = """\
 MB/s of UTF-8 text, without the start of interpreters and encoders; the last column includes it.
 * measured on an eighth of the documents, chosen evenly"""
@@ -148,24 +156,9 @@ def as_text(results: Mapping[str, Any]) -> str:
         results,
         f"{text['text_bytes'] / 1e6:.1f} MB of text, {text['documents']:,} documents; "
         f"medians of {results['rounds']} rounds",
-        HEADERS,
-        [cells(row) for row in results["rows"]],
+        COLUMNS,
         [NOTES],
     )
-
-
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """A row as text."""
-    rates = row["mb_s"]
-    return [
-        row["what"],
-        str(row["processes"]),
-        str(rates["median"]),
-        f"{rates['low']} to {rates['high']}",
-        table.shown(row["of_ceiling"], ".2f"),
-        table.shown(row["of_pool"], ".1f"),
-        str(row["mb_s_whole"]["median"]) if "mb_s_whole" in row else "",
-    ]
 
 
 if __name__ == "__main__":

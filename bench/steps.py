@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def ours(work: Workload, compiled: bool) -> Step:
 def plain(work: Workload, compiled: bool) -> Step:
     """`PlainGPT` with torch's AdamW, from our initial weights."""
     model = plain_model(work.model, work.device)
-    return _step(work, model, lambda run, x, y: run(x, y), compiled)
+    return usual_step(model, work.batches(), lambda run, x, y: run(x, y), compiled)
 
 
 def plain_model(shape: GPTConfig, device: str) -> PlainGPT:
@@ -125,7 +125,8 @@ def hugging_face(work: Workload, compiled: bool) -> Step:
     """GPT2LMHeadModel with its own loss."""
     torch.manual_seed(SEED)
     model = hugging_face_model(work.model, use_cache=False).to(work.device)
-    return _step(work, model, lambda run, x, y: run(input_ids=x, labels=x).loss, compiled)
+    loss_of = lambda run, x, y: run(input_ids=x, labels=x).loss  # noqa: E731
+    return usual_step(model, work.batches(), loss_of, compiled)
 
 
 def hugging_face_model(shape: GPTConfig, **options: Any) -> Any:
@@ -151,41 +152,43 @@ def hugging_face_model(shape: GPTConfig, **options: Any) -> Any:
     return GPT2LMHeadModel(config)
 
 
-def _step(
-    work: Workload,
+def usual_step(
     model: torch.nn.Module,
+    batches: Iterator[feeds.Batch],
     loss_of: Callable[[Any, Tensor, Tensor], Tensor],
     compiled: bool,
+    accumulation: int = 1,
+    rates: Iterator[float] | None = None,
 ) -> Step:
-    """Forward, backward, clipping and AdamW, in the order and with the settings of our own step."""
-    device = torch.device(work.device)
-    adamw = adamw_of(model, device)
-    run = torch.compile(model) if compiled else model
-    batches: Iterator[feeds.Batch] = work.batches()
+    """Forward, backward, clipping and AdamW, in the order and with the settings of our own step.
 
-    def step() -> float:
-        x, y = next(batches)
-        with autocast(device):
-            loss = loss_of(run, x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-        adamw.step()
-        adamw.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
-
-
-def adamw_of(model: torch.nn.Module, device: torch.device) -> torch.optim.AdamW:
-    """nanoGPT's optimizer: decay on matrices only; fused on a GPU, else torch's default."""
+    As in nanoGPT only matrices decay, and AdamW is fused on a GPU, else torch's default.
+    """
+    device, rates = next(model.parameters()).device, rates or repeat(LEARNING_RATE)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": WEIGHT_DECAY},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = [{"params": matrices}]
+    groups.append({"params": vectors, "weight_decay": 0.0})
     fused = device.type == "cuda" or None
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=fused)
+    adamw = torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=fused)
+    run = torch.compile(model) if compiled else model
+
+    def step() -> float:
+        lr, total = next(rates), torch.zeros((), device=device)
+        for group in adamw.param_groups:
+            group["lr"] = lr
+        for _ in range(accumulation):
+            x, y = next(batches)
+            with autocast(device):
+                loss = loss_of(run, x, y) / accumulation
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+        adamw.step()
+        adamw.zero_grad()
+        return total.item()
+
+    return step
 
 
 def product_rates(device: str, size: int, seconds: float = SUSTAINED_SECONDS) -> dict[str, float]:

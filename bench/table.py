@@ -22,6 +22,7 @@ from shards.cli import one_line_errors
 
 Key = TypeVar("Key", bound=Hashable)
 Record = Mapping[str, Any]
+Columns = Mapping[str, tuple[str, str]]  # header -> name and format of a figure
 Preset = Literal["gpt2", "small", "tiny", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 Device = Literal["cuda", "cpu"]
 
@@ -152,20 +153,20 @@ def _processor() -> str:
 def page(
     results: Mapping[str, Any],
     about: str,
-    headers: Sequence[str],
-    rows: Sequence[Sequence[str]],
+    columns: Columns,
     notes: Sequence[str] = (),
 ) -> str:
     """Results for people: the command, the machine, a table, notes and failures."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    rows = [[cell(row, head, *of) for head, of in columns.items()] for row in results["rows"]]
     lines = [
         f"$ {machine['command']}",
         f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, "
         f"Python {machine['python']}, {versions}",
         about,
         "",
-        as_text(headers, rows),
+        as_text(list(columns), rows),
         "",
         *notes,
         *(f"failed: {name}: {reason}" for name, reason in results["failed"].items()),
@@ -173,9 +174,17 @@ def page(
     return "\n".join(lines)
 
 
-def shown(value: float | None, form: str) -> str:
+def shown(value: Any, form: str) -> str:
     """A figure in a table's cell: empty if there is none."""
     return "" if value is None else format(value, form)
+
+
+def cell(row: Record, header: str, name: str, form: str) -> str:
+    """One figure of a row; of a `spread` the median or, below "low to high", the extremes."""
+    figure = row.get(name)
+    if header == "low to high":
+        return f"{row[name]['low']:{form}} to {row[name]['high']:{form}}"
+    return shown(figure["median"] if isinstance(figure, dict) else figure, form)
 
 
 def as_text(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

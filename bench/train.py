@@ -31,10 +31,19 @@ OURS, PLAIN, PEER = "myGPT", "plain", "Hugging Face"
 COMPILED = ", compiled"
 PRODUCT = "matrix product"
 MICRO_BATCH = {"cuda": 64, "cpu": 8}
-HEADERS = (
-    *("", "tokens/s", "low to high", "ms", "× plain", "CPU time", "MiB", "of products"),
-    *("of datasheet", "start, s", "loss"),
-)
+COLUMNS: table.Columns = {
+    "": ("what", ""),
+    "tokens/s": ("tokens_s", ",.0f"),
+    "low to high": ("tokens_s", ",.0f"),
+    "ms": ("ms", ",.0f"),
+    "× plain": ("of_plain", ".2f"),
+    "CPU time": ("cpu_of_plain", ".2f"),
+    "MiB": ("megabytes", ","),
+    "of products": ("of_products", ".0%"),
+    "of datasheet": ("of_datasheet", ".0%"),
+    "start, s": ("start_seconds", ".0f"),
+    "loss": ("loss", ".4f"),
+}
 NOTES = """\
 × plain, CPU time: relative to {baseline}; other programs on the machine hardly change the latter.
 MiB: {memory}. Of products: model FLOP/s relative to a large matrix product's over two seconds.
@@ -251,19 +260,15 @@ def as_text(results: Mapping[str, Any]) -> str:
     batch, rows = results["batch"], results["rows"]
     rates = results["tflops_of_products"]
     shown_rates = [f"{rate['median']:.3g} TFLOP/s {name}" for name, rate in rates.items()]
+    count = rows[0]["steps"] if rows else 0
     memory = "torch's peak allocation" if results["device"] != "cpu" else "peak resident memory"
     return table.page(
         results,
         f"on {results['device']}; {results['preset']}: steps of {batch[0]} × {batch[1]} tokens, "
         f"{results['flops_per_token'] / 1e6:.0f} MFLOP per token; a large matrix product: "
         f"{', '.join(shown_rates) or 'not measured'}; medians of {results['rounds']} rounds",
-        HEADERS,
-        [cells(one) for one in rows],
-        [
-            NOTES.format(
-                memory=memory, steps=rows[0]["steps"] if rows else 0, baseline=results["baseline"]
-            )
-        ],
+        COLUMNS,
+        [NOTES.format(memory=memory, steps=count, baseline=results["baseline"])],
     )
 
 
@@ -279,24 +284,6 @@ def profile_as_text(profile: Mapping[str, Any]) -> str:
         + "\n\n"
         + table.as_text(("longest kernels", "calls per step", "ms per step"), kernels)
     )
-
-
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """A row as text."""
-    rates = row["tokens_s"]
-    return [
-        row["what"],
-        f"{rates['median']:,.0f}",
-        f"{rates['low']:,.0f} to {rates['high']:,.0f}",
-        f"{row['ms']['median']:,.0f}",
-        table.shown(row["of_plain"], ".2f"),
-        table.shown(row["cpu_of_plain"], ".2f"),
-        f"{row['megabytes']:,}",
-        table.shown(row["of_products"], ".0%"),
-        table.shown(row["of_datasheet"], ".0%"),
-        f"{row['start_seconds']:.0f}",
-        f"{row['loss']:.4f}",
-    ]
 
 
 if __name__ == "__main__":

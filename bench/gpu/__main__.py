@@ -19,24 +19,23 @@ from typing import Annotated
 import tyro
 
 from bench.gpu import report
-from bench.gpu.runner import Runner, Stage
-from bench.gpu.setting import RESULTS, Setting
+from bench.gpu.runner import RESULTS, Runner, Setting, Stage
 from bench.table import Device, Preset
 from mygpt.distributed import check_room
 from shards.cli import one_line_errors
 
 DEADLINE = 520.0
 STAGES = (
-    Stage("machine", "bench.gpu.machine:watch", beside="all"),
-    Stage("text", "bench.gpu.text:prepare", beside="all"),
-    Stage("warm", "bench.gpu.speed:warm", beside="smoke"),
+    Stage("machine", "bench.gpu.stages:machine", beside="all"),
+    Stage("text", "bench.gpu.stages:text", beside="all"),
+    Stage("warm", "bench.gpu.stages:warm", beside="smoke"),
     Stage("smoke", "bench.gpu.smoke:run", seconds=65, least=30),
     Stage("micro", "bench.gpu.micro:run", seconds=45, least=15),
-    Stage("train", "bench.gpu.speed:train", seconds=150, least=60),
-    Stage("profile", "bench.gpu.speed:profile", seconds=30, least=20),
-    Stage("generate", "bench.gpu.speed:generate", seconds=40, least=20),
+    Stage("train", "bench.gpu.stages:train", seconds=150, least=60),
+    Stage("profile", "bench.gpu.stages:profile", seconds=30, least=20),
+    Stage("generate", "bench.gpu.stages:generate", seconds=40, least=20),
     Stage("race", "bench.gpu.race:run", seconds=210, least=90),
-    Stage("run", "bench.gpu.run:run", seconds=75, least=40),
+    Stage("run", "bench.gpu.stages:run", seconds=75, least=40),
 )
 
 
@@ -79,17 +78,13 @@ def measure(options: Options) -> list[str]:
         raise ValueError(f"{options.out} holds results already: give a new folder, or --report")
     options.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the stages too
+    factor = max(1.0, options.deadline / DEADLINE)
+    stages = [replace(stage, seconds=stage.seconds * factor) for stage in STAGES]
     with tempfile.TemporaryDirectory(prefix="bench-gpu-", ignore_cleanup_errors=True) as work:
         setting = Setting("all", options.preset, options.device, options.out.resolve(), Path(work))
         command = shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]])
         setting.note({"command": command, "deadline": options.deadline})
-        return Runner(setting, options.deadline).run(stages(options.deadline))
-
-
-def stages(deadline: float) -> list[Stage]:
-    """The stages, each with more time at most if there is more in all."""
-    factor = max(1.0, deadline / DEADLINE)
-    return [replace(stage, seconds=stage.seconds * factor) for stage in STAGES]
+        return Runner(setting, options.deadline).run(stages)
 
 
 if __name__ == "__main__":

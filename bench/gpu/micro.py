@@ -16,37 +16,45 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
 from bench import steps, worker
-from bench.gpu.setting import Setting
-from bench.gpu.smoke import BACKENDS, packed_qkv
+from bench.gpu.runner import Setting
+from bench.gpu.smoke import BACKENDS, packed_qkv, torch_mean
 from bench.train import MICRO_BATCH
 from mygpt.distributed import autocast, compute_dtype
-from mygpt.loss import IGNORED, LinearCrossEntropy, chunk_rows
+from mygpt.loss import LinearCrossEntropy, chunk_rows
 
-Figures = Iterator[tuple[str, float, float]]  # name, seconds, FLOP or 0
+Calls = Iterator[tuple[str, float, Callable[..., object]]]  # name, FLOP, what is timed
 SECONDS = 0.2  # per figure, at least
 
 
 def run(setting: Setting) -> None:
     """Note the milliseconds and TFLOP/s of every operation, one group after the other."""
-    groups = (rates, block_products, head_products, attention, losses)
-    worker.measure({group.__name__: (turn_of, group, setting) for group in groups}, 1, setting.note)
+    groups = (block_products, head_products, attention, losses)
+    makers: dict[str, Any] = {"rates": (partial, rates, setting)}
+    makers |= {group.__name__: (partial, timed, group, setting) for group in groups}
+    worker.measure(makers, 1, setting.note)
 
 
-def turn_of(group: Callable[[Setting], Figures], setting: Setting) -> worker.Turn:
-    """A turn that measures one group."""
-    return lambda: {"figures": [figure(*one) for one in group(setting)]}
+def rates(setting: Setting) -> dict[str, Any]:
+    """A large square product, in short bursts and over two seconds."""
+    size = 8192 if setting.on_gpu else 1024
+    flop = 2 * float(size) ** 3
+    found = steps.product_rates(setting.device, size, 2 if setting.on_gpu else 0.2)
+    name = f"{size} × {size} × {size}"
+    return {"figures": [figure(f"{name}, {how}", flop, flop / r) for how, r in found.items()]}
 
 
-def figure(name: str, seconds: float, flop: float) -> dict[str, Any]:
+def timed(group: Callable[[Setting], Calls], setting: Setting) -> dict[str, Any]:
+    """Each call of a group: the median duration; torch's timer waits for the device."""
+    figures = []
+    for name, flop, call in group(setting):
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        figures.append(figure(name, flop, timer.blocked_autorange(min_run_time=SECONDS).median))
+    return {"figures": figures}
+
+
+def figure(name: str, flop: float, seconds: float) -> dict[str, Any]:
     """One line of the table."""
-    rate = round(flop / seconds / 1e12, 3) if flop else None
-    return {"what": name, "ms": round(1000 * seconds, 4), "tflops": rate}
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    """Median duration of a call; torch's timer waits for the device."""
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=SECONDS).median
+    return {"what": name, "ms": round(1000 * seconds, 4), "tflops": round(flop / seconds / 1e12, 3)}
 
 
 def random(setting: Setting, *shape: int) -> Tensor:
@@ -55,16 +63,7 @@ def random(setting: Setting, *shape: int) -> Tensor:
     return torch.randn(*shape, device=device).to(compute_dtype(device))
 
 
-def rates(setting: Setting) -> Figures:
-    """A large square product, in short bursts and over two seconds."""
-    size = 8192 if setting.on_gpu else 1024
-    flop = 2 * float(size) ** 3
-    found = steps.product_rates(setting.device, size, 2 if setting.on_gpu else 0.2)
-    for name, rate in found.items():
-        yield f"{size} × {size} × {size}, {name}", flop / rate, flop
-
-
-def block_products(setting: Setting) -> Figures:
+def block_products(setting: Setting) -> Calls:
     """The twelve products of a block: each layer forward, its input's and its weight's gradient."""
     c = setting.config.model
     n = MICRO_BATCH[setting.device] * c.block_size
@@ -77,12 +76,12 @@ def block_products(setting: Setting) -> Figures:
     for name, (k, m) in layers.items():
         x, weight, grad = random(setting, n, k), random(setting, m, k), random(setting, n, m)
         flop = 2.0 * n * k * m
-        yield f"{name}, forward", seconds_of(partial(F.linear, x, weight)), flop
-        yield f"{name}, input gradient", seconds_of(partial(torch.mm, grad, weight)), flop
-        yield f"{name}, weight gradient", seconds_of(partial(torch.mm, grad.T, x)), flop
+        yield f"{name}, forward", flop, partial(F.linear, x, weight)
+        yield f"{name}, input gradient", flop, partial(torch.mm, grad, weight)
+        yield f"{name}, weight gradient", flop, partial(torch.mm, grad.T, x)
 
 
-def head_products(setting: Setting) -> Figures:
+def head_products(setting: Setting) -> Calls:
     """The head's three products, by number of columns, chunk size and dtype of the result."""
     c = setting.config.model
     vocab, chunk = c.vocab_size, chunk_rows(setting.device)
@@ -90,24 +89,23 @@ def head_products(setting: Setting) -> Figures:
     for columns in (vocab, padded):
         x, weight = random(setting, chunk, c.n_embed), random(setting, columns, c.n_embed)
         flop = 2.0 * chunk * c.n_embed * columns
-        yield f"logits {chunk} × {columns}", seconds_of(partial(F.linear, x, weight)), flop
+        yield f"logits {chunk} × {columns}", flop, partial(F.linear, x, weight)
     for rows in (chunk // 2, chunk, 2 * chunk, 4 * chunk):
         x, grad = random(setting, rows, c.n_embed), random(setting, rows, padded)
-        flop = 2.0 * rows * c.n_embed * padded
-        yield f"input gradient, {rows} rows", seconds_of(partial(torch.mm, grad, weight)), flop
+        flop, name = 2.0 * rows * c.n_embed * padded, f"weight gradient, {rows} rows"
+        yield f"input gradient, {rows} rows", flop, partial(torch.mm, grad, weight)
         total = torch.zeros(padded, c.n_embed, device=setting.device)
-        add: Callable[[], object] = partial(_add_product, total, grad, x)
-        yield f"weight gradient, {rows} rows, added to fp32", seconds_of(add), flop
+        yield f"{name}, added to fp32", flop, partial(_add_product, total, grad, x)
         if setting.on_gpu:
-            add = partial(torch.addmm, total, grad.T, x, out_dtype=torch.float32)
-            yield f"weight gradient, {rows} rows, fp32 from addmm", seconds_of(add), flop
+            fp32 = partial(torch.addmm, total, grad.T, x, out_dtype=torch.float32)
+            yield f"{name}, fp32 from addmm", flop, fp32
 
 
 def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
     total.add_(grad.T @ x)
 
 
-def attention(setting: Setting) -> Figures:
+def attention(setting: Setting) -> Calls:
     """Causal attention forward and backward, by kernel, in the layout that the model has."""
     c, device = setting.config.model, torch.device(setting.device)
     shape = (MICRO_BATCH[setting.device], c.n_heads, c.block_size)
@@ -121,31 +119,26 @@ def attention(setting: Setting) -> Figures:
                 y = forward()
             except RuntimeError:  # this device has no such kernel
                 continue
-            yield f"{name.lower()}, forward", seconds_of(forward), flop
+            yield f"{name.lower()}, forward", flop, forward
             backward = partial(torch.autograd.grad, y, (q, k, v), y.detach(), retain_graph=True)
-            yield f"{name.lower()}, backward", seconds_of(backward), 2.5 * flop
+            yield f"{name.lower()}, backward", 2.5 * flop, backward
 
 
-def losses(setting: Setting) -> Figures:
+def losses(setting: Setting) -> Calls:
     """The loss of one chunk and its gradients: ours and torch's, compiled and not."""
-    c, device = setting.config.model, torch.device(setting.device)
-    rows = chunk_rows(device.type)
-    x, weight = random(setting, rows, c.n_embed).float(), random(setting, c.vocab_size, c.n_embed)
-    x, weight = x.requires_grad_(), weight.float().requires_grad_()
-    targets = torch.randint(c.vocab_size, (rows,), device=device)
-    flop = 6.0 * rows * c.n_embed * c.vocab_size
+    c, rows = setting.config.model, chunk_rows(setting.device)
+    sizes = ((rows, c.n_embed), (c.vocab_size, c.n_embed))
+    x, weight = (random(setting, *size).float().requires_grad_() for size in sizes)
+    targets = torch.randint(c.vocab_size, (rows,), device=setting.device)
     ours, compiled = LinearCrossEntropy(), LinearCrossEntropy()
-    means: dict[str, Callable[..., Tensor]] = {"torch's": _torch_mean, "ours": ours.mean}
+    means: dict[str, Callable[..., Tensor]] = {"torch's": torch_mean, "ours": ours.mean}
     if setting.on_gpu:  # where it is used; a CPU takes long to compile
         compiled.compile()
-        means |= {"torch's, compiled": torch.compile(_torch_mean), "ours, compiled": compiled.mean}
+        means |= {"torch's, compiled": torch.compile(torch_mean), "ours, compiled": compiled.mean}
     for name, mean in means.items():
         step = partial(_loss_step, mean, x, weight, targets)
-        yield f"loss and gradients of {rows} tokens, {name}", seconds_of(step), flop
-
-
-def _torch_mean(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(x @ weight.T, targets, ignore_index=IGNORED)
+        flop = 6.0 * rows * c.n_embed * c.vocab_size
+        yield f"loss and gradients of {rows} tokens, {name}", flop, step
 
 
 def _loss_step(mean: Callable[..., Tensor], x: Tensor, weight: Tensor, targets: Tensor) -> None:

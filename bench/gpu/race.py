@@ -2,29 +2,28 @@
 
 Ours is assembled as train.py does it, with the optimizer, schedule and rates of the preset
 `small`. The plain recipe is `bench.plain` with AdamW and cosine. Both begin with the same weights
-and read the same batches; the same code validates both, off the clock.
-
-Shapes: B sequences of a micro-batch, T block size.
+and read the same batches; the same model validates the weights of both, off the clock.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
 from bench import worker
-from bench.gpu import text
-from bench.gpu.setting import Setting
-from bench.plain import PlainGPT
-from bench.steps import GRAD_CLIP, adamw_of, plain_model
+from bench.gpu.runner import Setting
+from bench.gpu.stages import find_text
+from bench.steps import plain_model, usual_step
 from bench.train import MICRO_BATCH
-from mygpt.distributed import autocast, init_distributed
+from mygpt.distributed import DistributedContext, init_distributed
+from mygpt.evaluate import evaluate
+from mygpt.model import GPT
 from mygpt.run_config import RunRecord
 from mygpt.schedule import learning_rate
 from mygpt.settings import PRESETS, TrainConfig
@@ -51,29 +50,27 @@ class Racer(NamedTuple):
     step: Callable[[], float]
 
 
-Build = Callable[[Setting, str, int], Racer]  # with the dataset and the number of steps
+Build = Callable[[TrainConfig, DistributedContext], Racer]
 
 
 def run(setting: Setting) -> None:
     """Note each step and validation of both racers, one after the other, with seconds raced."""
-    data = str(text.find(setting))
-    seconds = min(MOST[setting.device], setting.left / 2 - OVERHEAD[setting.device])
-    setting.note({"data": Path(data).name, "racing_seconds": round(seconds, 1)})
+    data = find_text(setting)
+    left = setting.ends - time.time()
+    seconds = min(MOST[setting.device], left / 2 - OVERHEAD[setting.device])
+    setting.note({"data": data.name, "racing_seconds": round(seconds, 1)})
     for name, build in ((OURS, ours), (PLAIN, plain)):  # each with all of the GPU's memory
-        worker.measure({name: (turn_of, setting, name, build, data, seconds)}, 1, setting.note)
+        maker = (partial, race, setting, name, build, data, seconds)
+        worker.measure({name: maker}, 1, setting.note)
 
 
-def turn_of(setting: Setting, name: str, build: Build, data: str, seconds: float) -> worker.Turn:
-    """A turn that is the whole race of one racer."""
-    return lambda: race(setting, name, build, data, seconds)
-
-
-def race(setting: Setting, name: str, build: Build, data: str, seconds: float) -> dict[str, float]:
+def race(setting: Setting, name: str, build: Build, data: Path, seconds: float) -> dict[str, float]:
     """Train for so many seconds from the initial weights; returns the number of steps."""
-    with init_distributed(setting.device):  # for its precision of products
-        steps = steps_in(seconds, build(setting, data, 10**6), *TRIAL[setting.device])
-        racer, validate = build(setting, data, steps), validation(setting, data)
-        racing = 0.0
+    with init_distributed(setting.device) as ranks:
+        endless = config_of(setting, data, 10**6)
+        steps = steps_in(seconds, build(endless, ranks), *TRIAL[setting.device])
+        config = config_of(setting, data, steps)
+        racer, validate, racing = build(config, ranks), validation(config, ranks), 0.0
         for number in range(1, steps + 1):
             started = time.perf_counter()
             loss = racer.step()
@@ -95,24 +92,14 @@ def steps_in(seconds: float, racer: Racer, warm: int, timed: int) -> int:
     return max(2, round(seconds * timed / (time.perf_counter() - started)))
 
 
-def ours(setting: Setting, data: str, steps: int) -> Racer:
-    """A run of train.py, step by step."""
-    config = config_of(setting, data, steps)
-    dataset = Mixture.load(config.data)
-    with init_distributed(setting.device) as ranks:
-        state = build_train_state(RunRecord(config, dataset.fingerprint, {}), dataset, ranks)
-        stop = Stop(ranks)
-    return Racer(state.model, lambda: train_step(state, stop).loss)
-
-
-def config_of(setting: Setting, data: str, steps: int) -> TrainConfig:
+def config_of(setting: Setting, data: Path, steps: int) -> TrainConfig:
     """The preset's model and batches with the recipe of `small`."""
     recipe, micro_batch = PRESETS["small"][1], MICRO_BATCH[setting.device]
     model = replace(setting.config.model, dropout=0.0)
     return replace(
         setting.config,
         model=model,
-        data=(data,),
+        data=(str(data),),
         time_budget=0,
         max_steps=steps,
         warmup_steps=max(1, steps // 20),
@@ -126,58 +113,37 @@ def config_of(setting: Setting, data: str, steps: int) -> TrainConfig:
     )
 
 
-def plain(setting: Setting, data: str, steps: int) -> Racer:
+def ours(config: TrainConfig, ranks: DistributedContext) -> Racer:
+    """A run of train.py, step by step."""
+    dataset = Mixture.load(config.data)
+    state = build_train_state(RunRecord(config, dataset.fingerprint, {}), dataset, ranks)
+    stop = Stop(ranks)
+    return Racer(state.model, lambda: train_step(state, stop).loss)
+
+
+def plain(config: TrainConfig, ranks: DistributedContext) -> Racer:
     """nanoGPT's recipe: one compiled graph, AdamW, cosine from 6e-4 to 6e-5."""
-    config, device = config_of(setting, data, steps), torch.device(setting.device)
-    nanogpts = replace(config, schedule="cosine", max_lr=6e-4, min_lr=6e-5, max_steps=steps)
-    model = plain_model(config.model, setting.device)
-    run = torch.compile(model) if setting.on_gpu else model
-    adamw, numbers = adamw_of(model, device), count()
+    model = plain_model(config.model, config.device)
     sizes = (config.micro_batch, config.model.block_size)
-    loader = TokenLoader(data, "train", *sizes, seed=config.seed, device=device)
-
-    def step() -> float:
-        lr = learning_rate(next(numbers), nanogpts)
-        for group in adamw.param_groups:
-            group["lr"] = lr
-        total = torch.zeros((), device=device)
-        for _ in range(ACCUMULATION):
-            x, y = next(loader)  # (B, T), (B, T)
-            with autocast(device):
-                loss = run(x, y) / ACCUMULATION
-            loss.backward()
-            total += loss.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-        adamw.step()
-        adamw.zero_grad(set_to_none=True)
-        return total.item()
-
-    return Racer(model, step)
+    batches = TokenLoader(config.data, "train", *sizes, seed=config.seed, device=ranks.device)
+    recipe = replace(config, schedule="cosine", max_lr=6e-4, min_lr=6e-5)
+    rates = (learning_rate(number, recipe) for number in count())
+    compiled = config.device == "cuda"
+    loss_of = lambda run, x, y: run(x, y)  # noqa: E731
+    return Racer(model, usual_step(model, batches, loss_of, compiled, ACCUMULATION, rates))
 
 
-def validation(setting: Setting, data: str) -> Callable[[nn.Module], float]:
-    """A function of a racer's model: its loss on the same windows, by the same plain code."""
-    shape, device = setting.config.model, torch.device(setting.device)
-    judge = PlainGPT(shape, shape.vocab_size).to(device)
-    batches = [torch.from_numpy(batch).to(device) for batch in val_batches(setting, data)]
+def validation(config: TrainConfig, ranks: DistributedContext) -> Callable[[nn.Module], float]:
+    """A function of a racer's model: the loss of its weights on the same windows."""
+    judge = GPT(config.model).to(ranks.device)
+    (manifest,) = Mixture.load(config.data).manifests
+    all_windows = EvalWindows(manifest, "val", config.model.block_size)
+    windows = [all_windows[i] for i in all_windows.spread(min(VAL_TOKENS, config.val_tokens))]
 
-    @torch.no_grad()
     def validate(model: nn.Module) -> float:
-        for name, parameter in judge.named_parameters():
-            parameter.copy_(model.get_parameter(name)[: len(parameter)])  # drops padded columns
-        with autocast(device):
-            losses = [judge(batch[:, :-1], batch[:, 1:]) for batch in batches]
-        return torch.stack(losses).float().mean().item()
+        with torch.no_grad():
+            for name, parameter in judge.named_parameters():
+                parameter.copy_(model.get_parameter(name)[: len(parameter)])  # without padding
+        return evaluate(judge, windows, ranks).mean
 
     return validate
-
-
-def val_batches(setting: Setting, data: str) -> Iterator[np.ndarray]:
-    """Evenly spaced windows of the validation split, in batches (8, T + 1) int64."""
-    (manifest,) = Mixture.load([data]).manifests
-    block_size = setting.config.model.block_size
-    windows = EvalWindows(manifest, "val", block_size)
-    tokens = min(VAL_TOKENS, setting.config.val_tokens)
-    whole = [windows[i] for i in windows.spread(tokens) if len(windows[i]) == block_size + 1]
-    for first in range(0, len(whole) - len(whole) % 8, 8):
-        yield np.stack(whole[first : first + 8]).astype(np.int64)

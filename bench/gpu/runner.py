@@ -1,20 +1,74 @@
-"""Stages as processes of their own under one deadline, none depending on another's success."""
+"""Stages as processes of their own under one deadline, none depending on another's success.
 
+Each writes findings to one file: a line of JSON at once, so whatever ends a stage, they stay.
+"""
+
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from bench.gpu.setting import LOG, Setting
+from bench.table import Device, Preset
+from mygpt.settings import PRESETS, TrainConfig
 
 ROOT = Path(__file__).parents[2]
+RESULTS, LOG = "results.jsonl", "log.txt"
 MAX_LOG_BYTES = 8 << 20
 FINISHED = "finished"
+# The process of a stage: its module and function, called with its setting.
+START = """\
+from pathlib import *
+from bench.gpu.runner import Setting
+from {} import {} as run
+run({!r})"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a stage is given: its name, the model, the device, folders and its end."""
+
+    stage: str
+    preset: Preset
+    device: Device
+    out: Path  # of the results
+    work: Path  # of datasets and runs, removed in the end
+    ends: float = 0.0  # time.time() at which the stage is killed
+
+    @property
+    def config(self) -> TrainConfig:
+        """The preset's settings."""
+        return PRESETS[self.preset][1]
+
+    @property
+    def on_gpu(self) -> bool:
+        """True on CUDA."""
+        return self.device == "cuda"
+
+    def note(self, finding: Mapping[str, Any]) -> None:
+        """Append a finding of the stage, with the time, to the results."""
+        line = json.dumps({"stage": self.stage, "time": round(time.time(), 3)} | dict(finding))
+        with open(self.out / RESULTS, "ab", buffering=0) as file:
+            # The line end comes first: it also ends a line that a killed stage left incomplete.
+            file.write(b"\n" + line.encode())
+
+
+def read(out: Path) -> Iterator[dict[str, Any]]:
+    """Yield all findings in order; torn lines are passed over. FileNotFoundError without any."""
+    path = out / RESULTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: give the folder that bench.gpu wrote to")
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
+            finding = json.loads(line)
+            if isinstance(finding, dict) and "stage" in finding:
+                yield finding
 
 
 @dataclass(frozen=True)
@@ -38,48 +92,49 @@ class Runner:
     def __init__(self, base: Setting, deadline: float) -> None:
         self.base = base
         self.ends = time.time() + deadline
-        self.unfinished: list[str] = []
 
     def run(self, stages: Sequence[Stage]) -> list[str]:
         """Run all stages and return the names of those that were skipped, killed or failed."""
         foreground = [stage for stage in stages if not stage.beside]
         background = [(stage, self.start(stage, self.ends)) for stage in stages if stage.beside]
+        states = {}
         try:
             for number, stage in enumerate(foreground):
-                self.take(stage, later=foreground[number + 1 :])
-                self.end(process for other, process in background if other.beside == stage.name)
+                started = time.time()
+                states[stage.name] = self.take(stage, later=foreground[number + 1 :])
+                self.note(stage, states[stage.name], round(time.time() - started, 1))
+                end(process for other, process in background if other.beside == stage.name)
         finally:
-            self.end(process for _, process in background)
+            end(process for _, process in background)
             cut(self.base.out / LOG)
-        return self.unfinished
+        return [name for name, state in states.items() if state != FINISHED]
 
-    def take(self, stage: Stage, later: Iterable[Stage]) -> None:
-        """Run one stage, in the time that later ones leave; or skip it."""
+    def take(self, stage: Stage, later: Iterable[Stage]) -> str:
+        """Run one stage, in the time that later ones leave, or skip it; return how it ended."""
         started = time.time()
         left = self.ends - started
         if left < stage.least:
-            self.note(stage, f"skipped: needs {stage.least:.0f} s, {max(0, left):.0f} s were left")
-            return
-        reserved = reserve(later, left - stage.least)
-        limit = max(stage.least, min(stage.seconds, left - reserved))
+            return f"skipped: needs {stage.least:.0f} s, {max(0, left):.0f} s were left"
+        limit = max(stage.least, min(stage.seconds, left - reserve(later, left - stage.least)))
         process = self.start(stage, started + limit)
         try:
-            process.wait(limit)
-            state = ending(process.returncode)
+            code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            state = f"out of time after {limit:.0f} s"
+            return f"out of time after {limit:.0f} s"
         finally:
-            self.end([process])
-        self.note(stage, state, round(time.time() - started, 1))
+            end([process])
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        return f"failed with exit code {code}: see {LOG}" if code else FINISHED
 
     def start(self, stage: Stage, ends: float) -> "subprocess.Popen[bytes]":
         """Start a stage's process, in a process group of its own."""
         setting = replace(self.base, stage=stage.name, ends=ends)
-        with open(self.base.out / LOG, "ab") as log:
+        program = START.format(*stage.target.split(":"), setting)
+        with open(self.base.out / LOG, "ab", buffering=0) as log:
             log.write(f"--- {stage.name}\n".encode())
-            log.flush()
             process = subprocess.Popen(
-                [sys.executable, "-m", "bench.gpu.stage", stage.target, setting.to_json()],
+                [sys.executable, "-c", program],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -89,19 +144,10 @@ class Runner:
         setting.note({"process": process.pid})
         return process
 
-    def note(self, stage: Stage, state: str, seconds: float = 0.0) -> None:
+    def note(self, stage: Stage, state: str, seconds: float) -> None:
         """Write down how a stage ended, and print it."""
-        if state != FINISHED:
-            self.unfinished.append(stage.name)
         replace(self.base, stage=stage.name).note({"state": state, "seconds": seconds})
         print(f"{stage.name:<10} {seconds:6.1f} s  {state}", flush=True)
-
-    def end(self, processes: "Iterable[subprocess.Popen[bytes]]") -> None:
-        """Kill processes, where they are alive, with all that they have started."""
-        for process in processes:
-            with suppress(ProcessLookupError):  # all of them have ended
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def reserve(later: Iterable[Stage], left: float) -> float:
@@ -113,11 +159,12 @@ def reserve(later: Iterable[Stage], left: float) -> float:
     return total
 
 
-def ending(code: int) -> str:
-    """How a process ended, from its exit code."""
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return f"failed with exit code {code}: see {LOG}" if code else FINISHED
+def end(processes: "Iterable[subprocess.Popen[bytes]]") -> None:
+    """Kill processes, where they are alive, with all that they have started."""
+    for process in processes:
+        with suppress(ProcessLookupError):  # all of them have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def cut(log: Path) -> None:

@@ -1,6 +1,6 @@
 """Is the device's arithmetic right? Each check compares with an oracle, in a process of its own.
 
-Shapes: N tokens, V vocabulary, C width, B batch, H heads, T tokens, D head width.
+Shapes: N tokens, V vocabulary, C width, B batch, H heads, T tokens.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import feeds, worker
-from bench.gpu.setting import Setting
+from bench.gpu.runner import Setting
 from mygpt import loss
 from mygpt.config import GPTConfig
 from mygpt.distributed import autocast, compute_dtype
@@ -35,14 +35,9 @@ Errors = dict[str, float]
 
 def run(setting: Setting) -> None:
     """Note for each check its errors and the bound on them, and whether it passed; all at once."""
-    makers = [{check.__name__: (turn_of, check, setting)} for check in CHECKS]
+    makers = [{check.__name__: (partial, judged, check, setting)} for check in CHECKS]
     with ThreadPoolExecutor(len(makers)) as pool:
         list(pool.map(lambda maker: worker.measure(maker, 1, setting.note), makers))
-
-
-def turn_of(check: Callable[[Setting], Errors], setting: Setting) -> worker.Turn:
-    """A turn that makes the check."""
-    return partial(judged, check, setting)
 
 
 def judged(check: Callable[[Setting], Errors], setting: Setting) -> dict[str, Any]:
@@ -55,8 +50,8 @@ def judged(check: Callable[[Setting], Errors], setting: Setting) -> dict[str, An
 
 def error_of(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference relative to the expected norm; infinite if anything is not finite."""
-    difference = actual.detach().cpu().double() - expected.detach().cpu().double()
-    relative = (difference.norm() / expected.detach().double().norm().clamp(min=1e-30)).item()
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    relative = ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
     return relative if relative < float("inf") else float("inf")
 
 
@@ -65,20 +60,19 @@ def gradients(setting: Setting) -> Errors:
 
     Compiled on a GPU only: train.py compiles nowhere else, and a CPU takes minutes.
     """
-    device = torch.device(setting.device)
     oracle = GPT(SHAPE).double()
     tokens = torch.randint(SHAPE.vocab_size, (4, SHAPE.block_size + 1))
     expected, errors = _backward(oracle, tokens), {}
     for name in ("eager", "compiled")[: 1 + setting.on_gpu]:
         model = GPT(SHAPE)
         model.load_state_dict(oracle.state_dict())
-        model.to(device)
+        model.to(setting.device)
         if name == "compiled":
             model.compile()
-        errors[f"{name}, loss"] = error_of(_backward(model, tokens.to(device)), expected)
+        errors[f"{name}, loss"] = error_of(_backward(model, tokens.to(setting.device)), expected)
         pairs = zip(model.named_parameters(), oracle.parameters(), strict=True)
         errors |= {f"{name}, {p}": error_of(_grad(a), _grad(b)) for (p, a), b in pairs}
-    return _worst(errors)
+    return dict(sorted(errors.items(), key=lambda item: -item[1])[:6])
 
 
 def _backward(model: GPT, tokens: Tensor) -> Tensor:
@@ -94,43 +88,37 @@ def _grad(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _worst(errors: Errors, count: int = 6) -> Errors:
-    """The largest errors, the largest first."""
-    return dict(sorted(errors.items(), key=lambda item: -item[1])[:count])
-
-
 def cross_entropy(setting: Setting) -> Errors:
     """The fused loss against torch's in float64, with ignored targets and an odd last chunk."""
-    device = torch.device(setting.device)
-    n, width = loss.chunk_rows(device.type) + 37, 64
+    n, width = loss.chunk_rows(setting.device) + 37, 64
     x, weight = torch.randn(n, width), torch.randn(VOCAB, width) / 4
     targets = torch.randint(VOCAB, (n,)).masked_fill(torch.rand(n) < 0.2, loss.IGNORED)
-    expected = _with_gradients(x.double(), weight.double(), targets, _torch_loss)
+    expected = _with_gradients(x.double(), weight.double(), targets, torch_mean)
     errors: Errors = {}
     for name in ("eager", "compiled")[: 1 + setting.on_gpu]:
         fused = loss.LinearCrossEntropy()
         if name == "compiled":
             fused.compile()
-        here = (x.to(device), weight.to(device), targets.to(device))
+        here = (x.to(setting.device), weight.to(setting.device), targets.to(setting.device))
         actual = _with_gradients(*here, fused.mean)
         parts = zip(("loss", "x", "weight"), actual, expected, strict=True)
         errors |= {f"{name}, {part}": error_of(a, b) for part, a, b in parts}
     return errors
 
 
-def _torch_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def torch_mean(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The mean cross entropy () of x @ weight.T in torch's own operations."""
     return F.cross_entropy(x @ weight.T, targets, ignore_index=loss.IGNORED)
 
 
 def _with_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, mean: Callable[..., Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Loss () and the gradients of x (N, C) and weight (V, C)."""
     x, weight = (part.detach().clone().requires_grad_() for part in (x, weight))
     with autocast(x.device):
         value = mean(x, weight, targets)
-    value.backward()
-    return value, _grad(x), _grad(weight)
+    return value, *torch.autograd.grad(value, (x, weight))
 
 
 def attention(setting: Setting) -> Errors:
@@ -208,8 +196,8 @@ def resume(setting: Setting) -> Errors:
     """1 if a stopped and resumed run of train.py differs in any bit from one never stopped."""
     with tempfile.TemporaryDirectory() as folder:
         data, runs = Path(folder, "data"), Path(folder, "runs")
-        for path in (data, runs):
-            path.mkdir()
+        data.mkdir()
+        runs.mkdir()
         feeds.build(data, 300_000, 2)
         flags = ["--data", str(data), "--device", setting.device, "--val-tokens", "128"]
         tiny = ["tiny", *flags, "--no-compile"]  # three times: compilation would take too long

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench.gpu.setting import RESULTS, Setting
+from bench.gpu.runner import RESULTS, Setting
 
 
 def quick(setting: Setting) -> None:
@@ -32,7 +32,7 @@ def killed(setting: Setting) -> None:
 def slow(setting: Setting) -> None:
     """Hangs, and so does a process that it has started."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    setting.note({"child": child.pid, "left": setting.left})
+    setting.note({"child": child.pid, "left": setting.ends - time.time()})
     time.sleep(60)
 
 

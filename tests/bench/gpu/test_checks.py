@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench import worker
 from bench.gpu import micro, smoke
-from bench.gpu.setting import Setting, read
+from bench.gpu.runner import Setting, read
 from mygpt.doctor import verify_resume
 from mygpt.loss import LinearCrossEntropy
 from mygpt.model import KeyValueCache

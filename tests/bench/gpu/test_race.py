@@ -4,15 +4,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from bench import feeds, worker
-from bench.gpu import race, text
-from bench.gpu.setting import Setting, read
+from bench.gpu import race, stages
+from bench.gpu.runner import Setting, read
 from bench.plain import PlainGPT
+from mygpt.distributed import DistributedContext
 from mygpt.settings import PRESETS, TrainConfig
+from shards.manifest import Manifest
+from shards.reader import EvalWindows
 from tests.bench.support import SHAPE, InThisProcess
+
+ALONE = DistributedContext(0, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -20,31 +26,36 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
     """A small model, and random text of its vocabulary."""
     monkeypatch.setitem(PRESETS, "tiny", ("small", TrainConfig(SHAPE)))
     monkeypatch.setattr(race, "VAL_TOKENS", 256)
-    data = tmp_path / text.STDLIB
+    data = tmp_path / stages.STDLIB
     data.mkdir()
     feeds.build(data, 20_000, 1, SHAPE.vocab_size)
     return Setting("race", "tiny", "cpu", tmp_path, tmp_path, ends=2e9)
 
 
+def config_of(setting: Setting, steps: int = 50) -> TrainConfig:
+    return race.config_of(setting, stages.find_text(setting), steps)
+
+
 def test_both_begin_with_the_same_weights_and_batches(setting: Setting) -> None:
-    data = str(text.find(setting))
-    validate = race.validation(setting, data)
-    ours, plain = (build(setting, data, 50) for build in (race.ours, race.plain))
+    config = config_of(setting)
+    validate = race.validation(config, ALONE)
+    ours, plain = (build(config, ALONE) for build in (race.ours, race.plain))
     assert validate(ours.model) == pytest.approx(validate(plain.model), abs=1e-5)
     assert ours.step() == pytest.approx(plain.step(), abs=1e-5)
 
 
 def test_validation_is_the_models_own_loss(setting: Setting) -> None:
-    data = str(text.find(setting))
     model = PlainGPT(SHAPE, SHAPE.vocab_size + 5)  # padded, as on a GPU
     with torch.no_grad():
         model.wte.weight[SHAPE.vocab_size :] = -100.0
-    batches = [torch.from_numpy(batch) for batch in race.val_batches(setting, data)]
     own = PlainGPT(SHAPE, SHAPE.vocab_size)
     own.load_state_dict({name: own_part(tensor) for name, tensor in model.state_dict().items()})
-    losses = [own(batch[:, :-1], batch[:, 1:]).item() for batch in batches]
-    assert len(batches) == 4 and all(batch.shape == (8, 9) for batch in batches)
-    assert race.validation(setting, data)(model) == pytest.approx(sum(losses) / len(losses))
+    manifest = Manifest.load(stages.find_text(setting))
+    windows = EvalWindows(manifest, "val", SHAPE.block_size)
+    batch = torch.from_numpy(np.stack([windows[i] for i in windows.spread(256)])).long()
+    assert batch.shape == (32, 9)
+    expected = own(batch[:, :-1], batch[:, 1:]).item()
+    assert race.validation(config_of(setting), ALONE)(model) == pytest.approx(expected)
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -56,8 +67,8 @@ def test_the_whole_race(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(race, "steps_in", lambda seconds, racer, warm, timed: 6)
     monkeypatch.setattr(race, "VALIDATIONS", 3)
     race.run(setting)
-    found = read(setting.out)
-    assert found[0]["racing_seconds"] == race.MOST["cpu"] and found[0]["data"] == text.STDLIB
+    found = list(read(setting.out))
+    assert found[0]["racing_seconds"] == race.MOST["cpu"] and found[0]["data"] == stages.STDLIB
     for name in (race.OURS, race.PLAIN):
         own = [f for f in found if f.get("racer") == name]
         steps, vals = ([f for f in own if key in f] for key in ("loss", "val"))
@@ -69,7 +80,7 @@ def test_the_whole_race(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_ours_has_the_recipe_of_small(setting: Setting) -> None:
-    config = race.config_of(setting, "data/x", 400)
+    config = config_of(setting, 400)
     small = PRESETS["small"][1]
     assert (config.optimizer, config.schedule) == (small.optimizer, small.schedule)
     assert (config.max_steps, config.warmup_steps) == (400, 20)
@@ -93,12 +104,19 @@ def test_the_largest_dataset_that_is_there(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = replace(setting, preset="gpt2")
-    assert text.find(large, patience=0) == setting.work / text.STDLIB
-    (setting.work / text.PACKAGES).mkdir()
-    (setting.work / text.PACKAGES / "manifest.json").touch()
-    assert text.find(large, patience=0) == setting.work / text.PACKAGES
-    with pytest.raises(FileNotFoundError, match="expected a dataset in"):
-        text.find(replace(setting, work=setting.work / "none"), patience=0)
+    assert stages.find_text(large, patience=0) == setting.work / stages.STDLIB
+    (setting.work / stages.PACKAGES_TEXT).mkdir()
+    (setting.work / stages.PACKAGES_TEXT / "manifest.json").touch()
+    assert stages.find_text(large, patience=0) == setting.work / stages.PACKAGES_TEXT
+
+
+def test_text_that_was_not_prepared_is(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happened to the stage that should have."""
+    commands: list[Any] = []
+    monkeypatch.setattr("subprocess.run", lambda command, check: commands.append(command[2:]))
+    without = replace(setting, work=setting.work / "none", preset="gpt2")
+    assert stages.find_text(without, patience=0) == without.work / stages.STDLIB
+    assert commands == [["prepare", "stdlib", "--out", str(without.work / stages.STDLIB)]]
 
 
 def test_text_is_prepared_the_smaller_first(
@@ -108,9 +126,9 @@ def test_text_is_prepared_the_smaller_first(
     corpus = type("Corpus", (), {"parquet": Path("corpus.parquet")})
     monkeypatch.setattr("subprocess.run", lambda command, check: commands.append(command[2:]))
     monkeypatch.setattr("bench.corpus.build", lambda megabytes: corpus)
-    text.prepare(setting)
-    text.prepare(replace(setting, preset="gpt2"))
-    out = [str(setting.work / name) for name in (text.STDLIB, text.PACKAGES)]
+    stages.text(setting)
+    stages.text(replace(setting, preset="gpt2"))
+    out = [str(setting.work / name) for name in (stages.STDLIB, stages.PACKAGES_TEXT)]
     small, large = (
         ["prepare", s, "--out", o] for s, o in zip(["stdlib", "corpus.parquet"], out, strict=True)
     )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bench.gpu.__main__ import STAGES
-from bench.gpu.setting import RESULTS, read
+from bench.gpu.runner import RESULTS, read
 
 OPTIONS = ("--preset", "tiny", "--device", "cpu", "--deadline", "3000")
 FOREGROUND = [stage.name for stage in STAGES if not stage.beside]
@@ -29,7 +29,7 @@ def test_what_is_killed_loses_only_its_own(tmp_path: Path) -> None:
     assert states == {
         name: "killed by SIGKILL" if name in killed else "finished" for name in FOREGROUND
     }
-    found = read(tmp_path / "out")
+    found = list(read(tmp_path / "out"))
     contenders = {f["contender"] for f in found if f["stage"] == "train" and "contender" in f}
     assert contenders == {"matrix product", "myGPT", "plain", "Hugging Face"}
     assert [f["exit"] for f in found if "exit" in f] == [0, 0, 0]
@@ -46,7 +46,7 @@ def rehearse(out: Path, killed: Collection[str]) -> dict[str, str]:
     left = set(killed)
     while process.poll() is None:
         time.sleep(0.2)
-        found = read(out) if (out / RESULTS).exists() else []
+        found = list(read(out)) if (out / RESULTS).exists() else []
         for name in sorted(left):
             own = [f for f in found if f["stage"] == name]
             if is_in_the_middle(name, own):

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from bench.gpu import __main__ as command
-from bench.gpu import machine, marks, race, report
-from bench.gpu.runner import Runner
-from bench.gpu.setting import RESULTS, Setting, read
+from bench.gpu import race, report, stages
+from bench.gpu.runner import RESULTS, Runner, Setting, read
 from bench.gpu.smoke import CHECKS
 from bench.train import COMPILED, OURS, PEER, PLAIN, PRODUCT
 
@@ -73,7 +72,7 @@ def verdicts(setting: Setting) -> dict[str, tuple[float | None, str]]:
     findings: dict[str, list[Any]] = {}
     for finding in read(setting.out) if (setting.out / RESULTS).exists() else []:
         findings.setdefault(finding["stage"], []).append(finding)
-    return {mark.what: (mark.value, mark.verdict) for mark in marks.marks(findings)}
+    return {mark.what: (mark.value, mark.verdict) for mark in report.marks(findings)}
 
 
 def test_marks_that_are_reached_and_not(setting: Setting) -> None:
@@ -122,8 +121,8 @@ def test_too_few_steps_are_no_comparison_of_losses(setting: Setting) -> None:
     note = replace(setting, stage="train").note
     for name in (OURS, PLAIN + COMPILED):
         note(turn(1, name, 1.0, 1.0, 5.0))
-    findings = {"train": read(setting.out)}
-    assert marks.loss_difference(findings) is None
+    findings = {"train": list(read(setting.out))}
+    assert report.loss_difference(findings) is None
 
 
 def test_the_report(setting: Setting, tmp_path: Path) -> None:
@@ -189,4 +188,4 @@ def test_the_command(
 
 def test_samples_of_a_gpu() -> None:
     expected = {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "watts": 688.2, "celsius": 61.0}
-    assert machine.parse("1980, 2619, 688.20, 61, [N/A], \n") == expected
+    assert stages.parse("1980, 2619, 688.20, 61, [N/A], \n") == expected

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from bench.gpu import runner
-from bench.gpu.runner import Runner, Stage
-from bench.gpu.setting import LOG, RESULTS, Setting, read
+from bench.gpu.runner import LOG, RESULTS, Runner, Setting, Stage, read
 from tests.bench.gpu import fakes
 
 
@@ -36,7 +35,7 @@ def test_every_stage_has_its_chance(base: Setting, capsys: pytest.CaptureFixture
         fake("quick", seconds=60, least=1),
     ]
     unfinished = Runner(base, deadline=120).run(stages)
-    found = read(base.out)
+    found = list(read(base.out))
     assert states(base.out) == {
         "failing": "failed with exit code 1: see log.txt",
         "killed": "killed by SIGKILL",

@@ -1,0 +1,153 @@
+"""The stages of `bench.gpu` that run other commands, or whole benchmarks.
+
+`machine`, `text` and `warm` in the background; `train`, `profile`, `generate` and `run` in turn.
+"""
+
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bench import corpus, steps, table
+from bench import generate as bench_generate
+from bench import train as bench_train
+from bench.gpu.runner import Setting
+from mygpt import log
+
+PACKAGES = ("torch", "triton", "transformers", "numpy", "pyarrow", "tiktoken", "gigatoken")
+SAMPLED = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "watts": "power.draw"} | {
+    "celsius": "temperature.gpu", "megabytes": "memory.used", "percent_busy": "utilization.gpu",
+}  # fmt: skip
+MEGABYTES = 250
+STDLIB, PACKAGES_TEXT = "stdlib", "packages"
+PARITY_STEPS = 200  # over which our losses are compared with the plain step's
+# Rounds and seconds per turn: on a GPU enough for `PARITY_STEPS`; on a CPU only to rehearse.
+LENGTH = {"cuda": (3, 10.0), "cpu": (1, 0.0)}
+NEW_TOKENS = {"cuda": 100, "cpu": 5}
+RUN_STEPS, KEPT_LINES = 20, 12
+
+
+def machine(setting: Setting) -> None:
+    """Note versions, then clocks, power and memory each second until this process is killed."""
+    about = {"machine": table.machine("gpu", PACKAGES), "torch": torch.__version__}
+    setting.note(about | {"device": bench_train.device_name(setting.device)})
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return
+    query = [program, "-q", "-d", "CLOCK,POWER,PERFORMANCE"]
+    state = subprocess.run(query, capture_output=True, text=True, check=False)
+    setting.note({"nvidia-smi": state.stdout})
+    fields = f"--query-gpu={','.join(SAMPLED.values())}"
+    sampling = [program, fields, "--format=csv,noheader,nounits", "-l", "1"]
+    with subprocess.Popen(sampling, stdout=subprocess.PIPE, text=True) as sampler:
+        for line in sampler.stdout or ():
+            if sample := parse(line):
+                setting.note({"sample": sample})
+
+
+def parse(line: str) -> dict[str, float]:
+    """Return the numbers of one line of nvidia-smi by name, without those it does not have."""
+    words = [word.strip() for word in line.split(",")]
+    named = zip(SAMPLED, words, strict=False)
+    return {name: float(word) for name, word in named if word.replace(".", "", 1).isdigit()}
+
+
+def text(setting: Setting) -> None:
+    """Prepare Python's standard library, soon there, and for larger models the packages' text."""
+    prepare(setting, STDLIB, "stdlib")
+    if PACKAGES_TEXT in text_names(setting):
+        prepare(setting, PACKAGES_TEXT, str(corpus.build(MEGABYTES).parquet))
+
+
+def prepare(setting: Setting, name: str, source: str) -> Path:
+    """Prepare a dataset and return its folder."""
+    folder = setting.work / name
+    subprocess.run([sys.executable, "-m", "prepare", source, "--out", str(folder)], check=True)
+    setting.note({"dataset": name})
+    return folder
+
+
+def text_names(setting: Setting) -> tuple[str, ...]:
+    """The datasets that `text` prepares, the largest first."""
+    return (STDLIB,) if setting.preset == "tiny" else (PACKAGES_TEXT, STDLIB)
+
+
+def find_text(setting: Setting, patience: float = 20) -> Path:
+    """Return the largest dataset that is finished, waiting so many seconds for the larger one.
+
+    If there is none after twice as many, whatever `text` met, the smaller one is prepared here.
+    """
+    folders = [setting.work / name for name in text_names(setting)]
+    ends = time.time() + patience
+    while True:
+        found = [folder for folder in folders if (folder / "manifest.json").exists()]
+        if found and (found[0] == folders[0] or time.time() > ends):
+            return found[0]
+        if time.time() > ends + patience:
+            return prepare(setting, STDLIB, "stdlib")
+        time.sleep(0.2)
+
+
+def train_options(setting: Setting) -> bench_train.Options:
+    """The options of `bench.train`."""
+    rounds, seconds = LENGTH[setting.device]
+    return bench_train.Options(setting.preset, setting.device, rounds=rounds, seconds=seconds)
+
+
+def warm(setting: Setting) -> None:
+    """Compile every contender once, so that later stages find it in Inductor's cache."""
+    if setting.on_gpu:
+        options = replace(train_options(setting), rounds=1, seconds=0)
+        bench_train.run(options, lambda record: None)
+
+
+def train(setting: Setting) -> None:
+    """Note every turn of `bench.train`'s contenders."""
+    options = train_options(setting)
+    setting.note({"about": bench_train.about(options, bench_train.workload(options, setting.work))})
+    bench_train.run(options, setting.note)
+
+
+def profile(setting: Setting) -> None:
+    """Note the parts of our step and its longest kernels."""
+    folder = setting.work / "profile"
+    folder.mkdir()
+    work = bench_train.workload(train_options(setting), folder)
+    work.build_data()
+    setting.note({"profile": steps.profile(work, compiled=setting.on_gpu)})
+
+
+def generate(setting: Setting) -> None:
+    """Note every turn of `bench.generate`'s contenders."""
+    rounds, new_tokens = LENGTH[setting.device][0], NEW_TOKENS[setting.device]
+    options = bench_generate.Options(
+        setting.preset, setting.device, new_tokens=new_tokens, rounds=rounds
+    )
+    setting.note({"about": bench_generate.about(options)})
+    bench_generate.run(options, setting.note)
+
+
+def run(setting: Setting) -> None:
+    """Note how train.py, stopped half-way and resumed, and eval.py end, and the logged timings."""
+    folder, half = str(setting.work / "run"), str(RUN_STEPS // 2)
+    device = ["--device", setting.device]
+    train = ["train.py", setting.preset, "--data", str(find_text(setting)), "--log-dir", folder]
+    train += [*device, "--max-steps", str(RUN_STEPS), "--val-tokens", "8192"]
+    train += ["--micro-batch", str(bench_train.MICRO_BATCH[setting.device])]
+    train += ["--val-interval", half, "--checkpoint-interval", half]
+    evaluate = ["eval.py", folder, *device, "--prompt", "def"]
+    commands = {"start": [*train, "--stop-at", half], "resume": train, "evaluate": evaluate}
+    for name, command in commands.items():
+        started = time.time()
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        print(done.stdout, done.stderr, flush=True)
+        ended = {"exit": done.returncode, "seconds": round(time.time() - started, 1)}
+        tail = (done.stdout + done.stderr).splitlines()[-KEPT_LINES:]
+        setting.note({"command": name, **ended, "tail": tail})
+        if name == "resume":
+            history = log.read(Path(folder))
+            setting.note({"losses": history.train, "timings": history.timings})
