@@ -28,7 +28,7 @@ from prepare.file_types import (
 )
 from prepare.input_file import InputFile, Slice, byte_blocks, byte_stream, bytes_lost
 from prepare.quarantine import MAX_DOCUMENT_BYTES, BadDocuments, too_large
-from prepare.text import PIECE_BYTES, damage, one_line, pieces, survey, utf8_error
+from prepare.text import PIECE_BYTES, as_text, damage, one_line, pieces, survey, utf8_error
 
 # Text per batch: large enough for the encoder to run at full speed, small enough for memory.
 BATCH_BYTES = 4 << 20
@@ -114,7 +114,7 @@ def _read_text(file: InputFile, part: Slice) -> Iterator[Batch]:
     continued = part.continued
     for offset, piece in pieces(file.path, file.compression, part.start, part.end):
         yield Batch(
-            texts=pa.array([piece], pa.large_binary()).cast(pa.large_string()),
+            texts=as_text(piece),
             sources=np.array([part.file], np.int32),
             rows=np.array([offset], np.int64),
             split=part.split,
@@ -221,64 +221,77 @@ def _text_at(value: dict[str, Any], column: str) -> str:
 def _read_parquet(file: InputFile, part: Slice) -> Iterator[Batch]:
     """Read the rows of some row groups, straight from Arrow's buffers."""
     try:
-        # With one column there is nothing to pre-buffer.
-        table = pq.ParquetFile(byte_stream(file.path), pre_buffer=False)
+        plain, by_dictionary = (
+            # With one column there is nothing to pre-buffer.
+            pq.ParquetFile(byte_stream(file.path), pre_buffer=False, read_dictionary=columns)
+            for columns in ([], [file.column])
+        )
     except (OSError, pa.ArrowException) as error:
         reason = damage(file.path, error)
         yield Batch(bad=[BadDocuments(part.file, 0, reason, bytes=bytes_lost(file))])
         return
-    with table:
-        rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-        first = sum(rows[: part.start])
+    with plain, by_dictionary:
+        rows = [plain.metadata.row_group(i).num_rows for i in range(plain.num_row_groups)]
+        row = sum(rows[: part.start])
         for group in range(part.start, len(rows) if part.end < 0 else part.end):
-            yield from _read_row_group(table, file, part.file, group, first)
-            first += rows[group]
+            first, end = row, row + rows[group]
+            try:
+                for values in _read_row_group(plain, by_dictionary, group, file.column):
+                    yield column_batch(values, part.file, row)
+                    row += len(values)
+            except (OSError, pa.ArrowException) as error:
+                size = column_bytes(plain.metadata.row_group(group), file.column)
+                lost = size * (end - row) // max(1, end - first)
+                reason = damage(file.path, error)
+                yield Batch(bad=[BadDocuments(part.file, row, reason, end - row, lost)])
+            row = end
 
 
 def _read_row_group(
-    table: pq.ParquetFile, file: InputFile, source: int, group: int, first: int
-) -> Iterator[Batch]:
-    """Read the rows of one row group, the first of which is row `first` of the file."""
-    metadata = table.metadata.row_group(group)
-    size = column_bytes(metadata, file.column)
-    row = first
-    try:
-        # A repeated text is stored once, so the size alone does not bound the text of a batch.
-        longest = max(1, _longest_repeated(file, group, metadata))
-        batch_rows = min(BATCH_BYTES * metadata.num_rows // max(1, size), BATCH_ROWS)
-        batch_rows = max(1, min(batch_rows, MAX_BATCH_BYTES // longest))
+    plain: pq.ParquetFile, by_dictionary: pq.ParquetFile, group: int, column: str
+) -> Iterator[pa.Array]:
+    """Yield the text column of a row group in parts of moderate size.
+
+    A text that occurs in several rows is stored once, in a dictionary, so the stored size does not
+    bound the text. A small group is read as a dictionary, which is cut before it is decoded.
+    Of a large one, where that is slow, the longest text of the dictionary gives a bound.
+    """
+    metadata = plain.metadata.row_group(group)
+    size = column_bytes(metadata, column)
+
+    def batches(table: pq.ParquetFile, rows: int) -> Iterator[pa.Array]:
         # Each worker has one core: Arrow's threads would only cost.
-        for batch in table.iter_batches(
-            batch_rows, row_groups=[group], columns=[file.column], use_threads=False
-        ):
-            for values in cut_column(column_at(batch, file.column)):
-                yield column_batch(values, source, row)
-                row += len(values)
-    except (OSError, pa.ArrowException) as error:
-        rows = first + metadata.num_rows - row
-        lost = size * rows // max(1, metadata.num_rows)
-        yield Batch(bad=[BadDocuments(source, row, damage(file.path, error), rows, lost)])
+        for batch in table.iter_batches(max(1, rows), [group], [column], use_threads=False):
+            yield column_at(batch, column)
 
-
-def _longest_repeated(file: InputFile, group: int, metadata: pq.RowGroupMetaData) -> int:
-    """Return the bytes of the longest text that a row group stores once for several rows."""
-    leaves = (metadata.column(number) for number in range(metadata.num_columns))
-    if not any(leaf.path_in_schema == file.column and leaf.has_dictionary_page for leaf in leaves):
-        return 0
-    stream = byte_stream(file.path)
-    with pq.ParquetFile(stream, pre_buffer=False, read_dictionary=[file.column]) as table:
-        for batch in table.iter_batches(1, [group], [file.column], use_threads=False):
-            values = column_at(batch, file.column)
-            if pa.types.is_dictionary(values.type):
-                return pc.max(pc.binary_length(values.dictionary)).as_py() or 0
+    if size <= 2 * BATCH_BYTES:
+        parts = batches(by_dictionary, MAX_BATCH_ROWS)
+    else:
+        rows = min(BATCH_BYTES * metadata.num_rows // size, BATCH_ROWS)
+        for first in batches(by_dictionary, 1):
+            if pa.types.is_dictionary(first.type):
+                rows = min(rows, MAX_BATCH_BYTES // _longest(first.dictionary))
             break
-    return 0
+        parts = batches(plain, rows)
+    for values in parts:
+        yield from cut_column(values)
+
+
+def _longest(texts: pa.Array) -> int:
+    """Return the bytes of the longest text, at least 1."""
+    return max(1, pc.max(pc.binary_length(texts)).as_py() or 0)
 
 
 def cut_column(values: pa.Array) -> Iterator[pa.Array]:
-    """Cut a text column that is far larger than `BATCH_BYTES` into parts of about that size."""
+    """Cut a text column that is far larger than `BATCH_BYTES` into parts of about that size.
+
+    What a dictionary decodes to is at most `MAX_BATCH_BYTES` at a time.
+    """
     if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
+        rows = max(1, min(BATCH_ROWS, MAX_BATCH_BYTES // _longest(values.dictionary)))
+        for start in range(0, len(values), rows):
+            yield from cut_column(pc.take(values.dictionary, values.indices.slice(start, rows)))
+        return
     if pa.types.is_string_view(values.type) or pa.types.is_binary_view(values.type):
         values = values.cast(pa.large_binary())  # views can't be filtered
     rows = -(-len(values) // (values.nbytes // (2 * BATCH_BYTES) + 1))

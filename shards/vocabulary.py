@@ -236,3 +236,13 @@ def unspelled(name: str) -> bytes:
         return bytes(BYTES[ord(letter)] for letter in name)
     except KeyError:
         raise ValueError(f"expected tokens of bytes, found {name[:20]!r}") from None
+
+
+def ranks_of_merges(merges: str) -> dict[bytes, int]:
+    """Return the id of each token of GPT-2's `vocab.bpe`: the bytes, then a merge on each line."""
+    known = {letter: bytes([byte]) for byte, letter in LETTERS.items()}
+    known = dict(sorted(known.items()))  # what is printable comes first
+    for line in merges.splitlines()[1:]:
+        first, second = line.split(" ")
+        known[first + second] = known[first] + known[second]
+    return {token: rank for rank, token in enumerate(known.values())}

@@ -22,7 +22,8 @@ def to_uint16(ids: np.ndarray) -> np.ndarray:
     """Return the ids as uint16. Raises ValueError if one does not fit; ids never wrap."""
     if ids.dtype == DTYPE:
         return ids
-    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    high = int(ids.max(initial=0))
+    low = 0 if ids.dtype.kind == "u" else int(ids.min(initial=0))
     if low < 0 or high > np.iinfo(DTYPE).max:
         raise ValueError(
             f"expected token ids from 0 to {np.iinfo(DTYPE).max}, found {low} to {high}: "

@@ -7,16 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from prepare.columns import Columns, column_at, schema_columns
-from prepare.documents import (
-    BATCH_ROWS,
-    MAX_BATCH_BYTES,
-    Batch,
-    column_batch,
-    cut_column,
-)
+from prepare.documents import BATCH_ROWS, Batch, column_batch, cut_column
 from prepare.input_file import InputFile, Slice, byte_stream, bytes_lost
 from prepare.quarantine import BadDocuments
 from prepare.text import damage
@@ -70,18 +63,12 @@ def _texts(batch: pa.RecordBatch, column: str) -> Iterator[pa.Array]:
     """Yield the text column in parts of moderate size, as bytes: nothing in it was checked."""
     batch.validate()  # or a negative length ends the process
     values = column_at(batch, column)
-    rows = BATCH_ROWS
     if pa.types.is_dictionary(values.type):
-        values.indices.validate(full=True)
-        texts = _as_bytes(values.dictionary)
-        longest = pc.max(pc.binary_length(texts)).as_py() or 0
-        rows = max(1, min(rows, MAX_BATCH_BYTES // max(longest, 1)))
-        for start in range(0, len(values), rows):
-            yield from cut_column(pc.take(texts, values.indices.slice(start, rows)))
-        return
-    values = _as_bytes(values)
-    for start in range(0, len(values), rows):
-        yield from cut_column(values.slice(start, rows))
+        values = pa.DictionaryArray.from_arrays(values.indices, _as_bytes(values.dictionary))
+    else:
+        values = _as_bytes(values)
+    for start in range(0, len(values), BATCH_ROWS):
+        yield from cut_column(values.slice(start, BATCH_ROWS))
 
 
 def _as_bytes(values: pa.Array) -> pa.Array:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prepare import text
@@ -101,6 +101,7 @@ def test_text_without_ascii_is_cut_too(tmp_path: Path, monkeypatch: pytest.Monke
     assert next_cut(file[0], 31) == 61
 
 
+@example(content="🙂".encode()[:3] + b"$", block=3)  # the next block does not finish it
 @given(content=st.binary(max_size=60) | adversarial.map(str.encode), block=sizes)
 def test_a_survey_tells_the_hash_the_size_and_whether_it_is_text(
     content: bytes, block: int, tmp_path_factory: pytest.TempPathFactory
