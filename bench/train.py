@@ -67,6 +67,8 @@ class Options:
     """How often each contender is measured."""
     seconds: float = 5
     """Length of a turn; at least one step."""
+    steps: int = 1
+    """Least number of steps of a turn of our own and of the step that it is compared with."""
     compile: bool = False
     """Measure the compiled steps on a CPU too; on a GPU they always are."""
     profile: bool = False
@@ -112,7 +114,7 @@ def about(options: Options, work: Workload) -> dict[str, Any]:
         "batch": [work.micro_batch_size, work.model.block_size],
         "rounds": options.rounds,
         "flops_per_token": flops_per_token,
-        "baseline": PLAIN + COMPILED if options.device == "cuda" else PLAIN,
+        "baseline": baseline(options),
     }
 
 
@@ -145,13 +147,16 @@ def groups(options: Options, work: Workload) -> Iterator[tuple[dict[str, tuple[A
     """Contenders that are measured in turn, and for how many rounds."""
     makers: dict[str, tuple[Any, ...]] = {PRODUCT: (product, options.device)}
     for name, (maker, compiled) in variants(options).items():
-        makers[name] = (contender, work, options.seconds, maker, compiled)
-    if options.device == "cpu":
-        yield makers, options.rounds
-        return
-    alone = {PLAIN: makers.pop(PLAIN)}
+        steps = options.steps if name in (OURS, baseline(options)) else 1
+        makers[name] = (contender, work, options.seconds, steps, maker, compiled)
+    if options.device == "cuda":
+        yield {PLAIN: makers.pop(PLAIN)}, 1  # first, since a time limit may cut off what is last
     yield makers, options.rounds
-    yield alone, 1
+
+
+def baseline(options: Options) -> str:
+    """The contender that speeds are compared with."""
+    return PLAIN + COMPILED if options.device == "cuda" else PLAIN
 
 
 def workload(options: Options, folder: Path) -> Workload:
@@ -176,7 +181,9 @@ def variants(options: Options) -> dict[str, tuple[str, bool]]:
     return made
 
 
-def contender(work: Workload, seconds: float, maker: str, compiled: bool) -> worker.Turn:
+def contender(
+    work: Workload, seconds: float, least_steps: int, maker: str, compiled: bool
+) -> worker.Turn:
     """Make a contender's step in its process, take the first one, and return its turns."""
     start = time.perf_counter()
     torch.set_float32_matmul_precision("high")  # as train.py and nanoGPT do
@@ -188,7 +195,7 @@ def contender(work: Workload, seconds: float, maker: str, compiled: bool) -> wor
     def turn() -> Record:
         step_seconds: list[float] = []
         start_cpu = time.process_time()
-        while not step_seconds or sum(step_seconds) < seconds:
+        while len(step_seconds) < least_steps or sum(step_seconds) < seconds:
             start = time.perf_counter()
             losses.append(step())  # waits for the device
             step_seconds.append(time.perf_counter() - start)

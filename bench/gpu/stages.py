@@ -25,8 +25,8 @@ SAMPLED = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "watts": "power.dr
 MEGABYTES = 250
 STDLIB, PACKAGES_TEXT = "stdlib", "packages"
 PARITY_STEPS = 200  # over which our losses are compared with the plain step's
-# Rounds and seconds per turn: on a GPU enough for `PARITY_STEPS`; on a CPU only to rehearse.
-LENGTH = {"cuda": (3, 10.0), "cpu": (1, 0.0)}
+# Rounds, and seconds of a turn; on a CPU only to rehearse.
+ROUNDS, SECONDS = {"cuda": 3, "cpu": 1}, {"cuda": 5.0, "cpu": 0.0}
 NEW_TOKENS = {"cuda": 100, "cpu": 5}
 RUN_STEPS, KEPT_LINES = 20, 12
 
@@ -42,16 +42,16 @@ def machine(setting: Setting) -> None:
     state = subprocess.run(query, capture_output=True, text=True, check=False)
     setting.note({"nvidia-smi": state.stdout})
     fields = f"--query-gpu={','.join(SAMPLED.values())}"
-    sampling = [program, fields, "--format=csv,noheader,nounits", "-l", "1"]
-    with subprocess.Popen(sampling, stdout=subprocess.PIPE, text=True) as sampler:
-        for line in sampler.stdout or ():
-            if sample := parse(line):
-                setting.note({"sample": sample})
+    sampling = [program, fields, "--format=csv,noheader,nounits"]
+    while True:  # not its own loop, -l 1, which may hold lines back in a pipe's buffer
+        found = subprocess.run(sampling, capture_output=True, text=True, check=False)
+        setting.note({"sample": parse(found.stdout)})
+        time.sleep(1)
 
 
 def parse(line: str) -> dict[str, float]:
-    """Return the numbers of one line of nvidia-smi by name, without those it does not have."""
-    words = [word.strip() for word in line.split(",")]
+    """Return the first GPU's numbers by name, without those that nvidia-smi does not have."""
+    words = [word.strip() for word in line.partition("\n")[0].split(",")]
     named = zip(SAMPLED, words, strict=False)
     return {name: float(word) for name, word in named if word.replace(".", "", 1).isdigit()}
 
@@ -94,14 +94,17 @@ def find_text(setting: Setting, patience: float = 20) -> Path:
 
 def train_options(setting: Setting) -> bench_train.Options:
     """The options of `bench.train`."""
-    rounds, seconds = LENGTH[setting.device]
-    return bench_train.Options(setting.preset, setting.device, rounds=rounds, seconds=seconds)
+    device, rounds = setting.device, ROUNDS[setting.device]
+    steps = -(-PARITY_STEPS // rounds) if setting.on_gpu else 1
+    return bench_train.Options(
+        setting.preset, device, rounds=rounds, seconds=SECONDS[device], steps=steps
+    )
 
 
 def warm(setting: Setting) -> None:
     """Compile every contender once, so that later stages find it in Inductor's cache."""
     if setting.on_gpu:
-        options = replace(train_options(setting), rounds=1, seconds=0)
+        options = replace(train_options(setting), rounds=1, seconds=0, steps=1)
         bench_train.run(options, lambda record: None)
 
 
@@ -123,9 +126,9 @@ def profile(setting: Setting) -> None:
 
 def generate(setting: Setting) -> None:
     """Note every turn of `bench.generate`'s contenders."""
-    rounds, new_tokens = LENGTH[setting.device][0], NEW_TOKENS[setting.device]
+    device = setting.device
     options = bench_generate.Options(
-        setting.preset, setting.device, new_tokens=new_tokens, rounds=rounds
+        setting.preset, device, new_tokens=NEW_TOKENS[device], rounds=ROUNDS[device]
     )
     setting.note({"about": bench_generate.about(options)})
     bench_generate.run(options, setting.note)

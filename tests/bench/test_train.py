@@ -115,13 +115,20 @@ def test_a_contender_that_fails_loses_only_its_own_row(
 
 
 def test_on_a_gpu_the_plain_step_is_measured_alone(work: Workload) -> None:
-    (together, rounds), (alone, once) = train.groups(Options(device="cuda", rounds=3), work)
+    options = Options(device="cuda", rounds=3, steps=67)
+    (alone, once), (together, rounds) = train.groups(options, work)
     compiled = [f"{PLAIN}, compiled", f"{PEER}, compiled"]
     assert (list(together), rounds) == ([train.PRODUCT, OURS, *compiled], 3)
     assert (list(alone), once) == ([PLAIN], 1)
+    assert [maker[3] for name, maker in together.items() if name != train.PRODUCT] == [67, 67, 1]
     assert [list(makers) for makers, _ in train.groups(Options(), work)] == [
         [train.PRODUCT, OURS, PLAIN, PEER]
     ]
+
+
+def test_a_turn_takes_so_many_steps_at_least(work: Workload) -> None:
+    turn = train.contender(work, 0.0, 3, "plain", compiled=False)
+    assert len(turn()["losses"]) == 1 + 3 and len(turn()["losses"]) == 3
 
 
 def test_what_is_measured_where() -> None:

@@ -188,4 +188,5 @@ def test_the_command(
 
 def test_samples_of_a_gpu() -> None:
     expected = {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "watts": 688.2, "celsius": 61.0}
-    assert stages.parse("1980, 2619, 688.20, 61, [N/A], \n") == expected
+    assert stages.parse("1980, 2619, 688.20, 61, [N/A], \n345, 1593, 70.0, 25, 4, 0\n") == expected
+    assert stages.parse("") == {}
