@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from prepare.documents import Batch
+from prepare.batch import Batch
 from prepare.text import digest_array
 from shards.cuts import cut
 from shards.manifest import DTYPE

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from prepare.batch import as_text
 from prepare.file_types import HEAD_BYTES, encoding_remedy
 from prepare.input_file import READ_BYTES, archive_of, byte_blocks, byte_stream
 from prepare.quarantine import BROKEN, MAX_DOCUMENT_BYTES, too_large
@@ -80,15 +81,6 @@ def _is_utf8(content: bytes) -> bool:
     return True
 
 
-def as_text(content: bytes) -> pa.LargeStringArray:
-    """View UTF-8 bytes as an Arrow array of one text. Raises pa.ArrowInvalid for other bytes."""
-    offsets = np.array([0, len(content)], np.int64)
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(content)]
-    text = pa.Array.from_buffers(pa.large_string(), 1, buffers)
-    text.validate(full=True)
-    return text
-
-
 def damage(path: str, error: Exception) -> str:
     """Return the reason to record for a damaged file; raise OSError if its raw bytes can't be read.
 
@@ -105,15 +97,6 @@ def damage(path: str, error: Exception) -> str:
 def one_line(error: Exception) -> str:
     """An error's message with its white space collapsed."""
     return " ".join(str(error).split())
-
-
-def utf8_error(content: bytes) -> str | None:
-    """The reason why `content` is not UTF-8, or None."""
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        return f"invalid UTF-8 at byte {error.start}: {error.reason}"
-    return None
 
 
 def pieces(

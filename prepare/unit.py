@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from prepare.documents import Batch, read
+from prepare.batch import Batch
+from prepare.documents import read
 from prepare.encode import AuditError, Encoded, document_hashes, encode
 from prepare.plan import Plan, Unit, UnitResult
 from prepare.quarantine import BadLimit, list_bad, total_bad

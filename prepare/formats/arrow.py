@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 
+from prepare.batch import BATCH_ROWS, Batch, column_batch, cut_column
 from prepare.columns import Columns, column_at, schema_columns
-from prepare.documents import BATCH_ROWS, Batch, column_batch, cut_column
 from prepare.input_file import InputFile, Slice, byte_stream, bytes_lost
 from prepare.quarantine import BadDocuments
 from prepare.text import damage

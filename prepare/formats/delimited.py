@@ -12,20 +12,9 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
+from prepare.batch import BATCH_BYTES, MAX_BATCH_ROWS, Batch, text_batch
 from prepare.columns import BYTE_ORDER_MARK, Columns, text_head
-from prepare.documents import (
-    BATCH_BYTES,
-    MAX_BATCH_ROWS,
-    Batch,
-    text_batch,
-)
-from prepare.input_file import (
-    READ_BYTES,
-    InputFile,
-    Slice,
-    byte_blocks,
-    bytes_lost,
-)
+from prepare.input_file import READ_BYTES, InputFile, Slice, byte_blocks, bytes_lost
 from prepare.quarantine import BROKEN, MAX_DOCUMENT_BYTES, BadDocuments, too_large
 from prepare.text import damage, one_line
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
-from prepare.documents import Batch, text_batch
+from prepare.batch import Batch, text_batch
 from prepare.input_file import InputFile, Slice, byte_stream, bytes_lost
 from prepare.quarantine import BadDocuments
 from prepare.text import damage

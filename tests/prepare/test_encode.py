@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from prepare.documents import Batch
+from prepare.batch import Batch
 from prepare.encode import AuditError, encode
 from shards.tokenizer import Tokenizer, load
 from tests.prepare.support import contents, expected, held, make, shrink, texts, write_jsonl

@@ -8,9 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prepare import text
+from prepare.batch import utf8_error
 from prepare.input_file import byte_stream
 from prepare.sources import find_files
-from prepare.text import damage, next_cut, next_line, pieces, survey, utf8_error
+from prepare.text import damage, next_cut, next_line, pieces, survey
 from tests.prepare.support import (
     COMPRESSORS,
     LAW,
