@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards import tokenizer
+from shards.encoder import string_buffers
 
 _barrier: Barrier
 
@@ -67,7 +68,7 @@ def _texts(file: pq.ParquetFile, group: int) -> pa.Array:
 
 def _size(texts: pa.Array) -> int:
     """UTF-8 bytes of Arrow text."""
-    offsets, _ = tokenizer.string_buffers(texts)
+    offsets, _ = string_buffers(texts)
     return int(offsets[-1] - offsets[0])
 
 

@@ -10,9 +10,9 @@ import xxhash
 
 from prepare.batch import Batch
 from prepare.text import digest_array
-from shards.cuts import cut
+from shards.encoder import cut, string_buffers
 from shards.manifest import DTYPE
-from shards.tokenizer import Tokenizer, string_buffers
+from shards.tokenizer import Tokenizer
 from shards.writer import to_uint16
 
 # One document in 512, chosen by its hash, and the first of each unit are encoded by tiktoken too;

@@ -12,7 +12,7 @@ from prepare.batch import as_text
 from prepare.file_types import HEAD_BYTES, encoding_remedy
 from prepare.input_file import READ_BYTES, archive_of, byte_blocks, byte_stream
 from prepare.quarantine import BROKEN, MAX_DOCUMENT_BYTES, too_large
-from shards.cuts import SAFE_CUT_BYTES
+from shards.encoder import SAFE_CUT_BYTES
 
 # A text document above this size is handed on in pieces of about this size.
 PIECE_BYTES = 32 << 20

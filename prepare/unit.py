@@ -15,8 +15,9 @@ from prepare.encode import AuditError, Encoded, document_hashes, encode
 from prepare.plan import Plan, Unit, UnitResult
 from prepare.quarantine import BadLimit, list_bad, total_bad
 from prepare.split import VAL_SOURCE
+from shards.encoder import string_buffers
 from shards.manifest import DTYPE, INDEX_SCHEMA, SPLITS, Shard
-from shards.tokenizer import Tokenizer, string_buffers
+from shards.tokenizer import Tokenizer
 from shards.writer import ShardWriter, open_shard
 
 # A stream of unknown length (a compressed file) continues in another shard after this many tokens.

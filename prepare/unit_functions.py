@@ -21,10 +21,9 @@ from prepare.plan import Plan, Unit, UnitResult, empty_result, unit_number
 from prepare.quarantine import BadLimit
 from prepare.unit import Exclusions, check_unchanged, read_unit, run_unit, select
 from prepare.workspace import DUPLICATES, HELD_OUT_HASHES, Workspace
-from shards.cuts import cut
+from shards.encoder import cut, string_buffers
 from shards.manifest import Shard
 from shards.remote import retried
-from shards.tokenizer import string_buffers
 
 Result = TypeVar("Result")
 # A unit's result, and the folder of its staged shards if they are still to be published.

@@ -7,16 +7,11 @@ The two differ only on code points that their Unicode tables class differently, 
 code point goes to tiktoken; without gigatoken all text does.
 """
 
-import ctypes
 import hashlib
-import importlib.metadata
 import importlib.util
-import json
-import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,14 +19,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import tiktoken
 import tiktoken.load
 from tiktoken_ext import openai_public
 
 from shards import remote
-from shards.cuts import SAFE_CUT_BYTES, cut
-from shards.files import write_json
+from shards.encoder import CodePoints, FastEncoder, cut, differing_code_points
 from shards.manifest import MANIFEST_NAME, Manifest, TokenizerIdentity
 from shards.vocabulary import (
     END_OF_TEXT,
@@ -50,12 +43,6 @@ P50K_SPACES = range(2, 26)
 BPE = "bpe-"  # begins the name of any other, which ends in the number of its ids
 # tiktoken builds a Python list of ints, so it gets pieces of about this many characters.
 PIECE = 1 << 20
-# gigatoken gets about this many bytes at a time, and may make the process grow by this much.
-PART_BYTES = 8 << 20
-MAX_GROWTH_BYTES = 128 << 20
-# A character in contexts where its class (letter or number, white space, other) shows in the
-# tokens: before "'s", which is one token after a letter and two after a symbol.
-PROBE = "{0}'s {0}"
 
 
 class VocabularyNotFoundError(FileNotFoundError):
@@ -76,9 +63,8 @@ class Tokenizer:
     hash: str
     _vocabulary: Vocabulary = field(repr=False)
     _reference: tiktoken.Encoding = field(repr=False)
-    _fast: "FastEncoder | None" = field(repr=False, default=None)
-    _differing: str = field(repr=False, default="")
-    _first_bytes: dict[int, np.ndarray] = field(repr=False, default_factory=dict)
+    _fast: FastEncoder | None = field(repr=False, default=None)
+    _differing: CodePoints = field(repr=False, default_factory=CodePoints)
 
     @property
     def identity(self) -> TokenizerIdentity:
@@ -119,7 +105,7 @@ class Tokenizer:
         if self._fast is None:
             return _join([self.encode_reference(text) for text in texts.to_pylist()])
         ids, offsets = self._fast.encode_batch(texts)
-        odd = self._rows_that_differ(texts)
+        odd = self._differing.found_in(texts)
         if not odd.size:
             return ids, offsets
         parts: list[np.ndarray] = np.split(ids, offsets[1:-1])
@@ -138,29 +124,6 @@ class Tokenizer:
     def reference_only(self) -> "Tokenizer":
         """Return this tokenizer with tiktoken doing all the work."""
         return replace(self, _fast=None)
-
-    def _rows_that_differ(self, texts: pa.Array) -> np.ndarray:
-        """Return the indices of the texts with a character that gigatoken may treat differently.
-
-        Three filters, each applied to what passed the one before and a tenth as fast: texts with a
-        high byte, then the first two bytes of such characters, then the characters.
-        """
-        rows = _rows_with_bytes_from(min(self._first_bytes, default=256), texts)
-        suspects = texts.take(pa.array(rows))
-        if not self._may_differ(suspects):
-            return rows[:0]
-        found = pc.match_substring_regex(suspects, self._differing)
-        return rows[found.to_numpy(zero_copy_only=False)]
-
-    def _may_differ(self, texts: pa.Array) -> bool:
-        """Return True if texts hold the first two bytes of such a character."""
-        offsets, content = string_buffers(texts)
-        content = content[offsets[0] : offsets[-1]]
-        for first, seconds in self._first_bytes.items():
-            here = content[:-1] == first
-            if here.any() and seconds[content[1:][here]].any():
-                return True
-        return False
 
 
 def load(name: str | Path = GPT2) -> Tokenizer:
@@ -270,7 +233,6 @@ def _load_p50k() -> Tokenizer:
 def _assemble(name: str, vocabulary: Vocabulary, reference: tiktoken.Encoding) -> Tokenizer:
     """Return the tokenizer of a vocabulary and of tiktoken's encoding with it."""
     fast = _gigatoken(vocabulary)
-    differing = differing_code_points() if fast else []
     return Tokenizer(
         name=name,
         n_vocab=len(vocabulary.tokens),
@@ -279,8 +241,7 @@ def _assemble(name: str, vocabulary: Vocabulary, reference: tiktoken.Encoding) -
         _vocabulary=vocabulary,
         _reference=reference,
         _fast=fast,
-        _differing=_character_class(differing),
-        _first_bytes=_first_bytes(differing),
+        _differing=CodePoints(tuple(differing_code_points() if fast else ())),
     )
 
 
@@ -288,7 +249,7 @@ def _encoding(vocabulary: Vocabulary) -> tiktoken.Encoding:
     """Return tiktoken's encoding of a vocabulary, with GPT-2's pattern."""
     return tiktoken.Encoding(
         "bpe",
-        pat_str=_definition(lambda **_: {})["pat_str"],
+        pat_str=openai_public.r50k_pat_str,
         mergeable_ranks=vocabulary.ranks,
         special_tokens=dict(vocabulary.specials),
     )
@@ -383,123 +344,12 @@ def _cached_vocabulary() -> dict[str, str]:
     return found if folder and all(map(os.path.exists, found.values())) else {}
 
 
-def _gigatoken(vocabulary: Vocabulary) -> "FastEncoder | None":
+def _gigatoken(vocabulary: Vocabulary) -> FastEncoder | None:
     """Return gigatoken with this vocabulary, no special tokens; None if it is not installed."""
     try:
-        return FastEncoder(vocabulary)
+        return FastEncoder(vocabulary.ranks)
     except ImportError:
         return None
-
-
-class FastEncoder:
-    """gigatoken, with its memory bounded.
-
-    It caches every pre-token it meets and has no setting for a bound: 1 GB of random words took
-    8 GB, and web text does the same more slowly. A new encoder costs 63 ms and gives the same
-    tokens, so it is renewed whenever the process has grown by `MAX_GROWTH_BYTES`. A larger bound
-    is no faster: the cache is limited by memory latency.
-    """
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        dense, self._ids = vocabulary.without_gaps()
-        self._lines = dense.lines
-        self._renew()
-
-    def _renew(self) -> None:
-        """Replace the encoder, returning the memory of the former one to the system."""
-        import gigatoken
-
-        self._encoder: Any = None
-        _trim_heap()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "bpe.tiktoken")
-            path.write_bytes(self._lines)
-            self._encoder = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", special_tokens={})
-        self._smallest = _private_bytes()
-
-    def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text, unsigned, (n_tokens,)."""
-        return self.encode_batch(pa.array([text], pa.large_string()))[0]
-
-    def encode_batch(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-        """Encode as `Tokenizer.encode_batch`, at most about `PART_BYTES` at a time."""
-        offsets, content = string_buffers(texts)
-        if offsets[-1] - offsets[0] <= PART_BYTES:
-            return self._encode(offsets, content)
-        bounds = np.union1d(offsets, list(_cuts(offsets, content)))
-        ids, lengths, start = [], [np.zeros(1, np.int64)], 0
-        while start < len(bounds) - 1:
-            end = np.searchsorted(bounds, bounds[start] + PART_BYTES, "right") - 1
-            end = max(int(end), start + 1)
-            part, part_offsets = self._encode(bounds[start : end + 1], content)
-            ids.append(part)
-            lengths.append(np.diff(part_offsets))
-            start = end
-        counts = np.cumsum(np.concatenate(lengths))
-        return np.concatenate(ids), counts[np.searchsorted(bounds, offsets)]
-
-    def _encode(self, offsets: np.ndarray, content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Encode the texts between `offsets` of `content`, without a Python object per text."""
-        import awkward as ak
-
-        size = _private_bytes()
-        # Of what was there when it was made, part may have been freed since.
-        self._smallest = min(self._smallest, size)
-        if size - self._smallest > MAX_GROWTH_BYTES:
-            self._renew()
-        characters = ak.contents.NumpyArray(content, parameters={"__array__": "char"})
-        strings = ak.contents.ListOffsetArray(
-            ak.index.Index64(offsets), characters, parameters={"__array__": "string"}
-        )
-        # On the calling thread: prepare runs one process per core.
-        encoded = self._encoder.encode_batch(ak.Array(strings), parallel=False).layout
-        ids, offsets = np.asarray(encoded.content.data), np.asarray(encoded.offsets.data)
-        return ids if self._ids is None else self._ids[ids], offsets
-
-
-def _cuts(offsets: np.ndarray, content: np.ndarray) -> Iterator[int]:
-    """Yield offsets to cut the texts longer than `PART_BYTES` without changing their tokens."""
-    for i in np.flatnonzero(np.diff(offsets) > PART_BYTES).tolist():
-        cut, end = int(offsets[i]) + PART_BYTES, int(offsets[i + 1])
-        while cut < end and (match := SAFE_CUT_BYTES.search(content.data, cut, end)):
-            yield match.start()
-            cut = match.start() + PART_BYTES
-
-
-def _private_bytes() -> int:
-    """Return the resident memory of the process that is no file's; 0 where it can't be known."""
-    try:
-        with open("/proc/self/statm") as file:
-            _, resident, shared, *_ = map(int, file.read().split())
-    except OSError:  # no Linux
-        return 0
-    return (resident - shared) * mmap.PAGESIZE
-
-
-def _trim_heap() -> None:
-    """Return freed memory to the system where the C library (glibc) keeps it."""
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def string_buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Return (offsets, bytes) of Arrow text or binary as NumPy views: int64 (n + 1,), and uint8."""
-    wide = pa.types.is_large_string(texts.type) or pa.types.is_large_binary(texts.type)
-    _, offsets, data = texts.buffers()
-    view = np.frombuffer(offsets, np.int64 if wide else np.int32)
-    view = view[texts.offset : texts.offset + len(texts) + 1]
-    content = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
-    return view.astype(np.int64, copy=False), content
-
-
-def _rows_with_bytes_from(lowest: int, texts: pa.Array) -> np.ndarray:
-    """Return the indices of texts with a byte of at least `lowest`, and of some empty ones."""
-    offsets, content = string_buffers(texts)
-    if offsets[0] == offsets[-1]:
-        return np.empty(0, np.int64)
-    # reduceat accepts no start past the last byte, where empty texts at the end start.
-    starts = np.minimum(offsets[:-1], offsets[-1] - 1)
-    return np.flatnonzero(np.maximum.reduceat(content[: offsets[-1]], starts) >= lowest)
 
 
 def _join(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -507,63 +357,3 @@ def _join(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.zeros(len(parts) + 1, np.int64)
     np.cumsum([len(part) for part in parts], out=offsets[1:])
     return np.concatenate([np.empty(0, np.uint32), *parts]), offsets
-
-
-def differing_code_points() -> list[tuple[int, int]]:
-    """Return ranges (first, last) of the code points on which the two installed encoders differ.
-
-    They depend on the pattern and not on the vocabulary, so one of few tokens finds them. Computed
-    once (some seconds) and cached on disk by the versions of both.
-    """
-    versions = [f"{name}-{importlib.metadata.version(name)}" for name in ("tiktoken", "gigatoken")]
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = caches / "mygpt" / f"differing-{'-'.join(versions)}.json"
-    try:
-        return [(first, last) for first, last in json.loads(path.read_bytes())]
-    except (OSError, ValueError):
-        probing = Vocabulary((*(bytes([i]) for i in range(256)), b"'s", b""), {END_OF_TEXT: 257})
-        ranges = _compare_all_code_points(_encoding(probing), FastEncoder(probing))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, ranges)
-    except OSError:
-        pass  # with a read-only home they are computed again next time
-    return ranges
-
-
-def _compare_all_code_points(
-    reference: tiktoken.Encoding, fast: FastEncoder
-) -> list[tuple[int, int]]:
-    """Probe blocks of 256 code points, then each code point of the blocks that differ."""
-
-    def differs(code_points: list[int]) -> bool:
-        text = "\n".join(PROBE.format(chr(code)) for code in code_points)
-        return reference.encode_ordinary(text) != fast.encode(text).tolist()
-
-    ranges: list[tuple[int, int]] = []
-    for start in range(0, 0x110000, 256):
-        block = list(range(start, start + 256))
-        if 0xD800 <= start < 0xE000 or not differs(block):  # surrogates are repaired before
-            continue
-        for code in filter(lambda code: differs([code]), block):
-            if ranges and ranges[-1][1] == code - 1:
-                ranges[-1] = (ranges[-1][0], code)
-            else:
-                ranges.append((code, code))
-    return ranges
-
-
-def _character_class(ranges: list[tuple[int, int]]) -> str:
-    """Return an RE2 character class of the ranges, empty if there are none."""
-    inside = "".join(rf"\x{{{first:x}}}-\x{{{last:x}}}" for first, last in ranges)
-    return f"[{inside}]" if inside else ""
-
-
-def _first_bytes(ranges: list[tuple[int, int]]) -> dict[int, np.ndarray]:
-    """Return, by first byte of the characters in the ranges, their second bytes, (256,) bool."""
-    found: dict[int, np.ndarray] = {}
-    for first, last in ranges:
-        for code in range(first, last + 1):
-            first_byte, second_byte, *_ = chr(code).encode()
-            found.setdefault(first_byte, np.zeros(256, np.bool_))[second_byte] = True
-    return found

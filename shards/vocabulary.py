@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import orjson
 
 from shards import stored_json
@@ -74,25 +73,10 @@ class Vocabulary:
 
     @cached_property
     def hash(self) -> str:
-        """Hex sha256 of `lines`: for OpenAI's vocabularies that of the published file."""
-        return hashlib.sha256(self.lines).hexdigest()
-
-    @cached_property
-    def lines(self) -> bytes:
-        """The ranks in tiktoken's file format: on each line a token in base64, and its id."""
+        """Hex sha256 of the ranks in tiktoken's format: for OpenAI's that of the published file."""
         pairs = self.ranks.items()
-        return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in pairs)
-
-    def without_gaps(self) -> "tuple[Vocabulary, np.ndarray | None]":
-        """Return the vocabulary with `<|endoftext|>` alone, last, and the id here of each id there.
-
-        gigatoken wants the ids of the bytes below 256. None if the ids are the same.
-        """
-        last = len(self.ranks)
-        if self.specials == {END_OF_TEXT: last}:
-            return self, None
-        dense = Vocabulary((*self.ranks, b""), {END_OF_TEXT: last})
-        return dense, np.array([*self.ranks.values(), self.eot], np.uint32)
+        lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in pairs)
+        return hashlib.sha256(b"".join(lines)).hexdigest()
 
     def to_json(self) -> bytes:
         """Return the content of `tokenizer.json`: the same vocabulary, the same bytes."""

@@ -23,8 +23,8 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import tokenizer
-from shards.cuts import cut
+from shards import encoder, tokenizer
+from shards.encoder import cut
 from shards.tokenizer import Tokenizer, VocabularyNotFoundError, repair_surrogates
 
 gpt2 = tokenizer.load()
@@ -68,7 +68,7 @@ def differing() -> set[str]:
     """The characters that go to tiktoken."""
     if gpt2._fast is None:
         return set()
-    ranges = tokenizer.differing_code_points()
+    ranges = encoder.differing_code_points()
     return {chr(code) for first, last in ranges for code in range(first, last + 1)}
 
 
@@ -132,7 +132,7 @@ def test_every_code_point_among_letters_spaces_digits_and_alone(planes: tuple[in
     texts = [
         "".join(map(context.format, together[i : i + 512])) for i in range(0, len(together), 512)
     ]
-    assert not gpt2._rows_that_differ(pa.array(texts)).size, "the fast encoder does these"
+    assert not gpt2._differing.found_in(pa.array(texts)).size, "the fast encoder does these"
     assert batch(texts) == [law(text) for text in texts]
     alone = [context.format(character) for character in sorted(apart)]
     assert batch(alone) == [law(text) for text in alone]
@@ -162,7 +162,7 @@ def test_the_differing_set_is_exact() -> None:
         assert raw.encode(text).tolist() == law(text), hex(ord(character))
     wrong = [c for c in sorted(apart) if raw.encode(f"{c}'s {c}").tolist() != law(f"{c}'s {c}")]
     assert len(wrong) == len(apart), "tiktoken 0.14 and gigatoken 0.10 differ on 4,657"
-    assert bool(gpt2._differing) == bool(apart)
+    assert bool(gpt2._differing.ranges) == bool(apart)
 
 
 @settings(max_examples=150)
@@ -248,7 +248,7 @@ def test_arrays_with_nothing_in_them(kind: pa.DataType) -> None:
 def test_a_document_with_a_differing_code_point_keeps_its_place() -> None:
     odd = sorted(differing())[0]
     texts = ["first", f"x{odd}'s", "", f"{odd}", "é last", odd * 3]
-    assert gpt2._rows_that_differ(pa.array(texts)).tolist() == [1, 3, 5]
+    assert gpt2._differing.found_in(pa.array(texts)).tolist() == [1, 3, 5]
     assert batch(texts) == [law(text) for text in texts]
     assert batch(pa.array(texts)[2:5]) == [law(text) for text in texts[2:5]]
 
@@ -299,7 +299,7 @@ def test_a_text_longer_than_a_piece(unit: str, monkeypatch: pytest.MonkeyPatch) 
 def test_parts_have_the_tokens_of_the_whole(texts: list[str], size: int) -> None:
     """Texts longer than a part are cut, shorter ones joined; the empty ones keep their place."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "PART_BYTES", size)
+        patch.setattr(encoder, "PART_BYTES", size)
         assert batch(texts) == [law(text) for text in texts]
         kept = pa.array(["before", *texts], pa.string())[1:]
         assert batch(kept) == [law(text) for text in texts]
@@ -308,10 +308,10 @@ def test_parts_have_the_tokens_of_the_whole(texts: list[str], size: int) -> None
 @needs_gigatoken
 def test_a_renewed_encoder_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpt2._fast is not None
-    monkeypatch.setattr(tokenizer, "MAX_GROWTH_BYTES", 0)
-    monkeypatch.setattr(tokenizer, "PART_BYTES", 100)
+    monkeypatch.setattr(encoder, "MAX_GROWTH_BYTES", 0)
+    monkeypatch.setattr(encoder, "PART_BYTES", 100)
     sizes = iter(range(10**9))
-    monkeypatch.setattr(tokenizer, "_private_bytes", lambda: next(sizes))
+    monkeypatch.setattr(encoder, "_private_bytes", lambda: next(sizes))
     before = gpt2._fast._encoder
     texts = ["word " * 60, "", "naïve café " * 20, "\u088f's"]
     assert batch(texts) == [law(text) for text in texts]
@@ -340,7 +340,7 @@ def test_the_differing_set_is_cached_by_both_versions(
 ) -> None:
     apart = differing()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    computed = tokenizer.differing_code_points()
+    computed = encoder.differing_code_points()
     (file,) = (tmp_path / "mygpt").iterdir()
     for name in ("tiktoken", "gigatoken"):
         assert f"{name}-{importlib.metadata.version(name)}" in file.name
@@ -348,13 +348,13 @@ def test_the_differing_set_is_cached_by_both_versions(
     assert {chr(c) for first, last in computed for c in range(first, last + 1)} == apart
     # What the cache holds is taken; a damaged cache or other versions are computed anew.
     file.write_text("[[65, 66]]")
-    assert tokenizer.differing_code_points() == [(65, 66)]
-    monkeypatch.setattr(tokenizer, "_compare_all_code_points", lambda *_: [(1, 2)])
+    assert encoder.differing_code_points() == [(65, 66)]
+    monkeypatch.setattr(encoder, "_compare_all_code_points", lambda *_: [(1, 2)])
     file.write_text("[[65,")
-    assert tokenizer.differing_code_points() == [(1, 2)]
+    assert encoder.differing_code_points() == [(1, 2)]
     assert json.loads(file.read_bytes()) == [[1, 2]]
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "99")
-    assert tokenizer.differing_code_points() == [(1, 2)]
+    assert encoder.differing_code_points() == [(1, 2)]
     assert len(list((tmp_path / "mygpt").iterdir())) == 2
 
 
@@ -364,8 +364,8 @@ def test_a_cache_that_can_not_be_written_is_no_error(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(tokenizer, "_compare_all_code_points", lambda *_: [(7, 7)])
-    assert tokenizer.differing_code_points() == [(7, 7)]
+    monkeypatch.setattr(encoder, "_compare_all_code_points", lambda *_: [(7, 7)])
+    assert encoder.differing_code_points() == [(7, 7)]
 
 
 # Where the vocabulary is found: tiktoken's cache, then the package, then the network.

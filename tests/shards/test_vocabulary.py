@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import pre_tokenizers, trainers
 
-from shards import tokenizer
+from shards import encoder, tokenizer
 from shards.tokenizer import Tokenizer
 from shards.vocabulary import END_OF_TEXT, Vocabulary, merges, parse
 
@@ -112,7 +112,7 @@ def test_any_text(kind: str, text: str) -> None:
 @pytest.mark.parametrize("kind", ["several", "p50k_base"])
 def test_code_points_pieces_and_runs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own, reference = made(kind), law(kind)
-    ranges = tokenizer.differing_code_points()
+    ranges = encoder.differing_code_points()
     texts = [f"{chr(code)}'s {chr(code)}" for first, last in ranges for code in range(first, last)]
     texts += [" " * n + "x" + "\n" * n for n in range(60)]
     texts += [Path(__file__).read_text("utf-8"), *(chr(code) * 3 for code in range(0x80, 0x800))]
@@ -120,7 +120,7 @@ def test_code_points_pieces_and_runs(kind: str, monkeypatch: pytest.MonkeyPatch)
     ids, offsets = own.encode_batch(pa.array(texts))
     assert [ids[a:b].tolist() for a, b in pairwise(offsets)] == expected
     monkeypatch.setattr(tokenizer, "PIECE", 50)
-    monkeypatch.setattr(tokenizer, "PART_BYTES", 50)
+    monkeypatch.setattr(encoder, "PART_BYTES", 50)
     assert own.encode(texts[-1]) == own.encode_reference(texts[-1]).tolist() == expected[-1]
     whole = "".join(texts)
     assert own.encode(whole) == reference.encode_ordinary(whole)
