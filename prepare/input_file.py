@@ -120,7 +120,7 @@ def byte_stream(
 ) -> "NativeFile | MemberStream":
     """Open a file's (decompressed) bytes from `offset` on; the caller closes the stream."""
     if path.startswith(SCHEME):
-        stream = open_member(path)
+        stream = MemberStream(path)
     else:
         system, path = filesystem(path)
         if compression is None:
@@ -202,17 +202,12 @@ def member_status(path: str) -> tuple[int, int] | None:
         return None
 
 
-def open_member(path: str) -> "MemberStream":
-    """Open a member's uncompressed bytes; the caller closes the stream. Raises OSError."""
-    archive, name = _split(path)
-    return MemberStream(archive, name)
-
-
 class MemberStream(io.RawIOBase):
     """Uncompressed bytes of a member, from its start on; damage is an OSError."""
 
-    def __init__(self, archive: str, name: str) -> None:
+    def __init__(self, path: str) -> None:
         super().__init__()
+        archive, name = _split(path)
         try:
             self._file = _opened(archive).open(name)
         except (KeyError, *DAMAGE) as error:
