@@ -7,21 +7,25 @@ from dataclasses import asdict, replace
 from prepare.file_types import describe_left_out
 from prepare.plan import Plan, UnitResult
 from prepare.quarantine import (
+    BAD_BYTES,
+    BROKEN,
     QUARANTINE,
     BadDocuments,
     BadLimit,
     Entry,
     check_bad,
     list_bad,
-    losses,
     total_bad,
 )
 from prepare.split import HASH, POSITION, VAL_SOURCE, SplitRule
 from prepare.workspace import REFUSED, Folder
 from shards import stored_json
-from shards.cli import counted
+from shards.cli import counted, printable
 from shards.manifest import SPLITS, Manifest, Source, Split
 from shards.tokenizer import Tokenizer
+
+# Losses named on the terminal; the list has all of them.
+NAMED = 10
 
 
 def stop_early(
@@ -85,6 +89,22 @@ def _text_bytes(results: Sequence[UnitResult]) -> int:
     """Return the bytes of text in the shards of some units, or that were hashed."""
     written = sum(shard.text_bytes for result in results for shard in result.all_shards())
     return written + sum(result.hashed_bytes for result in results)
+
+
+def losses(entries: list[Entry], text: int) -> list[str]:
+    """Describe how much text is bad beside `text` bytes that are not; name broken files."""
+    if not entries:
+        return []
+    _, lost = total_bad(entries)
+    share = lost / (text + lost or 1)
+    lines = [f"left out   {lost:,} of {text + lost:,} bytes of text ({share:.1%})"]
+    large = [one for one in entries if one.reason.startswith(BROKEN) or one.bytes > BAD_BYTES]
+    for entry in large[:NAMED]:
+        line = f"{entry.source} at {entry.position}: {entry.reason}"
+        lines.append(f"           {printable(line)}")
+    if large[NAMED:]:
+        lines.append(f"           and {len(large) - NAMED} more: see {QUARANTINE}")
+    return lines
 
 
 def build_manifest(

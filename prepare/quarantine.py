@@ -3,8 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from shards.cli import printable
-
 QUARANTINE = "quarantine.jsonl"
 # A document must be held as a whole where it is a line or a row, and so must a stretch of any text
 # without white space, which can't be cut. What is larger is bad.
@@ -13,8 +11,6 @@ BROKEN = "unreadable from here on"  # begins the reason of a file that is broken
 # Bad documents listed one by one, per unit and in all; the rest is only counted.
 MAX_LISTED = 10_000
 UNLISTED = "further bad documents, which are not listed"
-# Losses named on the terminal; the list has all of them.
-NAMED = 10
 
 # Bad documents and bytes of text lost with them that are allowed without --max-bad, or a share of
 # all documents and of all text, if that is more.
@@ -117,19 +113,3 @@ def check_bad(entries: list[Entry], documents: int, text: int, limit: BadLimit) 
         f"{QUARANTINE} lists them; fix them, or raise --max-bad to {needed} and run again "
         "(finished work is kept)"
     )
-
-
-def losses(entries: list[Entry], text: int) -> list[str]:
-    """Describe how much text is bad beside `text` bytes that are not; name broken files."""
-    if not entries:
-        return []
-    _, lost = total_bad(entries)
-    share = lost / (text + lost or 1)
-    lines = [f"left out   {lost:,} of {text + lost:,} bytes of text ({share:.1%})"]
-    large = [one for one in entries if one.reason.startswith(BROKEN) or one.bytes > BAD_BYTES]
-    for entry in large[:NAMED]:
-        line = f"{entry.source} at {entry.position}: {entry.reason}"
-        lines.append(f"           {printable(line)}")
-    if large[NAMED:]:
-        lines.append(f"           and {len(large) - NAMED} more: see {QUARANTINE}")
-    return lines

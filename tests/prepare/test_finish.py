@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prepare import job
+from prepare.finish import losses
 from prepare.plan import Unit
 from prepare.quarantine import (
     BROKEN,
@@ -16,7 +17,6 @@ from prepare.quarantine import (
     Entry,
     check_bad,
     list_bad,
-    losses,
 )
 from tests.prepare.support import (
     contents,
