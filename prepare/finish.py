@@ -4,19 +4,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 
+from prepare import quarantine
 from prepare.file_types import describe_left_out
 from prepare.plan import Plan, UnitResult
-from prepare.quarantine import (
-    BAD_BYTES,
-    BROKEN,
-    QUARANTINE,
-    BadDocuments,
-    BadLimit,
-    Entry,
-    check_bad,
-    list_bad,
-    total_bad,
-)
+from prepare.quarantine import BadDocuments, BadLimit, Entry
 from prepare.split import HASH, POSITION, VAL_SOURCE, SplitRule
 from prepare.workspace import REFUSED, Folder
 from shards import stored_json
@@ -32,11 +23,11 @@ def stop_early(
     results: Iterable[UnitResult], plan: Plan, folder: Folder, limit: BadLimit
 ) -> Iterator[UnitResult]:
     """Yield the results. Raises ValueError once too much is bad, whatever is still to come."""
-    documents, lost = total_bad(plan.bad)
+    documents, lost = quarantine.total_bad(plan.bad)
     seen = [plan.inspection()]
     for result in results:
         seen.append(result)
-        more_documents, more_lost = total_bad(result.bad)
+        more_documents, more_lost = quarantine.total_bad(result.bad)
         documents, lost = documents + more_documents, lost + more_lost
         if limit.is_exceeded(documents, lost):
             store_quarantine(seen, plan, folder, limit)
@@ -52,24 +43,15 @@ def store_quarantine(
     """
     listed: list[BadDocuments] = []
     for result in sorted(results, key=lambda result: result.unit):
-        list_bad(listed, result.bad)
-    entries = [
-        Entry(
-            source=plan.files[one.source].name,
-            position=one.position,
-            reason=one.reason,
-            documents=one.documents,
-            generation=plan.generation,
-            bytes=one.bytes,
-        )
-        for one in listed
-    ]
+        quarantine.list_bad(listed, result.bad)
+    values = [asdict(one) | {"source": plan.files[one.source].name} for one in listed]
+    entries = [Entry(**one, generation=plan.generation) for one in values]
     earlier = [entry for entry in _stored(folder) if entry.generation < plan.generation]
     lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in earlier + entries]
-    folder.write(QUARANTINE, "".join(lines).encode())
+    folder.write(quarantine.QUARANTINE, "".join(lines).encode())
     documents, text = sum(result.read for result in results), _text_bytes(results)
     try:
-        check_bad(entries, documents, text, limit)
+        quarantine.check_bad(entries, documents, text, limit)
     except ValueError:
         print(*losses(entries, text), sep="\n")
         folder.write(REFUSED, b"")
@@ -79,7 +61,7 @@ def store_quarantine(
 
 def _stored(folder: Folder) -> list[Entry]:
     """Return the entries of quarantine.jsonl. Raises ValueError if it is damaged."""
-    content, name = folder.read(QUARANTINE) or b"", f"{folder}/{QUARANTINE}"
+    content, name = folder.read(quarantine.QUARANTINE) or b"", f"{folder}/{quarantine.QUARANTINE}"
     remedy = "restore it, or remove it: then only what is bad from now on is listed"
     lines = [stored_json.parse(line, name, remedy) for line in content.splitlines()]
     return [stored_json.build(Entry, line, name, remedy=remedy) for line in lines]
@@ -95,15 +77,19 @@ def losses(entries: list[Entry], text: int) -> list[str]:
     """Describe how much text is bad beside `text` bytes that are not; name broken files."""
     if not entries:
         return []
-    _, lost = total_bad(entries)
+    _, lost = quarantine.total_bad(entries)
     share = lost / (text + lost or 1)
     lines = [f"left out   {lost:,} of {text + lost:,} bytes of text ({share:.1%})"]
-    large = [one for one in entries if one.reason.startswith(BROKEN) or one.bytes > BAD_BYTES]
+    large = [
+        one
+        for one in entries
+        if one.reason.startswith(quarantine.BROKEN) or one.bytes > quarantine.BAD_BYTES
+    ]
     for entry in large[:NAMED]:
         line = f"{entry.source} at {entry.position}: {entry.reason}"
         lines.append(f"           {printable(line)}")
     if large[NAMED:]:
-        lines.append(f"           and {len(large) - NAMED} more: see {QUARANTINE}")
+        lines.append(f"           and {len(large) - NAMED} more: see {quarantine.QUARANTINE}")
     return lines
 
 

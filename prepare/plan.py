@@ -21,7 +21,7 @@ from prepare.columns import column_bytes, with_column
 from prepare.file_types import JSONL, PARQUET, TEXT
 from prepare.input_file import InputFile, Slice, byte_stream, bytes_lost
 from prepare.options import Options
-from prepare.quarantine import BadDocuments, total_bad
+from prepare.quarantine import BadDocuments
 from prepare.sources import INSPECTED_AT_ONCE, find_files
 from prepare.split import POSITION, VAL_SOURCE, SplitRule, choose_rule, follow_rule
 from prepare.text import PIECE_BYTES, next_cut, next_line, survey
@@ -74,11 +74,6 @@ class UnitResult:
         return [shard for shards in self.shards.values() for shard in shards]
 
 
-def empty_result(unit: int) -> UnitResult:
-    """Return the result of a unit of which nothing is read yet, and no shard written."""
-    return UnitResult(unit, {split: [] for split in SPLITS})
-
-
 @dataclass(frozen=True)
 class Plan:
     """All units, the files they read, and how documents are split."""
@@ -97,9 +92,8 @@ class Plan:
 
     def inspection(self) -> UnitResult:
         """Return what planning found bad, as the result of a unit before the first."""
-        result = empty_result(-1)
-        result.read, result.bad = total_bad(self.bad)[0], list(self.bad)
-        return result
+        read = sum(one.documents for one in self.bad)
+        return UnitResult(-1, {split: [] for split in SPLITS}, read, bad=list(self.bad))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `plan.json`."""

@@ -114,10 +114,19 @@ def select(
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
     """Yield a unit's batches with what is training and what validation text of them, (n,) bool.
 
-    Counts in `result` what is neither; stops as `read_unit` does.
+    Notes in `result` what is neither. Where more than `limit` could not be read it stops, and the
+    result is `stopped`.
     """
     documents = 0
-    for batch in read_unit(plan, unit, result, limit):
+    for batch in read(plan.files, unit.slices):
+        # Not right after a batch: what has been read to its end is finished, and kept.
+        result.stopped = bool(limit and limit.is_exceeded(*total_bad(result.bad)))
+        if result.stopped:
+            return
+        list_bad(result.bad, batch.bad)
+        result.read += sum(bad.documents for bad in batch.bad)
+        if not len(batch.texts):
+            continue
         hashes = document_hashes(batch)
         is_val = _is_val(plan, batch, hashes)
         # A continued piece has the index of the document that it continues.
@@ -131,24 +140,6 @@ def select(
             result.duplicates += int(np.count_nonzero(excluded))
         kept = nonempty & ~excluded
         yield batch, kept & ~is_val, kept & is_val
-
-
-def read_unit(
-    plan: Plan, unit: Unit, result: UnitResult, limit: BadLimit | None = None
-) -> Iterator[Batch]:
-    """Yield a unit's batches that hold documents; list in `result` what could not be read.
-
-    Where more than `limit` of that is bad it stops, and the result is `stopped`.
-    """
-    for batch in read(plan.files, unit.slices):
-        # Not right after a batch: what has been read to its end is finished, and kept.
-        result.stopped = bool(limit and limit.is_exceeded(*total_bad(result.bad)))
-        if result.stopped:
-            return
-        list_bad(result.bad, batch.bad)
-        result.read += sum(bad.documents for bad in batch.bad)
-        if len(batch.texts):
-            yield batch
 
 
 def _is_val(plan: Plan, batch: Batch, hashes: np.ndarray) -> np.ndarray:

@@ -17,9 +17,10 @@ import pyarrow as pa
 import xxhash
 
 from prepare.encode import document_hashes
-from prepare.plan import Plan, Unit, UnitResult, empty_result, unit_number
+from prepare.plan import Plan, Unit, UnitResult, unit_number
 from prepare.quarantine import BadLimit
-from prepare.unit import Exclusions, check_unchanged, read_unit, run_unit, select
+from prepare.split import POSITION
+from prepare.unit import Exclusions, check_unchanged, run_unit, select
 from prepare.workspace import DUPLICATES, HELD_OUT_HASHES, Workspace
 from shards.encoder import cut, string_buffers
 from shards.manifest import Shard
@@ -134,19 +135,16 @@ class HashDocuments(UnitFunction[UnitResult]):
 
     def run(self, unit: Unit) -> UnitResult:
         """Hash one unit, or less of it where more than the limit can't be read."""
-        result = empty_result(unit.number)
+        result = UnitResult(unit.number, {})
         parts = [np.empty((0, 2), np.uint64)]
-        for batch in read_unit(self.plan, unit, result, self.limit):
+        for batch, in_train, in_val in select(self.plan, unit, Exclusions(), result, self.limit):
             if batch.continued:
                 continue
             # Zero: no duplicate of any other. An empty document is dropped anyway, and a part of
             # the one text that is split by position is no document of its own.
-            sizes = np.diff(string_buffers(batch.texts)[0])
-            skipped = sizes == 0
-            skipped |= batch.split is not None and batch.hashes is None
-            parts.append(np.where(skipped[:, None], np.uint64(0), document_hashes(batch)))
-            result.read += len(sizes)
-            result.hashed_bytes += int(sizes.sum())
+            kept = (in_train | in_val) & (self.plan.rule.rule != POSITION)
+            parts.append(np.where(kept[:, None], document_hashes(batch), np.uint64(0)))
+            result.hashed_bytes += int(np.diff(string_buffers(batch.texts)[0]).sum())
         check_unchanged(self.plan, unit)
         if not result.stopped:
             self.workspace.save_array(f"{self.folder}/{unit.name}", np.concatenate(parts))
@@ -161,7 +159,7 @@ class SampleText(UnitFunction[list[tuple[int, str]]]):
 
     def run(self, unit: Unit) -> list[tuple[int, str]]:
         """Read one unit."""
-        selected = select(self.plan, unit, self.exclusions(unit), empty_result(unit.number))
+        selected = select(self.plan, unit, self.exclusions(unit), UnitResult(unit.number, {}))
         pieces = [
             (digest, piece)
             for batch, in_train, _ in selected
