@@ -74,10 +74,6 @@ class FastEncoder:
             self._encoder = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", special_tokens={})
         self._smallest = _private_bytes()
 
-    def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text, unsigned, (n_tokens,)."""
-        return self.encode_batch(pa.array([text], pa.large_string()))[0]
-
     def encode_batch(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         """Encode as `Tokenizer.encode_batch`, at most about `PART_BYTES` at a time."""
         offsets, content = string_buffers(texts)
@@ -189,20 +185,21 @@ def _compare_all_code_points(
 ) -> list[tuple[int, int]]:
     """Probe blocks of 256 code points, then each code point of the blocks that differ."""
 
-    def differs(code_points: list[int]) -> bool:
-        text = "\n".join(PROBE.format(chr(code)) for code in code_points)
-        return reference.encode_ordinary(text) != fast.encode(text).tolist()
+    def differing(blocks: list[range]) -> list[range]:
+        texts = ["\n".join(PROBE.format(chr(code)) for code in block) for block in blocks]
+        ids, offsets = fast.encode_batch(pa.array(texts, pa.large_string()))
+        tokens = zip(texts, np.split(ids, offsets[1:-1]), strict=True)
+        same = [reference.encode_ordinary(text) == part.tolist() for text, part in tokens]
+        return [block for block, is_same in zip(blocks, same, strict=True) if not is_same]
 
+    starts = [*range(0, 0xD800, 256), *range(0xE000, 0x110000, 256)]  # surrogates are repaired
+    blocks = differing([range(start, start + 256) for start in starts])
     ranges: list[tuple[int, int]] = []
-    for start in range(0, 0x110000, 256):
-        block = list(range(start, start + 256))
-        if 0xD800 <= start < 0xE000 or not differs(block):  # surrogates are repaired before
-            continue
-        for code in filter(lambda code: differs([code]), block):
-            if ranges and ranges[-1][1] == code - 1:
-                ranges[-1] = (ranges[-1][0], code)
-            else:
-                ranges.append((code, code))
+    for (code,) in differing([range(code, code + 1) for block in blocks for code in block]):
+        if ranges and ranges[-1][1] == code - 1:
+            ranges[-1] = (ranges[-1][0], code)
+        else:
+            ranges.append((code, code))
     return ranges
 
 
