@@ -23,7 +23,7 @@ def to_uint16(ids: np.ndarray) -> np.ndarray:
     if ids.dtype == DTYPE:
         return ids
     high = int(ids.max(initial=0))
-    low = 0 if ids.dtype.kind == "u" else int(ids.min(initial=0))
+    low = 0 if ids.dtype.kind == "u" else int(ids.min(initial=high))
     if low < 0 or high > np.iinfo(DTYPE).max:
         raise ValueError(
             f"expected token ids from 0 to {np.iinfo(DTYPE).max}, found {low} to {high}: "
