@@ -191,6 +191,8 @@ def contender(
     losses = [step()]
     start_seconds = time.perf_counter() - start
     on_gpu = work.device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()  # compiling may need more than training
 
     def turn() -> Record:
         step_seconds: list[float] = []

@@ -31,7 +31,7 @@ STAGES = (
     Stage("warm", "bench.gpu.stages:warm", beside="smoke"),
     Stage("smoke", "bench.gpu.smoke:run", seconds=65, least=30),
     Stage("micro", "bench.gpu.micro:run", seconds=55, least=15),
-    Stage("train", "bench.gpu.stages:train", seconds=180, least=60),
+    Stage("train", "bench.gpu.stages:train", seconds=230, least=60),
     Stage("profile", "bench.gpu.stages:profile", seconds=30, least=20),
     Stage("generate", "bench.gpu.stages:generate", seconds=40, least=20),
     Stage("race", "bench.gpu.race:run", seconds=210, least=90),

@@ -154,18 +154,20 @@ def decoding(setting: Setting) -> Errors:
 
     Relative to the largest logit of the whole text read at once, without a cache.
     """
-    model = GPT(SHAPE).to(setting.device).eval()
+    model, prompts = GPT(SHAPE).to(setting.device).eval(), [[7, 11, 13], [17]]
     for parameter in model.h.parameters():
         parameter.mul_(5)  # at first a token hardly attends to others
-    prompts = [[7, 11, 13], [17]]
-    texts = generate(model, prompts, Sampling(NEW_TOKENS, temperature=0.0))
     errors = {}
-    for prompt, text in zip(prompts, texts, strict=True):
-        ids = torch.tensor([[*prompt, *text]], device=setting.device)
-        logits = model(ids[:, :-1])[0][0, len(prompt) - 1 :]  # (T, V)
-        chosen = logits.gather(1, ids[0, len(prompt) :, None])  # (T, 1)
-        largest = logits.amax(1, keepdim=True)
-        errors[f"prompt of {len(prompt)}"] = ((largest - chosen) / largest.abs()).max().item()
+    for dtype in {torch.float32, compute_dtype(torch.device(setting.device))}:
+        model.to(dtype)
+        texts = generate(model, prompts, Sampling(NEW_TOKENS, temperature=0.0))
+        for prompt, text in zip(prompts, texts, strict=True):
+            ids = torch.tensor([[*prompt, *text]], device=setting.device)
+            logits = model(ids[:, :-1])[0][0, len(prompt) - 1 :].float()  # (T, V)
+            chosen = logits.gather(1, ids[0, len(prompt) :, None])  # (T, 1)
+            largest = logits.amax(1, keepdim=True)
+            below = ((largest - chosen) / largest.abs()).max().item()
+            errors[f"{dtype}, prompt of {len(prompt)}"] = below
     return errors
 
 

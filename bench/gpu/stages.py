@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import corpus, steps, table
+from bench import corpus, steps, table, worker
 from bench import generate as bench_generate
 from bench import train as bench_train
 from bench.gpu.runner import Setting
@@ -104,8 +104,18 @@ def train_options(setting: Setting) -> bench_train.Options:
 def warm(setting: Setting) -> None:
     """Compile every contender once, so that later stages find it in Inductor's cache."""
     if setting.on_gpu:
-        options = replace(train_options(setting), rounds=1, seconds=0, steps=1)
-        bench_train.run(options, lambda record: None)
+        options = replace(train_options(setting), seconds=0, steps=1)
+        work = bench_train.workload(options, new_folder(setting, "warm"))
+        work.build_data()
+        _, (compiled, _) = bench_train.groups(options, work)
+        worker.measure(compiled, 1, lambda record: None)
+
+
+def new_folder(setting: Setting, name: str) -> Path:
+    """Return a new folder for a dataset."""
+    folder = setting.work / name
+    folder.mkdir()
+    return folder
 
 
 def train(setting: Setting) -> None:
@@ -117,9 +127,7 @@ def train(setting: Setting) -> None:
 
 def profile(setting: Setting) -> None:
     """Note the parts of our step and its longest kernels."""
-    folder = setting.work / "profile"
-    folder.mkdir()
-    work = bench_train.workload(train_options(setting), folder)
+    work = bench_train.workload(train_options(setting), new_folder(setting, "profile"))
     work.build_data()
     setting.note({"profile": steps.profile(work, compiled=setting.on_gpu)})
 
@@ -140,7 +148,9 @@ def run(setting: Setting) -> None:
     device = ["--device", setting.device]
     train = ["train.py", setting.preset, "--data", str(find_text(setting)), "--log-dir", folder]
     train += [*device, "--max-steps", str(RUN_STEPS), "--val-tokens", "8192"]
-    train += ["--micro-batch", str(bench_train.MICRO_BATCH[setting.device])]
+    micro_batch = bench_train.MICRO_BATCH[setting.device]
+    tokens = 2 * micro_batch * setting.config.model.block_size
+    train += ["--micro-batch", str(micro_batch), "--total-batch-size", str(tokens)]
     train += ["--val-interval", half, "--checkpoint-interval", half]
     evaluate = ["eval.py", folder, *device, "--prompt", "def"]
     commands = {"start": [*train, "--stop-at", half], "resume": train, "evaluate": evaluate}
