@@ -1,7 +1,9 @@
-"""A corpus of real, mixed text from files that any machine has, as parquet, jsonl and txt.
+"""A corpus as parquet, jsonl and txt: of files that any machine has, or made. Kept in a cache.
 
-Source code, documentation and data files of the interpreter, the installed packages and the system:
-one document per file, each content once, ordered by hash. Written once and kept in the cache.
+Mixed: source code, documentation and data files of the interpreter, the installed packages and the
+system; code: the source code alone. One document per file, each content once, ordered by hash.
+CJK and long-tail are made, for a machine has little of them: Chinese characters, and words of which
+one in ten was never met before, both by Zipf's law.
 """
 
 import hashlib
@@ -12,7 +14,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +25,8 @@ SUFFIXES = {
     ".c", ".css", ".csv", ".h", ".hpp", ".htm", ".html", ".js", ".json", ".md", ".pl", ".po",
     ".pod", ".py", ".pyi", ".rst", ".tex", ".txt", ".xml",
 }  # fmt: skip
+CODE = {".c", ".css", ".h", ".hpp", ".js", ".pl", ".py", ".pyi"}
+Kind = Literal["mixed", "code", "cjk", "long-tail"]
 LARGEST_DOCUMENT = 200_000
 ROW_GROUP = 400  # documents: about 4 MB
 SAMPLED_ONE_IN = 8
@@ -45,13 +51,14 @@ class Corpus:
     txt = property(lambda self: self.folder / "corpus.txt")  # all documents, concatenated
 
 
-def build(megabytes: float) -> Corpus:
-    """Return the corpus of so many million bytes of text, or of as many as this machine has."""
-    folder = cache_folder() / f"corpus-{megabytes:g}MB"
+def build(megabytes: float, kind: Kind = "mixed") -> Corpus:
+    """Return a corpus of so many million bytes of text, or of as many as this machine has."""
+    folder = cache_folder() / f"{kind}-{megabytes:g}MB"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            _write(Path(temporary, "new"), int(megabytes * 1e6))
+            documents = _made(kind) if kind in ("cjk", "long-tail") else _files(kind)
+            _write(Path(temporary, "new"), int(megabytes * 1e6), documents)
             shutil.move(Path(temporary, "new"), folder)
     return Corpus(folder, **orjson.loads((folder / "corpus.json").read_bytes()))
 
@@ -61,14 +68,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mygpt" / "bench"
 
 
-def _write(folder: Path, size: int) -> None:
+def _write(folder: Path, size: int, texts: Iterator[str]) -> None:
     """Write every form of a corpus of `size` bytes."""
     documents, total = [], 0
-    for path in _mixed():
-        text = _text(path)
-        if text and total < size:
-            documents.append(text)
-            total += len(text.encode())
+    for text in texts:
+        if total >= size:
+            break
+        documents.append(text)
+        total += len(text.encode())
     sample = documents[::SAMPLED_ONE_IN]
     sizes = {
         "documents": len(documents),
@@ -89,14 +96,35 @@ def _write(folder: Path, size: int) -> None:
     (folder / "corpus.json").write_bytes(orjson.dumps(sizes))
 
 
-def _mixed() -> Iterator[Path]:
-    """One file for each distinct content, ordered by its hash."""
+def _made(kind: Kind) -> Iterator[str]:
+    """Documents of some 6 KB, without end, the same ones each time."""
+    chance = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+
+    def words(count: int) -> list[str]:
+        return ["".join(word) for word in letters[chance.integers(0, 26, (count, 8))].tolist()]
+
+    known = words(6000)
+    while True:
+        ranks = chance.zipf(1.2, 2000) % 6000
+        if kind == "cjk":
+            ranks[::15] = ord("，") - 0x4E00
+            yield "".join(map(chr, (0x4E00 + ranks).tolist()))
+        else:
+            mostly_known = [known[rank] for rank in ranks[:600].tolist()]
+            mostly_known[::10] = words(60)
+            yield " ".join(mostly_known)
+
+
+def _files(kind: Kind) -> Iterator[str]:
+    """The text of one file for each distinct content, ordered by its hash."""
     by_hash: dict[bytes, Path] = {}
     for root in _roots():
         for path in sorted(root.rglob("*")):
-            if path.suffix in SUFFIXES and path.is_file() and not path.is_symlink():
+            suffixes = CODE if kind == "code" else SUFFIXES
+            if path.suffix in suffixes and path.is_file() and not path.is_symlink():
                 by_hash.setdefault(hashlib.sha256(path.read_bytes()).digest(), path)
-    return (by_hash[key] for key in sorted(by_hash))
+    return filter(None, (_text(by_hash[key]) for key in sorted(by_hash)))
 
 
 def _roots() -> list[Path]:

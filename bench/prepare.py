@@ -33,6 +33,14 @@ PEERS = {
     "nanogpt": "nanoGPT's recipe",
 }
 COMMAND = ("-m", "prepare")
+# Runs a command and prints the peak memory of its largest process, in KiB. From a small process:
+# what is started inherits the peak of its parent.
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
 COLUMNS: table.Columns = {
     "": ("what", ""),
     "processes": ("processes", ""),
@@ -41,9 +49,11 @@ COLUMNS: table.Columns = {
     "× encoder": ("of_ceiling", ".2f"),
     "× pool": ("of_pool", ".1f"),
     "whole MB/s": ("mb_s_whole", ""),
+    "MiB": ("mib", ".0f"),
 }
 NOTES = """\
-MB/s of UTF-8 text, without the start of interpreters and encoders; the last column includes it.
+MB/s of UTF-8 text, without the start of interpreters and encoders; whole MB/s includes it.
+MiB: peak resident memory of the largest process.
 * measured on an eighth of the documents, chosen evenly"""
 
 
@@ -53,6 +63,8 @@ class Options:
 
     megabytes: float = 200
     """Text to measure with, in millions of bytes."""
+    text: corpus.Kind = "mixed"
+    """Files of this machine, mixed or code alone; or made: cjk, or long-tail, with new words."""
     rounds: int = 5
     """How often each contender is measured."""
     peers: bool = True
@@ -78,7 +90,7 @@ def main() -> None:
 
 def run(options: Options) -> dict[str, Any]:
     """Everything that was measured, as JSON."""
-    text = corpus.build(options.megabytes)
+    text = corpus.build(options.megabytes, options.text)
     records, failed = table.alternately(contenders(text, options.peers), options.rounds)
     return {
         "machine": table.machine("prepare", PACKAGES),
@@ -117,21 +129,21 @@ def _peer(name: str, text: Corpus, processes: int) -> dict[str, float]:
 
 
 def _prepare(source: Path, processes: int) -> dict[str, float]:
-    """MB/s of the whole command in a process of its own, by its own log and by the clock."""
+    """MB/s of the whole command in a process of its own, by its own log and by the clock; MiB."""
     os.sync()
     with tempfile.TemporaryDirectory(dir=source.parents[1]) as temporary:
         flags = [str(source), "--out", f"{temporary}/out", "--workers", str(processes)]
+        command = [sys.executable, "-c", MEASURED, sys.executable, *COMMAND, *flags]
         start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, *COMMAND, *flags], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - start
-        if done.returncode:
-            raise ValueError(f"expected prepare to succeed, found: {done.stderr.splitlines()[-1]}")
-        logged = re.search(r"text +([\d.,]+) MB in .* s, ([\d.,]+) MB/s", done.stdout)
-    assert logged is not None
+    if done.returncode:
+        raise ValueError(f"expected prepare to succeed, found: {done.stderr.splitlines()[-1]}")
+    logged = re.search(r"text +([\d.,]+) MB in .* s, ([\d.,]+) MB/s", done.stdout)
+    peak = re.search(r"^peak (\d+)$", done.stdout, re.MULTILINE)
+    assert logged is not None and peak is not None
     megabytes, rate = (float(number.replace(",", "")) for number in logged.groups())
-    return {"mb_s": rate, "mb_s_whole": megabytes / seconds}
+    return {"mb_s": rate, "mb_s_whole": megabytes / seconds, "mib": int(peak[1]) / 1024}
 
 
 def row(records: Records, contender: Contender) -> dict[str, Any]:

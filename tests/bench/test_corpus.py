@@ -1,6 +1,8 @@
 """The bench's corpus: real files, each content once, the same documents in every form."""
 
 import json
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -49,6 +51,32 @@ def test_no_more_than_was_asked_for(documents: list[str]) -> None:
     made = corpus.build(wanted / 1e6)
     assert wanted <= made.text_bytes < wanted + 1000
     assert 30 < made.documents < 70
+
+
+def test_code_alone(documents: list[str]) -> None:
+    rows = pq.read_table(corpus.build(1, "code").parquet)["text"].to_pylist()
+    assert set(rows) == set(documents)  # the .md files repeat some of them
+    (corpus._roots()[0] / "0/0.py").rename(corpus._roots()[0] / "0/0.rst")
+    (corpus._roots()[0] / "0/0.md").unlink()
+    rows = pq.read_table(corpus.build(2, "code").parquet)["text"].to_pylist()
+    assert set(rows) == set(documents[1:])
+
+
+@pytest.mark.parametrize("kind", ["cjk", "long-tail"])
+def test_made_text_is_the_same_each_time(kind: corpus.Kind) -> None:
+    first, second = (list(islice(corpus._made(kind), 3)) for _ in range(2))
+    assert first == second
+    assert len(set(first)) == 3
+    for text in first:
+        assert 5000 < len(text.encode()) < 7000
+
+
+def test_one_word_in_ten_is_new() -> None:
+    counts = Counter(
+        word for text in islice(corpus._made("long-tail"), 600) for word in text.split()
+    )
+    once = sum(1 for count in counts.values() if count == 1)
+    assert once / counts.total() == pytest.approx(0.1, abs=0.02)
 
 
 def test_it_is_mixed_and_kept(documents: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
