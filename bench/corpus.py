@@ -84,11 +84,11 @@ def _write(folder: Path, size: int, texts: Iterator[str]) -> None:
     }
     folder.mkdir()
     corpus = Corpus(folder, **sizes)
-    for path, texts, rows in (
+    for path, column, rows in (
         (corpus.parquet, documents, ROW_GROUP),
         (corpus.sample, sample, ROW_GROUP // SAMPLED_ONE_IN),
     ):
-        pq.write_table(pa.table({"text": texts}), path, row_group_size=rows, compression="zstd")
+        pq.write_table(pa.table({"text": column}), path, row_group_size=rows, compression="zstd")
     with open(corpus.jsonl, "wb") as lines, open(corpus.txt, "wb") as text_file:
         for number, text in enumerate(documents):
             lines.write(orjson.dumps({"id": number, "text": text}) + b"\n")
