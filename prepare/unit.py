@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,110 +44,94 @@ class Exclusions:
         return excluded
 
 
-def run_unit(
-    plan: Plan,
-    unit: Unit,
-    folder: Path,
-    tokenizer: Tokenizer,
-    exclusions: Exclusions,
-    limit: BadLimit | None = None,
-) -> UnitResult:
-    """Write a unit's shards into `folder`, without the excluded documents.
+@dataclass(frozen=True)
+class UnitReader:
+    """Documents of one unit: the split of each, and which of them are left out."""
 
-    If the audit finds a difference, the whole unit is encoded by tiktoken, with a warning. Stops
-    where more than `limit` is bad, with a result that is `stopped`. Raises ValueError for a source
-    that changed since it was planned, OSError for failing I/O.
+    plan: Plan
+    unit: Unit
+    exclusions: Exclusions
+    limit: BadLimit | None = None
+
+    def read(self, result: UnitResult) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
+        """Yield batches with what is training and what validation text of them, (n,) bool.
+
+        Notes in `result` what is neither. Where more than `limit` is bad it stops, and the result
+        is `stopped`. Raises ValueError for a source that changed since it was planned, OSError for
+        failing I/O.
+        """
+        documents = 0
+        for batch in read(self.plan.files, self.unit.slices):
+            # Not right after a batch: what has been read to its end is finished, and kept.
+            result.stopped = bool(self.limit and self.limit.is_exceeded(*total_bad(result.bad)))
+            if result.stopped:
+                break
+            list_bad(result.bad, batch.bad)
+            result.read += sum(bad.documents for bad in batch.bad)
+            if not len(batch.texts):
+                continue
+            hashes = document_hashes(batch)
+            is_val = self._is_val(batch, hashes)
+            # A continued piece has the index of the document that it continues.
+            indices = np.arange(len(is_val)) + documents - int(batch.continued)
+            nonempty = np.diff(string_buffers(batch.texts)[0]) > 0
+            excluded = nonempty & self.exclusions.mask(indices, hashes, is_val)
+            if not batch.continued:
+                documents += len(nonempty)
+                result.read += len(nonempty)
+                result.empty += int(np.count_nonzero(~nonempty))
+                result.duplicates += int(np.count_nonzero(excluded))
+            kept = nonempty & ~excluded
+            yield batch, kept & ~is_val, kept & is_val
+        self._check_unchanged()
+
+    def _is_val(self, batch: Batch, hashes: np.ndarray) -> np.ndarray:
+        """Return which documents of a batch are validation text, (n,) bool."""
+        if batch.split is not None:
+            return np.full(len(batch.texts), batch.split == "val")
+        if self.plan.rule.rule == VAL_SOURCE:
+            return np.array([self.plan.files[source].val for source in batch.sources.tolist()])
+        return self.plan.rule.is_val(hashes)
+
+    def _check_unchanged(self) -> None:
+        """Raise ValueError if a file of the unit has changed since it was planned."""
+        for index in {part.file for part in self.unit.slices}:
+            file = self.plan.files[index]
+            status = file.status()
+            if status != (file.size, file.mtime):
+                raise ValueError(
+                    f"expected {file.name} with {file.size} bytes as when the dataset was started, "
+                    f"found that file {'changed' if status else 'gone'}: restore it and run again, "
+                    "or prepare into another --out"
+                )
+
+
+def write_unit(reader: UnitReader, folder: Path, tokenizer: Tokenizer) -> UnitResult:
+    """Write a unit's shards into `folder`. Raises as `UnitReader.read`.
+
+    If the audit finds a difference, the whole unit is encoded by tiktoken, with a warning.
     """
-    write = partial(_write_unit, plan, unit, folder, exclusions, limit)
     try:
-        result = write(tokenizer)
+        return _encode_unit(reader, folder, tokenizer)
     except AuditError as error:
-        result = write(tokenizer.reference_only())
-        result.warnings.append(f"unit {unit.number} was encoded by tiktoken alone: {error}")
-    check_unchanged(plan, unit)
-    return result
+        result = _encode_unit(reader, folder, tokenizer.reference_only())
+        result.warnings.append(f"unit {result.unit} was encoded by tiktoken alone: {error}")
+        return result
 
 
-def check_unchanged(plan: Plan, unit: Unit) -> None:
-    """Raise ValueError if a file of the unit has changed since it was planned."""
-    for index in {part.file for part in unit.slices}:
-        file = plan.files[index]
-        status = file.status()
-        if status != (file.size, file.mtime):
-            raise ValueError(
-                f"expected {file.name} with {file.size} bytes as when the dataset was started, "
-                f"found that file {'changed' if status else 'gone'}: restore it and run again, or "
-                "prepare into another --out"
-            )
-
-
-def _write_unit(
-    plan: Plan,
-    unit: Unit,
-    folder: Path,
-    exclusions: Exclusions,
-    limit: BadLimit | None,
-    tokenizer: Tokenizer,
-) -> UnitResult:
+def _encode_unit(reader: UnitReader, folder: Path, tokenizer: Tokenizer) -> UnitResult:
     """Read, encode and write the unit's documents."""
     train, val = (
-        SplitWriter(folder, f"{split}_{unit.name}", plan.first_source) for split in SPLITS
+        SplitWriter(folder, f"{split}_{reader.unit.name}", reader.plan.first_source)
+        for split in SPLITS
     )
-    result = UnitResult(unit.number, {"train": train.shards, "val": val.shards})
-    is_first = True
+    result = UnitResult(reader.unit.number, {"train": train.shards, "val": val.shards})
     with train, val:
-        for batch, in_train, in_val in select(plan, unit, exclusions, result, limit):
-            encoded = encode(tokenizer, batch, audit_first=is_first)
-            is_first = False
+        for number, (batch, in_train, in_val) in enumerate(reader.read(result)):
+            encoded = encode(tokenizer, batch, audit_first=number == 0)
             train.write(batch, encoded, in_train)
             val.write(batch, encoded, in_val)
     return result
-
-
-def select(
-    plan: Plan,
-    unit: Unit,
-    exclusions: Exclusions,
-    result: UnitResult,
-    limit: BadLimit | None = None,
-) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
-    """Yield a unit's batches with what is training and what validation text of them, (n,) bool.
-
-    Notes in `result` what is neither. Where more than `limit` could not be read it stops, and the
-    result is `stopped`.
-    """
-    documents = 0
-    for batch in read(plan.files, unit.slices):
-        # Not right after a batch: what has been read to its end is finished, and kept.
-        result.stopped = bool(limit and limit.is_exceeded(*total_bad(result.bad)))
-        if result.stopped:
-            return
-        list_bad(result.bad, batch.bad)
-        result.read += sum(bad.documents for bad in batch.bad)
-        if not len(batch.texts):
-            continue
-        hashes = document_hashes(batch)
-        is_val = _is_val(plan, batch, hashes)
-        # A continued piece has the index of the document that it continues.
-        indices = np.arange(len(is_val)) + documents - int(batch.continued)
-        nonempty = np.diff(string_buffers(batch.texts)[0]) > 0
-        excluded = nonempty & exclusions.mask(indices, hashes, is_val)
-        if not batch.continued:
-            documents += len(nonempty)
-            result.read += len(nonempty)
-            result.empty += int(np.count_nonzero(~nonempty))
-            result.duplicates += int(np.count_nonzero(excluded))
-        kept = nonempty & ~excluded
-        yield batch, kept & ~is_val, kept & is_val
-
-
-def _is_val(plan: Plan, batch: Batch, hashes: np.ndarray) -> np.ndarray:
-    """Return which documents of a batch are validation text, (n,) bool."""
-    if batch.split is not None:
-        return np.full(len(batch.texts), batch.split == "val")
-    if plan.rule.rule == VAL_SOURCE:
-        return np.array([plan.files[source].val for source in batch.sources.tolist()])
-    return plan.rule.is_val(hashes)
 
 
 class SplitWriter(ExitStack):

@@ -20,7 +20,7 @@ from prepare.encode import document_hashes
 from prepare.plan import Plan, Unit, UnitResult, unit_number
 from prepare.quarantine import BadLimit
 from prepare.split import POSITION
-from prepare.unit import Exclusions, check_unchanged, run_unit, select
+from prepare.unit import Exclusions, UnitReader, write_unit
 from prepare.workspace import DUPLICATES, HELD_OUT_HASHES, Workspace
 from shards.encoder import cut, string_buffers
 from shards.manifest import Shard
@@ -64,9 +64,10 @@ class UnitFunction(Generic[Result]):
         self, unit: Unit, limit: BadLimit | None = None
     ) -> Iterator[tuple[UnitResult, Path]]:
         """Yield a unit's result and the folder where its shards are staged, gone on an error."""
-        tokenizer, exclusions = self.workspace.tokenizer(self.plan), self.exclusions(unit)
+        reader = UnitReader(self.plan, unit, self.exclusions(unit), limit)
+        tokenizer = self.workspace.tokenizer(self.plan)
         with self.workspace.staging(unit) as staged:
-            yield run_unit(self.plan, unit, staged, tokenizer, exclusions, limit), staged
+            yield write_unit(reader, staged, tokenizer), staged
 
     def exclusions(self, unit: Unit) -> Exclusions:
         """Return which documents of a unit to leave out."""
@@ -137,7 +138,8 @@ class HashDocuments(UnitFunction[UnitResult]):
         """Hash one unit, or less of it where more than the limit can't be read."""
         result = UnitResult(unit.number, {})
         parts = [np.empty((0, 2), np.uint64)]
-        for batch, in_train, in_val in select(self.plan, unit, Exclusions(), result, self.limit):
+        reader = UnitReader(self.plan, unit, Exclusions(), self.limit)
+        for batch, in_train, in_val in reader.read(result):
             if batch.continued:
                 continue
             # Zero: no duplicate of any other. An empty document is dropped anyway, and a part of
@@ -145,7 +147,6 @@ class HashDocuments(UnitFunction[UnitResult]):
             kept = (in_train | in_val) & (self.plan.rule.rule != POSITION)
             parts.append(np.where(kept[:, None], document_hashes(batch), np.uint64(0)))
             result.hashed_bytes += int(np.diff(string_buffers(batch.texts)[0]).sum())
-        check_unchanged(self.plan, unit)
         if not result.stopped:
             self.workspace.save_array(f"{self.folder}/{unit.name}", np.concatenate(parts))
         return result
@@ -159,16 +160,14 @@ class SampleText(UnitFunction[list[tuple[int, str]]]):
 
     def run(self, unit: Unit) -> list[tuple[int, str]]:
         """Read one unit."""
-        selected = select(self.plan, unit, self.exclusions(unit), UnitResult(unit.number, {}))
-        pieces = [
+        reader = UnitReader(self.plan, unit, self.exclusions(unit))
+        return [
             (digest, piece)
-            for batch, in_train, _ in selected
+            for batch, in_train, _ in reader.read(UnitResult(unit.number, {}))
             for text in batch.texts.filter(pa.array(in_train)).to_pylist()
             for piece in cut(text, SAMPLED_CHARACTERS)
             if (digest := xxhash.xxh3_64_intdigest(piece.encode())) < self.limit
         ]
-        check_unchanged(self.plan, unit)
-        return pieces
 
 
 def publish_in_background(written: Iterator[Written], workspace: Workspace) -> Iterator[UnitResult]:
