@@ -140,13 +140,13 @@ class HashDocuments(UnitFunction[UnitResult]):
         parts = [np.empty((0, 2), np.uint64)]
         reader = UnitReader(self.plan, unit, Exclusions(), self.limit)
         for batch, in_train, in_val in reader.read(result):
+            result.hashed_bytes += int(np.diff(string_buffers(batch.texts)[0]).sum())
             if batch.continued:
                 continue
             # Zero: no duplicate of any other. An empty document is dropped anyway, and a part of
             # the one text that is split by position is no document of its own.
             kept = (in_train | in_val) & (self.plan.rule.rule != POSITION)
             parts.append(np.where(kept[:, None], document_hashes(batch), np.uint64(0)))
-            result.hashed_bytes += int(np.diff(string_buffers(batch.texts)[0]).sum())
         if not result.stopped:
             self.workspace.save_array(f"{self.folder}/{unit.name}", np.concatenate(parts))
         return result
