@@ -61,7 +61,7 @@ class WindowStream:
     """
 
     def __init__(
-        self, shards: Sequence[Shard], block_size: int, seed: int, shuffle_shards: int = 0
+        self, shards: Sequence[Shard], block_size: int, seed: int, shuffle_shards: int
     ) -> None:
         tokens = np.array([shard.tokens for shard in shards], np.int64)
         self._windows = np.array([shard.windows(block_size) for shard in shards], np.int64)
@@ -146,7 +146,7 @@ class MixedStream:
         split: str,
         block_size: int,
         seed: int,
-        shuffle_shards: int = 0,
+        shuffle_shards: int,
     ) -> None:
         self._weights = weights
         self.streams = [

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mygpt import checkpoint
+from shards import stored_json
+from shards.cli import script
 
 
 class Tied(nn.Module):
@@ -287,3 +292,300 @@ def test_the_newest_intact_one_is_taken(tmp_path: Path) -> None:
     checkpoint.set_aside(tmp_path, 2)
     assert checkpoint.steps(tmp_path) == [1, 2]
     save(tmp_path, 3)
+
+
+# The rules one by one, and what refusals say
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    """Change a state.json, and its checksum with it; what is changed to `...` is left out."""
+    record = {**checkpoint.read_state(folder), **changes}
+    record = {name: value for name, value in record.items() if value is not ...}
+    content = json.dumps(stored_json.with_checksum(record))
+    (folder / "state.json").write_text(content, "utf-8")
+
+
+def message_of(error: type[Exception], call: Callable[..., object], *arguments: object) -> str:
+    with pytest.raises(error) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that are fsynced."""
+    found = list[Path]()
+    original = checkpoint.sync_folder
+    monkeypatch.setattr(
+        checkpoint, "sync_folder", lambda path: (found.append(path), original(path))[1]
+    )
+    return found
+
+
+def test_the_state_that_is_written(tmp_path: Path, synced: list[Path]) -> None:
+    tensors = {"b": torch.arange(6.0).reshape(2, 3).T, "a": torch.ones(2, dtype=torch.bfloat16)}
+    folder = checkpoint.save(tmp_path, 12, tensors, dict(reversed(tensors.items())), STATE)
+    assert synced == [tmp_path]
+    text = (folder / "state.json").read_text("utf-8")
+    assert text.startswith('{\n "format": "mygpt-checkpoint",\n "version": 2,\n "step": 12,\n')
+    assert text.endswith("\n}\n")
+    record = json.loads(text)
+    assert record.pop("checksum") and record == {
+        "format": "mygpt-checkpoint",
+        "version": 2,
+        "step": 12,
+        **STATE,
+        "hashes": dict.fromkeys(
+            ["model.safetensors", "optimizer.safetensors"], "198f74376d70bfa259fb12cdb7e43d49"
+        ),
+    }
+    for loaded in (checkpoint.load_weights(folder), checkpoint.load_optimizer(folder)):
+        assert loaded.keys() == tensors.keys()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"c": torch.ones(2, 3)},
+        {"a": torch.ones(6)},
+        {"a": torch.ones(3, 2)},
+        {"a": torch.ones(2, 3).view(torch.int32)},
+        {"a": torch.zeros(2, 3)},
+    ],
+)
+def test_the_hash_is_of_names_types_shapes_and_bytes(change: dict[str, torch.Tensor]) -> None:
+    tensors = {"a": torch.ones(2, 3), "b": torch.zeros(1)}
+    hashes = {checkpoint._hash(one) for one in (tensors, tensors | change)}
+    assert len(hashes) == 2
+
+
+def test_a_vocabulary_of_ones_own_is_copied(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert (save(tmp_path, 1) / "tokenizer.json").read_text() == "{}"
+
+
+def test_what_a_full_disk_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    final = checkpoint.folder_of(tmp_path, 2)
+    assert message_of(OSError, save, tmp_path, 2) == (
+        f"cannot write the checkpoint {final} (no room): the one before it is unharmed; make room "
+        "and run the same command again to resume from it"
+    )
+
+
+def test_a_checkpoint_is_found(tmp_path: Path) -> None:
+    folders = {step: save(tmp_path, step, loss) for step, loss in ((1, 2.0), (2, 1.0), (3, None))}
+    (tmp_path / "checkpoints/step_1").mkdir()
+    (tmp_path / "checkpoints/step_0000000x").mkdir()
+    assert checkpoint.steps(tmp_path) == [1, 2, 3]
+    assert checkpoint.find(tmp_path) == folders[3]
+    assert checkpoint.find(tmp_path, best=True) == folders[2]
+    for best in (False, True):
+        assert checkpoint.find(folders[1], best) == folders[1]
+    assert checkpoint.is_ours(tmp_path) and checkpoint.is_ours(folders[1])
+    assert not checkpoint.is_ours(tmp_path / "checkpoints")
+
+
+def test_no_checkpoint_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for best, kind in ((False, "a checkpoint"), (True, "a validated checkpoint")):
+        assert message_of(FileNotFoundError, checkpoint.find, tmp_path / "no", best) == (
+            f"expected a run in {tmp_path / 'no'}, found no such folder in {tmp_path}: name one by "
+            "its path from here"
+        )
+        assert message_of(FileNotFoundError, checkpoint.find, tmp_path, best) == (
+            f"expected a run with {kind} in {tmp_path}, found none: let train.py reach its first "
+            "one"
+        )
+    save(tmp_path, 1)  # not validated
+    with pytest.raises(FileNotFoundError, match="a validated checkpoint"):
+        checkpoint.find(tmp_path, best=True)
+    message = message_of(FileNotFoundError, checkpoint.newest_run, tmp_path / "no")
+    assert message == (
+        f"no checkpoint of a run under {tmp_path / 'no'}/ in {tmp_path}: train one with "
+        f"`{script('train.py')}`, or name a run by its path from here"
+    )
+    message = message_of(FileNotFoundError, checkpoint.read_state, tmp_path)
+    assert message == f"{tmp_path} is no checkpoint: it has no state.json"
+
+
+def test_of_equal_times_the_later_step_is_the_newest_run(tmp_path: Path) -> None:
+    for name, step in (("a", 3), ("b", 4), ("c", 2)):
+        folder = save(tmp_path / name, step)
+        os.utime(folder, (9, 9))
+    assert checkpoint.newest_run(tmp_path) == tmp_path / "b"
+    assert checkpoint.newest_run(tmp_path / "b") == tmp_path / "b"
+
+
+class Rank:
+    """A rank that gets what the main one sends."""
+
+    def __init__(self, is_main: bool, sent: object = None) -> None:
+        self.is_main, self.sent = is_main, sent
+
+    def broadcast_object(self, value: object) -> object:
+        self.own = value
+        return value if self.is_main else self.sent
+
+
+def test_ranks_agree_on_the_newest(tmp_path: Path) -> None:
+    none = Rank(is_main=True)
+    assert checkpoint.agree_on_newest(tmp_path, none) == (-1, [])
+    folder = save(tmp_path, 5)
+    assert checkpoint.agree_on_newest(tmp_path, Rank(is_main=True)) == (5, [])
+    other = Rank(is_main=False, sent=(3, ["a fault"]))
+    assert checkpoint.agree_on_newest(tmp_path, other) == (3, ["a fault"])
+    assert other.own == (-1, []), "only the main rank reads"
+    save(tmp_path, 4)
+    for step in (4, 5):
+        (checkpoint.folder_of(tmp_path, step) / "model.safetensors").write_bytes(b"")
+    message = message_of(ValueError, checkpoint.agree_on_newest, tmp_path, Rank(is_main=True))
+    begins = f"every checkpoint of {tmp_path} is damaged, the newest: {folder}/model.safetensors is"
+    assert message.startswith(begins)
+    assert checkpoint.agree_on_newest(tmp_path, Rank(False, (0, ["a fault"]))) == (0, ["a fault"])
+
+
+def test_later_checkpoints_are_set_aside(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    aside = tmp_path / "checkpoints/step_00000003.damaged"
+    (aside / "old").mkdir(parents=True)
+    checkpoint.set_aside(tmp_path, 1)
+    assert checkpoint.steps(tmp_path) == [1]
+    names = {"step_00000001", "step_00000002.damaged", aside.name}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == names
+    assert (aside / "state.json").is_file() and not (aside / "old").exists()
+
+
+def test_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (6, None), (7, None), (8, None)):
+        save(tmp_path, step, loss)
+    leftover = tmp_path / "checkpoints/.step_00000009.tmp"
+    (leftover / "model.safetensors").mkdir(parents=True)
+    removed = []
+    original = shutil.rmtree
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, **how: (removed.append(path.name), original(path, **how))
+    )
+    checkpoint.prune(tmp_path, keep=1, keep_every=3, kept=4)
+    assert checkpoint.steps(tmp_path) == [2, 3, 4, 6, 8]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+    # Renamed first: what is half deleted is no checkpoint.
+    assert removed == [leftover.name, ".step_00000001.tmp", ".step_00000007.tmp"]
+    checkpoint.prune(tmp_path, keep=2)
+    assert checkpoint.steps(tmp_path) == [2, 6, 8]
+
+
+def test_a_leftover_that_can_not_be_removed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints/.step_00000002.tmp").write_text("no folder")
+    checkpoint.prune(tmp_path, keep=1)
+    assert checkpoint.steps(tmp_path) == [1]
+
+
+def test_a_renamed_checkpoint(tmp_path: Path) -> None:
+    folder = save(tmp_path, 4)
+    state = checkpoint.read_state(folder)
+    for name in ("best", "step_00000004.damaged", "step_4"):
+        shutil.copytree(folder, tmp_path / name)
+        assert checkpoint.read_state(tmp_path / name) == state
+    folder.rename(renamed := checkpoint.folder_of(tmp_path, 6))
+    assert message_of(ValueError, checkpoint.read_state, renamed) == (
+        f"expected step 6 in {renamed}/state.json, found 4: the folder was renamed; name it as it "
+        "was"
+    )
+
+
+def test_what_a_state_must_hold(tmp_path: Path) -> None:
+    folder = save(tmp_path, 4)
+    scaler = dict.fromkeys(
+        ["scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"], 1.0
+    )
+    for good in ({"val_loss": 3}, {"scaler": scaler}, {"spikes": {"norms": [1.0], "in_a_row": 0}}):
+        rewrite(folder, **good)
+        checkpoint.read_state(folder)
+    remedy = "restore it, or use another checkpoint"
+    for bad, words in (
+        ({"val_loss": "1"}, "expected a number or null for val_loss, found '1'"),
+        ({"val_loss": True}, "expected a number or null for val_loss, found True"),
+        ({"scaler": {"scale": 1.0}}, f"expected {sorted(scaler)} in scaler, found ['scale']"),
+        ({"fingerprint": ...}, "fingerprint"),
+        ({"version": 3}, "use the version of myGPT that wrote it, or"),
+    ):
+        original = (folder / "state.json").read_bytes()
+        rewrite(folder, **bad)
+        message = message_of(ValueError, checkpoint.read_state, folder)
+        assert words in message and f"{folder}/state.json" in message
+        assert message.endswith(remedy) or bad.keys() & {"val_loss", "scaler"}
+        (folder / "state.json").write_bytes(original)
+    (folder / "state.json").write_bytes(b"[")
+    assert message_of(ValueError, checkpoint.read_state, folder).endswith(remedy)
+
+
+def test_a_validation_that_diverged_is_noted(tmp_path: Path, synced: list[Path]) -> None:
+    folder = save(tmp_path, 3)
+    synced.clear()
+    checkpoint.note_val_loss(folder, math.nan)
+    assert synced == [folder]
+    text = (folder / "state.json").read_text()
+    assert '"val_loss": NaN' in text and text.endswith("\n}\n")
+    assert text.startswith('{\n "format"')
+
+
+def test_one_training_at_a_time(tmp_path: Path) -> None:
+    with checkpoint.locked(tmp_path):
+        assert (tmp_path / ".lock").exists()
+        assert message_of(ValueError, checkpoint.locked, tmp_path) == (
+            f"another process is training in {tmp_path}: wait for it, or give another --log-dir"
+        )
+    with checkpoint.locked(tmp_path):
+        pass
+
+
+def test_a_shard_of_each_tensor_is_loaded(tmp_path: Path) -> None:
+    model = Tied(seed=1)
+    folder = checkpoint.save(tmp_path, 1, model, {}, STATE)
+    other = Tied(seed=2)
+    seen = list[tuple[torch.Size, torch.Size]]()
+
+    def negated(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        seen.append((full.shape, parameter.shape))
+        assert any(parameter.data_ptr() == own.data_ptr() for own in other.parameters())
+        return -full
+
+    checkpoint.load_model(folder, other, negated)
+    assert torch.equal(other.wte.weight, -model.wte.weight) and len(seen) == 3
+    message = message_of(ValueError, checkpoint.load_model, folder, nn.Linear(3, 7, bias=False))
+    assert message.startswith(
+        f"{folder}/model.safetensors does not fit the model: tensor norm.bias:"
+    )
+    assert message.endswith(": restore it, or use another checkpoint")
+
+
+def test_damaged_tensors_are_named(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    path, remedy = folder / "optimizer.safetensors", "restore it, or use another checkpoint"
+    expected = checkpoint.read_state(folder)["hashes"][path.name][:12]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    message = message_of(ValueError, checkpoint.load_optimizer, folder)
+    words = (
+        rf"{re.escape(str(path))} is damaged: expected the hash {expected}, found [0-9a-f]{{12}}; "
+    )
+    assert re.fullmatch(words + remedy, message)
+    rewrite(folder, hashes=...)  # as version 0.2 wrote it
+    assert checkpoint.load_optimizer(folder).keys() == {"m"}
+    path.write_bytes(b"")
+    message = message_of(ValueError, checkpoint.load_optimizer, folder)
+    assert message.startswith(f"{path} is damaged (Error") and message.endswith(f"): {remedy}")
+    path.unlink()
+    assert message_of(ValueError, checkpoint.load_optimizer, folder) == (
+        f"{path} is damaged (it is missing, or no file): {remedy}"
+    )

@@ -90,7 +90,7 @@ def test_a_long_document_is_audited_by_its_head(
     assert contents(make(tmp_path / "out", tmp_path / "corpus.jsonl")) == right
 
 
-@pytest.mark.parametrize("filler", ["x", "é", "word "])
+@pytest.mark.parametrize("filler", ["x", "é", "日", "word "])
 def test_a_text_that_can_not_be_cut_is_audited_by_its_head(
     filler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,12 +104,76 @@ def test_a_text_that_can_not_be_cut_is_audited_by_its_head(
         return original(self, text)
 
     monkeypatch.setattr(Tokenizer, "encode_reference", noted)
-    batch = Batch(pa.array([text]), np.zeros(1, np.int32), np.zeros(1, np.int64))
+    batch = batch_of(text)
     encode(tokenizer, batch, audit_first=True)
     assert audited and max(audited) < 5000
     monkeypatch.setattr(Tokenizer, "encode_reference", lambda *_: np.zeros(1, np.uint32))
     with pytest.raises(AuditError, match="source 0 at 0"):
         encode(tokenizer, batch, audit_first=True)
+
+
+def batch_of(*values: str) -> Batch:
+    count = len(values)
+    return Batch(pa.array(values), np.zeros(count, np.int32), np.arange(count))
+
+
+@pytest.fixture
+def audited(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that tiktoken is asked for."""
+    shrink(monkeypatch, AUDITED_ONE_IN=1 << 40)
+    found = list[str]()
+    original = Tokenizer.encode_reference
+    monkeypatch.setattr(
+        Tokenizer,
+        "encode_reference",
+        lambda self, text: (found.append(text), original(self, text))[1],
+    )
+    return found
+
+
+def test_what_is_audited(audited: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load()
+    for first, wanted in ((False, []), (True, ["one"])):
+        encode(tokenizer, batch_of("one", "two", "three"), audit_first=first)
+        assert audited == wanted
+    encode(tokenizer, batch_of(""), audit_first=True)
+    assert audited == ["one", ""]
+    shrink(monkeypatch, AUDITED_ONE_IN=1)
+    encode(tokenizer, batch_of("four", "five"), audit_first=False)
+    assert audited[2:] == ["four", "five"]
+
+
+@pytest.mark.parametrize(("length", "head"), [(99, 99), (200, 200), (201, 100), (1000, 100)])
+def test_the_head_of_a_text_without_a_cut(
+    length: int, head: int, audited: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch, AUDITED_CHARACTERS=100, MAX_AUDITED_BYTES=200)
+    encode(load(), batch_of("x" * length), audit_first=True)
+    assert audited == ["x" * head]
+
+
+@pytest.mark.parametrize("text", ["some words", "word " * 100])
+@pytest.mark.parametrize("wrong", ["another id", "one more"])
+def test_the_tokens_that_are_written_are_audited(
+    text: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of another call of the encoder, and none may be left over."""
+    shrink(monkeypatch, AUDITED_CHARACTERS=1000)
+    tokenizer = load()
+    ids, offsets = tokenizer.encode_batch(pa.array([text, "two"]))
+    if wrong == "another id":
+        ids = np.concatenate([ids[:1] + np.uint32(1), ids[1:]])
+    else:
+        ids, offsets = np.insert(ids, offsets[1], 7), offsets + np.array([0, 1, 1])
+    original = Tokenizer.encode_batch
+
+    def once(self: Tokenizer, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+        return (ids, offsets) if len(texts) == 2 else original(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", once)
+    with pytest.raises(AuditError) as caught:
+        encode(tokenizer, batch_of(text, "two"), audit_first=True)
+    assert str(caught.value) == ("gigatoken and tiktoken differ on the document of source 0 at 0")
 
 
 def test_without_a_fast_encoder_the_bytes_are_the_same(

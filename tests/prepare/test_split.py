@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prepare.encode import content_hashes
+from prepare.file_types import JSONL, TEXT
+from prepare.input_file import InputFile
 from prepare.options import Options
-from prepare.split import HASH, SplitRule, follow_rule
+from prepare.split import HASH, POSITION, VAL_SOURCE, SplitRule, choose_rule, follow_rule
 from tests.prepare.support import (
     COMPRESSORS,
     contents,
@@ -48,6 +51,11 @@ def test_the_rule_is_pinned() -> None:
     ]
 
 
+def test_validation_text_is_what_hashes_below_the_fraction() -> None:
+    hashes = np.array([[2**62 - 1, 2**64 - 1], [2**62, 0], [0, 0], [2**64 - 1, 0]], np.uint64)
+    assert SplitRule(HASH, 0.25).is_val(hashes).tolist() == [True, False, True, False]
+
+
 @given(documents, fractions)
 def test_a_side_depends_on_nothing_but_the_content(values: list[str], fraction: float) -> None:
     found = sides(values, fraction)
@@ -75,15 +83,101 @@ def test_the_fraction_is_realised(fraction: float) -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0, math.nan, math.inf])
 def test_a_fraction_that_cannot_be(fraction: float) -> None:
-    with pytest.raises(ValueError, match="--val-fraction between 0 and 1"):
+    with pytest.raises(ValueError) as caught:
         SplitRule(HASH, fraction)
+    assert str(caught.value) == (
+        f"expected a --val-fraction between 0 and 1, found {fraction}: 0.1 keeps a tenth of the "
+        "documents for validation"
+    )
+
+
+TEXT_FILE = InputFile("a.txt", "in/a.txt", 1, 0, TEXT)
+JSONL_FILE = InputFile("b.jsonl", "in/b.jsonl", 1, 0, JSONL)
+
+
+def options(source: str = "in/a.txt", **flags: object) -> Options:
+    return Options((source,), "out", **flags)
+
+
+@pytest.mark.parametrize(
+    ("rule", "flags", "files"),
+    [
+        (POSITION, {}, [TEXT_FILE]),
+        (POSITION, {"source": "in/a.txt/"}, [TEXT_FILE]),
+        (POSITION, {"source": "in/a.TEX"}, [replace(TEXT_FILE, name="a.TEX")]),
+        (HASH, {"source": "in"}, [TEXT_FILE]),
+        (POSITION, {"source": "in", "split": "position"}, [TEXT_FILE]),
+        (HASH, {"split": "hash"}, [TEXT_FILE]),
+        (HASH, {"source": "in/b.jsonl"}, [JSONL_FILE]),
+        (HASH, {}, [TEXT_FILE, TEXT_FILE]),
+        (VAL_SOURCE, {"val_source": ("v.txt",)}, [TEXT_FILE]),
+    ],
+)
+def test_the_rule_of_a_new_dataset(rule: str, flags: dict, files: list[InputFile]) -> None:
+    assert choose_rule(options(**flags, val_fraction=0.3), files) == SplitRule(rule, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [([JSONL_FILE], "1 files (b.jsonl"), ([TEXT_FILE, JSONL_FILE], "2 files (a.txt")],
+)
+def test_a_split_by_position_needs_one_text(files: list[InputFile], found: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        choose_rule(options(split="position"), files)
+    assert str(caught.value) == (
+        f"expected one plain text file for --split position, found {found}, ...): use --split "
+        "hash, or --val-source for validation text"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "flags", "files"),
+    [
+        (HASH, {}, [JSONL_FILE]),
+        (HASH, {"split": "hash", "val_fraction": 0.3}, [TEXT_FILE]),
+        (POSITION, {}, [TEXT_FILE, TEXT_FILE]),
+        (VAL_SOURCE, {}, [JSONL_FILE]),
+        (VAL_SOURCE, {"val_source": ("v.txt",)}, [TEXT_FILE]),
+    ],
+)
+def test_an_append_follows_the_rule(rule: str, flags: dict, files: list[InputFile]) -> None:
+    stored = {"rule": rule, "val_fraction": 0.3}
+    assert follow_rule(stored, options(**flags), files) == SplitRule(**stored)
+
+
+@pytest.mark.parametrize(
+    ("rule", "flags", "file", "message"),
+    [
+        (
+            HASH, {"split": "hash"}, TEXT_FILE,
+            "expected the split rule of the dataset, hash and 0.3, found hash and 0.1: leave out "
+            "--split and --val-fraction",
+        ),
+        (
+            POSITION, {}, JSONL_FILE,
+            "expected plain text files to append to a dataset that is split by position, found "
+            "another type: prepare everything together into another --out",
+        ),
+        (
+            HASH, {"val_source": ("v.txt",)}, TEXT_FILE,
+            "expected no --val-source for a dataset split by hash, found one: append it as a "
+            "source, or prepare everything together into another --out",
+        ),
+    ],
+)  # fmt: skip
+def test_an_append_by_another_rule_is_refused(
+    rule: str, flags: dict, file: InputFile, message: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        follow_rule({"rule": rule, "val_fraction": 0.3}, options(**flags), [TEXT_FILE, file])
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("stored", [{"rule": "content"}, {}])
 def test_the_rule_of_another_program_is_not_followed(stored: dict[str, str]) -> None:
     message = "split by prepare for --append, found .*: prepare the new sources into another --out$"
     with pytest.raises(ValueError, match=message):
-        follow_rule(stored, Options(("a.jsonl",), "out"), [])
+        follow_rule(stored, options(), [])
 
 
 def val_texts(out: Path) -> set[tuple[int, ...]]:

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
 from pathlib import Path
 from re import escape
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -731,3 +733,216 @@ def test_a_pickled_loader_continues_at_its_position(folders: dict[str, Path]) ->
     for other in copies:
         assert np.array_equal(rows(other, 20), expected)
         assert other.state_dict() == loader.state_dict()
+
+
+# What is read, checked and fetched, and when
+
+
+def test_each_read_is_twice_the_last_up_to_a_limit(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "READ_TOKENS", 2 * 9 * 5 + 17)  # five batches of two windows
+    reader = TokenLoader(folders["many"], "train", 2, 8)._reader
+    buffers = []
+    original = reader._copy_windows
+    monkeypatch.setattr(
+        reader, "_copy_windows", lambda buffer, *at: (buffers.append(buffer), original(buffer, *at))
+    )
+    for _ in range(1 + 2 + 4 + 5 + 5 + 1):
+        reader.read()
+    assert [len(buffer) // 2 for buffer in buffers] == [1, 2, 4, 5, 5, 5]
+    assert buffers[-1] is buffers[-2], "memory of the same size is used again"
+    reader.seek(7)
+    for _ in range(3):
+        reader.read()
+    assert [len(buffer) // 2 for buffer in buffers[6:]] == [1, 2]
+    monkeypatch.setattr(loader_module, "READ_TOKENS", 1)
+    small = TokenLoader(folders["many"], "train", 2, 8)._reader
+    small.read()
+    small.read()
+    assert len(small._buffer) == 2
+
+
+def test_each_rank_checks_its_part_of_the_shards(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+
+    class Check:
+        def __init__(self, parts: list) -> None:
+            checked.append(parts)
+
+        def check(self) -> None:
+            checked.append("looked")
+
+    monkeypatch.setattr(loader_module, "BackgroundCheck", Check)
+    loader = TokenLoader(folders["many"], "train", 1, 8, rank=1, world_size=3)
+    rows(loader, 3)
+    ((manifest, shards),) = checked[0]
+    assert shards == manifest.splits["train"].shards[1::3]
+    assert checked[1:] == ["looked"] * 2, "once it has begun, before each batch"
+
+
+def test_files_are_fetched_ahead_and_memory_is_released(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "READ_TOKENS", 1)
+    monkeypatch.setattr(loader_module, "HELD_WINDOWS", 6)
+    loader = TokenLoader(folders["ragged"], "train", 3, 8, shuffle_shards=2)
+    (reader,) = loader._reader._readers
+    calls = []
+    for name in ("close_evicted", "release_pages"):
+        monkeypatch.setattr(reader, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(reader, "fetch_ahead", lambda shards: calls.append(list(shards)))
+    expected = []
+    for step in range(6):
+        (shards,) = loader._reader.stream.upcoming_shards(3 * step)
+        # Released before a read, once two reads of three windows were made since.
+        expected += ["close_evicted", list(shards), *["release_pages"] * (step in (2, 4))]
+        next(loader)
+    assert calls == expected
+
+
+def cached(*tokens: int, uri: str = "s3://bucket") -> SimpleNamespace:
+    shards = [SimpleNamespace(tokens=count) for count in tokens]
+    return SimpleNamespace(manifest=SimpleNamespace(uri=uri), shards=shards)
+
+
+@pytest.mark.parametrize(
+    ("readers", "groups", "needed"),
+    [
+        ([cached(10, 70, 30, 20)], 0, 260),
+        ([cached(10, 70, 30, 20)], 1, 200),
+        ([cached(10, 70), cached(5, 6, 7)], 1, 160 + 26),
+        ([cached(10, 70, uri=""), cached(5)], 0, 10),
+    ],
+)
+def test_shards_that_are_shuffled_together_fit_into_the_cache(
+    readers: list, groups: int, needed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loader_module.cache, "folder", lambda: tmp_path)
+    monkeypatch.setattr(loader_module.cache, "limit_bytes", lambda: needed)
+    loader_module._check_cache(readers, groups)
+    monkeypatch.setattr(loader_module.cache, "limit_bytes", lambda: needed - 1)
+    with pytest.raises(ValueError) as caught:
+        loader_module._check_cache(readers, groups)
+    assert str(caught.value) == (
+        f"expected {needed / 1e9:.3g} GB in the cache {tmp_path} for the shards that are shuffled "
+        f"together, found a limit of {(needed - 1) / 1e9:.3g}: set MYGPT_CACHE_GB, or shuffle "
+        "fewer with --shuffle-shards"
+    )
+    monkeypatch.setattr(loader_module.cache, "limit_bytes", lambda: -1)
+    loader_module._check_cache([cached(10, uri="")], groups)
+
+
+def test_what_a_loader_says_of_itself(folders: dict[str, Path]) -> None:
+    data = [f"a=2:{folders['many']}", f"b=1:{folders['one']}"]
+    loader = TokenLoader(data, "train", 3, 8, 1, 2, 5, shuffle_shards=4)
+    one, many = (TokenLoader(folders[name], "train", 1, 8) for name in ("one", "many"))
+    assert loader.windows_per_epoch == one.windows_per_epoch + many.windows_per_epoch
+    assert loader.unused_tokens == one.unused_tokens + many.unused_tokens
+    assert (loader.split, loader.seed, loader.shuffle_shards) == ("train", 5, 4)
+    assert (loader.batch_size, loader.block_size) == (3, 8)
+    assert (loader.rank, loader.world_size, loader.device) == (1, 2, torch.device("cpu"))
+    assert loader.wait_seconds == 0.0
+    rows(loader, 2)
+    assert loader.state_dict() == {
+        "version": 2,
+        "order": 1,
+        "fingerprint": loader.mixture.fingerprint,
+        "generations": [0, 0],
+        "split": "train",
+        "seed": 5,
+        "block_size": 8,
+        "shuffle_shards": 4,
+        "position": 12,
+    }
+    defaults = TokenLoader(folders["one"], "train", 1, 8)
+    named = (defaults.rank, defaults.world_size, defaults.seed, defaults.shuffle_shards)
+    assert named == (0, 1, 0, 0) and defaults.device.type == "cpu"
+
+
+def test_what_the_refusals_say(folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError) as caught:
+        TokenLoader(folders["one"], "train", 1, 8, rank=2, world_size=2, seed=3)
+    assert str(caught.value) == (
+        "expected batch_size, block_size, world_size >= 1, 0 <= rank < world_size and seed, "
+        "shuffle_shards >= 0, all int, found 1, 8, 2, 2, 3, 0"
+    )
+    loader = TokenLoader(folders["one"], "train", 1, 8)
+    for change, message in (
+        (
+            {"seed": 7},
+            "expected a loader state with seed 0, found 7: resume with the datasets and the "
+            "settings with which the run was started",
+        ),
+        (
+            {"position": "x"},
+            "expected a loader state with a position from 0, found 'x': resume from another "
+            "checkpoint",
+        ),
+    ):
+        with pytest.raises(ValueError) as caught:
+            loader.load_state_dict(loader.state_dict() | change)
+        assert str(caught.value) == message
+    loader.load_state_dict(loader.state_dict() | {"position": 1 << 62})
+    assert loader.state_dict()["position"] == 1 << 62
+
+
+def test_the_largest_sizes_that_can_be(folders: dict[str, Path]) -> None:
+    for sizes in ({"seed": (1 << 64) - 1}, {"rank": 1, "world_size": 2}, {"world_size": 1 << 59}):
+        assert next(TokenLoader(folders["one"], "train", 1, 8, **sizes))
+    with pytest.raises(ValueError, match="expected batch_size"):
+        TokenLoader(folders["one"], "train", 1, 8, world_size=(1 << 59) + 1)
+
+
+@pytest.mark.parametrize(("index", "expected"), [(None, 5), (0, 0), (3, 3)])
+def test_the_thread_of_a_gpu_sets_its_device(
+    index: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda i: calls.append((i, threading.current_thread().name))
+    )
+    pool = loader_module._reading_thread(torch.device("cuda", index))
+    list(pool.map(str, range(20)))
+    assert calls == [(expected, "loader_0")]
+
+
+@pytest.mark.parametrize(("device", "non_blocking"), [("cuda", True), ("mps", False)])
+def test_ids_travel_as_two_bytes(device: str, non_blocking: bool) -> None:
+    class Ids:
+        def view(self, dtype: torch.dtype) -> "Ids":
+            assert dtype == torch.int16
+            return self
+
+        def to(self, target: torch.device, **how: object) -> torch.Tensor:
+            assert target == torch.device(device) and how == {"non_blocking": non_blocking}
+            return torch.tensor([-1, 7], dtype=torch.int16)
+
+    assert loader_module.to_int64(Ids(), torch.device(device)).tolist() == [65535, 7]
+
+
+def test_batches_read_ahead_are_dropped_by_a_seek(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those not begun are cancelled; the one being read is waited for, whatever becomes of it."""
+    loader = TokenLoader(folders["one"], "train", 1, 8)
+    asked = []
+
+    class Read:
+        def __init__(self, begun: bool) -> None:
+            self.begun = begun
+
+        def cancel(self) -> bool:
+            asked.append("cancel")
+            return not self.begun
+
+        def exception(self) -> None:
+            asked.append("wait")
+
+    loader._prefetched.extend([Read(True), Read(False)])
+    monkeypatch.setattr(loader._reader, "seek", lambda position: asked.append(position))
+    loader.load_state_dict(loader.state_dict() | {"position": 4})
+    assert asked == ["cancel", "wait", "cancel", 4] and not loader._prefetched

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,16 @@ from hypothesis import strategies as st
 
 from shards import remote
 from shards.checks import check, verify
-from shards.manifest import MANIFEST_NAME, Manifest, Shard, Source, Split, checksum
+from shards.files import json_bytes
+from shards.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    Source,
+    Split,
+    TokenizerIdentity,
+    checksum,
+)
 from tests.shards.support import arange_dataset, grown
 
 
@@ -40,6 +50,12 @@ def as_version_1(raw: dict[str, Any]) -> None:
     del raw["checksum"]
 
 
+def message_of(folder: Path, generation: int | None = None) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        Manifest.load(folder, generation)
+    return str(caught.value)
+
+
 def refused(manifest: Manifest, words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         Manifest.load(manifest.folder)
@@ -59,10 +75,86 @@ def test_what_is_saved_is_loaded(manifest: Manifest, tmp_path: Path) -> None:
     loaded = Manifest.load(again)
     assert loaded == full
     assert loaded.folder == again and loaded.path("x.npy") == again / "x.npy"
+    assert loaded.location_of("x.npy") == str(again / "x.npy")
     assert Manifest.load(str(again)) == full
     first = (again / MANIFEST_NAME).read_bytes()
     loaded.save(again)
     assert (again / MANIFEST_NAME).read_bytes() == first
+
+
+def small() -> Manifest:
+    """The description of a dataset whose every value is chosen here."""
+    hashes = ("a" * 64, "b" * 64)
+    shards = (
+        Shard("train_00000.npy", "train_00000.docs.parquet", 30, 2, 40, *hashes),
+        Shard("train_00001.npy", "train_00001.docs.parquet", 5, 1, 9, *hashes, generation=1),
+    )
+    val = Shard("val_00000.npy", "val_00000.docs.parquet", 9, 1, 15, *hashes)
+    return Manifest(
+        tokenizer=TokenizerIdentity("gpt2", 50257, 50256, "c" * 64),
+        split_rule={"rule": "hash", "val_fraction": 0.1},
+        sources=(Source("a.txt", 64),),
+        splits={"train": Split(shards), "val": Split((val,))},
+        counts={"read": 4, "written": 4},
+        generation=1,
+    )
+
+
+def test_the_file_that_is_written(tmp_path: Path) -> None:
+    small().save(tmp_path)
+    raw = json.loads((tmp_path / MANIFEST_NAME).read_text("utf-8"))
+
+    def shard(name: str, tokens: int, documents: int, text_bytes: int, generation: int) -> dict:
+        return {
+            "file": f"{name}.npy", "index": f"{name}.docs.parquet", "tokens": tokens,
+            "documents": documents, "text_bytes": text_bytes, "sha256": "a" * 64,
+            "index_sha256": "b" * 64, "generation": generation,
+        }  # fmt: skip
+
+    assert raw == {
+        "format": "mygpt-shards",
+        "version": 2,
+        "dtype": "uint16",
+        "fingerprint": "94a208b02ec90d1c2b066d65e4b5e42883c6993ebac1f447468f5e6169b7bbd8",
+        "generation": 1,
+        "tokenizer": {"name": "gpt2", "n_vocab": 50257, "eot": 50256, "hash": "c" * 64},
+        "split_rule": {"rule": "hash", "val_fraction": 0.1},
+        "sources": [{"name": "a.txt", "bytes": 64, "generation": 0}],
+        "counts": {"read": 4, "written": 4},
+        "splits": {
+            "train": {
+                "tokens": 35,
+                "documents": 3,
+                "text_bytes": 49,
+                "shards": [
+                    shard("train_00000", 30, 2, 40, 0),
+                    shard("train_00001", 5, 1, 9, 1),
+                ],
+            },
+            "val": {
+                "tokens": 9,
+                "documents": 1,
+                "text_bytes": 15,
+                "shards": [shard("val_00000", 9, 1, 15, 0)],
+            },
+        },
+        "checksum": "be61f678bcf4dd1ac18ad123dc50f10201a3c9765374c9c61b95fb04072ac6b3",
+    }
+    assert small().splits["train"].windows(4) == 7 + 1
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_remote_dataset(slash: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = json_bytes(small().to_dict())
+    asked = []
+    monkeypatch.setattr(remote, "read", lambda *names: (asked.append(names), content)[1])
+    loaded = Manifest.load(f"s3://bucket/INDEX{slash}", 0)
+    assert asked == [(f"s3://bucket/INDEX{slash}", MANIFEST_NAME)]
+    assert loaded.location == loaded.uri == "s3://bucket/INDEX"
+    assert loaded.location_of("a.npy") == "s3://bucket/INDEX/a.npy"
+    assert loaded == small().prefix(0)
+    with pytest.raises(ValueError, match=r" in s3://bucket/INDEX/manifest\.json"):
+        Manifest.parse(b"", f"s3://bucket/INDEX{slash}")
 
 
 def test_totals_are_those_of_the_shards(manifest: Manifest) -> None:
@@ -89,6 +181,64 @@ def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "books.txt").write_text("text")
     with pytest.raises(ValueError, match=r"found the file .*, by `make data INPUT=\S+txt`"):
         Manifest.load(tmp_path / "books.txt")
+
+
+def test_what_to_do_without_a_manifest(tmp_path: Path) -> None:
+    def expected(folder: Path, found: str) -> str:
+        return (
+            f"expected a dataset with manifest.json in {folder}, found {found}: make one with "
+            f"`python -m prepare SOURCE --out {folder}` (an unfinished one: the same command again)"
+        )
+
+    assert message_of(tmp_path) == expected(tmp_path, "none")
+    assert message_of(tmp_path / "no") == expected(tmp_path / "no", "no such folder")
+    (tmp_path / MANIFEST_NAME).mkdir()
+    assert message_of(tmp_path) == expected(tmp_path, "another kind of file")
+    file = tmp_path / "books.txt"
+    file.write_text("text")
+    assert message_of(file) == (
+        f"expected a dataset, found the file {file}: make a dataset of it first, by "
+        f"`make data INPUT={file}` or `python -m prepare {file} --out data/books`"
+    )
+
+
+def test_what_the_refusals_say(tmp_path: Path) -> None:
+    path, raw = tmp_path / MANIFEST_NAME, small().to_dict()
+
+    def message(change: dict[str, Any], signed: bool = True) -> str:
+        changed = raw | change
+        if signed:
+            sign(changed)
+        path.write_bytes(json_bytes(changed))
+        return message_of(tmp_path)
+
+    remedy = "restore it or prepare again"
+    altered = f"the file was altered; {remedy}"
+    assert message({"checksum": "d" * 64}, signed=False) == (
+        f"expected the checksum {raw['checksum'][:12]} in {path}, found dddddddddddd: {altered}"
+    )
+    assert message({"fingerprint": "e" * 64}) == (
+        f"expected the fingerprint {raw['fingerprint'][:12]} in {path}, found eeeeeeeeeeee: "
+        f"{altered}"
+    )
+    assert message({"splits": {"val": raw["splits"]["val"], "test": raw["splits"]["val"]}}) == (
+        f"expected the splits train and val in {path}, found test, val: {remedy}"
+    )
+    assert message({"splits": {}}) == (
+        f"expected the splits train and val in {path}, found none: {remedy}"
+    )
+    assert (
+        message({"counts": {"read": -1}}) == f"expected counts from 0 in {path}, found -1: {remedy}"
+    )
+    assert message({"version": 3}).endswith("wrote it, or prepare the dataset again")
+    assert re.match(rf"expected .* in {path}, found .*: {remedy}$", message({"sources": 3}))
+    path.write_bytes(b"[")
+    assert message_of(tmp_path).endswith(remedy)
+    small().save(tmp_path)
+    assert message_of(tmp_path, 2) == (
+        f"expected a generation from 0 to 1 in {tmp_path}, found 2: this copy is older than the "
+        "run or checkpoint that names it; copy the newer dataset here"
+    )
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"format": 1', "\ufffd", "[]", "null", "3", '"x"'])
@@ -239,21 +389,45 @@ def out_of_range() -> Iterator[tuple[str, Callable[[dict[str, Any]], object]]]:
 
     for field in ("sha256", "index_sha256"):
         for value in ("../../other", "/etc/passwd", "", "A" * 64, "0" * 63, "0" * 64 + "\n"):
-            yield "hashes of 64", lambda raw, f=field, v=value: shard(raw).update({f: v})
-    yield "hashes of 64", lambda raw: raw["tokenizer"].update(hash="none")
+            yield "hashes of 64 hex digits", lambda raw, f=field, v=value: shard(raw).update({f: v})
+    yield "hashes of 64 hex digits", lambda raw: raw["tokenizer"].update(hash="none")
     for field in ("tokens", "documents", "text_bytes"):
         for value in (-1, 1 << 44):
-            yield "sizes of shards", lambda raw, f=field, v=value: shard(raw).update({f: v})
+            yield "sizes of shards from 0", lambda raw, f=field, v=value: shard(raw).update({f: v})
     yield "sizes from 0", lambda raw: raw["sources"][0].update(bytes=-1)
     yield "counts from 0", lambda raw: raw["counts"].update(read=-1)
     yield "a generation from 0", lambda raw: raw.update(generation=-1)
     yield "generations up to 0", lambda raw: shard(raw).update(generation=1)
     yield "generations up to 0", lambda raw: raw["sources"][0].update(generation=-1)
-    yield "token ids", lambda raw: raw["tokenizer"].update(n_vocab=0)
-    yield "token ids", lambda raw: raw["tokenizer"].update(n_vocab=(1 << 16) + 1)
-    yield "an eot", lambda raw: raw["tokenizer"].update(eot=1 << 16)
-    yield "a rule", lambda raw: raw.update(split_rule={})
-    yield "plain file names", lambda raw: shard(raw).update(file="a\x1b[2J.npy")
+    yield "1 to 65536 token ids", lambda raw: raw["tokenizer"].update(n_vocab=0)
+    yield "1 to 65536 token ids", lambda raw: raw["tokenizer"].update(n_vocab=(1 << 16) + 1)
+    yield "an eot among its ids", lambda raw: raw["tokenizer"].update(eot=1 << 16)
+    yield "a rule of the split", lambda raw: raw.update(split_rule={})
+    yield "plain file names of its own folder", lambda raw: shard(raw).update(file="a\x1b[2J.npy")
+    yield "sizes from 0", lambda raw: raw["sources"][0].update(bytes=1 << 62)
+    yield "counts from 0", lambda raw: raw["counts"].update(read=1 << 62)
+    yield "a generation from 0", lambda raw: raw.update(generation=1 << 31)
+    yield "an eot among its ids", lambda raw: raw["tokenizer"].update(eot=-1)
+    yield "a rule of the split", lambda raw: raw.update(split_rule={"rule": 1})
+
+
+def test_the_largest_values_that_can_be(tmp_path: Path) -> None:
+    shard = replace(small().splits["val"].shards[0], file="ü-1.a b", generation=(1 << 31) - 1)
+    large = replace(shard, **dict.fromkeys(("tokens", "documents", "text_bytes"), (1 << 44) - 1))
+    none = replace(shard, **dict.fromkeys(("tokens", "documents", "text_bytes"), 0))
+    full = replace(
+        small(),
+        tokenizer=TokenizerIdentity("", 1 << 16, (1 << 16) - 1, "0" * 64),
+        sources=(Source("", (1 << 62) - 1, (1 << 31) - 1), Source("", 0)),
+        splits={"train": Split((large, none)), "val": Split(())},
+        counts={"read": (1 << 62) - 1, "written": 0},
+        generation=(1 << 31) - 1,
+    )
+    full.save(tmp_path)
+    assert Manifest.load(tmp_path) == full
+    least = replace(full, tokenizer=TokenizerIdentity("", 1, 0, "0" * 64))
+    least.save(tmp_path)
+    assert Manifest.load(tmp_path) == least
 
 
 @pytest.mark.parametrize(("words", "change"), list(out_of_range()))
@@ -262,7 +436,7 @@ def test_a_value_out_of_range(
 ) -> None:
     edit(manifest, change)
     edit(manifest, sign)
-    refused(manifest, f"expected .*{words}")
+    refused(manifest, f"^expected {words} in ")
 
 
 def test_a_hash_that_is_a_path_touches_no_file(
