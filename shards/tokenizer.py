@@ -292,11 +292,11 @@ def _reference_encoding() -> tiktoken.Encoding:
         ) from None
 
 
-def _definition(loader: Callable[..., dict[bytes, int]]) -> dict[str, Any]:
-    """Return tiktoken's own definition of gpt2, with its vocabulary read by `loader`.
+def _definition(loader: Callable[..., Any]) -> dict[str, Any]:
+    """Return tiktoken's own definition of gpt2, with its "mergeable_ranks" from `loader`.
 
-    The definition has the addresses, hashes and pattern. Its loader is a module-level name, which
-    is replaced for the call so that the two files may come from elsewhere.
+    That is called with the addresses and hashes of the two files. tiktoken's is a module-level
+    name, which is replaced for the call so that the files may come from elsewhere.
     """
     official = openai_public.data_gym_to_mergeable_bpe_ranks
     openai_public.data_gym_to_mergeable_bpe_ranks = loader
@@ -330,17 +330,11 @@ def _cached_vocabulary() -> dict[str, str]:
     folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     for variable in ("DATA_GYM_CACHE_DIR", "TIKTOKEN_CACHE_DIR"):  # the later one wins
         folder = os.environ.get(variable, folder)
-    found: dict[str, str] = {}
-
-    def locate(vocab_bpe_file: str, encoder_json_file: str, **_: str) -> dict[bytes, int]:
-        for name, url in (
-            ("vocab_bpe_file", vocab_bpe_file),
-            ("encoder_json_file", encoder_json_file),
-        ):
-            found[name] = os.path.join(folder, hashlib.sha1(url.encode()).hexdigest())
-        return {}
-
-    _definition(locate)
+    published = _definition(lambda **names: names)["mergeable_ranks"]
+    found = {
+        name: os.path.join(folder, hashlib.sha1(published[name].encode()).hexdigest())
+        for name in ("vocab_bpe_file", "encoder_json_file")
+    }
     return found if folder and all(map(os.path.exists, found.values())) else {}
 
 
