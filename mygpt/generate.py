@@ -4,7 +4,7 @@ Shapes: B prompts, T tokens of the longest one, V vocab_size.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,8 +100,7 @@ def stream(
     texts = [text_key(prompt, number) for number, prompt in enumerate(prompts)]
     contexts = [list(prompt) for prompt in prompts]
     ended = [False] * len(prompts)
-    cache = None
-    step: Callable[[Tensor], Tensor] | None = None
+    cache, step = None, None
     was_training = model.training
     model.eval()
     try:
@@ -112,8 +111,12 @@ def stream(
                 logits, cache = _prefill(model, contexts, left)
                 step = None
             else:
-                step = step or (RecordedStep if cache.static else Step)(model, cache)
-                logits = step(torch.tensor([[context[-1]] for context in contexts]))  # (B, V)
+                last = torch.tensor([[context[-1]] for context in contexts])  # (B, 1)
+                if cache.static:
+                    step = step or RecordedStep(model, cache)
+                    logits = step(last)  # (B, V)
+                else:
+                    logits = model.next_logits(last.to(cache.lengths.device), None, cache)
             position = sampling.max_new_tokens - left
             tokens = draw(logits, texts, position, sampling).tolist()
             for context, token in zip(contexts, tokens, strict=True):
@@ -154,26 +157,14 @@ def _prefill(model: GPT, contexts: list[list[int]], left: int) -> tuple[Tensor, 
     return model.next_logits(idx, lengths, cache), cache
 
 
-class Step:
-    """One more token for every row of a cache: tokens (B, 1), on any device, to logits (B, V)."""
-
-    def __init__(self, model: GPT, cache: KeyValueCache) -> None:
-        self.model, self.cache = model, cache
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Append the tokens and return the logits after them."""
-        return self.model.next_logits(tokens.to(self.cache.lengths.device), None, self.cache)
-
-
-class RecordedStep(Step):
-    """A `Step` recorded once as a CUDA graph and replayed for every token; the cache is static.
+class RecordedStep:
+    """One more token for every row of a static cache, recorded as a CUDA graph and replayed.
 
     A token takes some 200 kernels, each shorter than Python needs to launch it. The logits are
     always returned in the same memory.
     """
 
     def __init__(self, model: GPT, cache: KeyValueCache) -> None:
-        super().__init__(model, cache)
         self.tokens = torch.zeros_like(cache.lengths)[:, None]  # (B, 1)
         self.graph = torch.cuda.CUDAGraph()
         lengths = cache.lengths.clone()
@@ -183,16 +174,16 @@ class RecordedStep(Step):
         other.wait_stream(current)
         with torch.cuda.stream(other):
             for _ in range(2):
-                super().__call__(self.tokens)
+                model.next_logits(self.tokens, None, cache)
                 cache.lengths.copy_(lengths)  # the first real token overwrites what was stored
         current.wait_stream(other)
         # The loader pins memory on its own thread meanwhile, which only "thread_local" permits.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.logits = super().__call__(self.tokens)
+            self.logits = model.next_logits(self.tokens, None, cache)
         cache.lengths.copy_(lengths)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """As in `Step`."""
+        """Append the tokens (B, 1), on any device; return the logits (B, V) after them."""
         self.tokens.copy_(tokens)
         self.graph.replay()
         return self.logits

@@ -48,35 +48,37 @@ def from_pretrained(
     float32, on the CPU. Raises FileNotFoundError or ValueError, in one line, if it is missing,
     damaged or not a GPT-2.
     """
-    path = Path(name_or_folder)
-    if checkpoint.is_ours(path):
-        return _from_checkpoint(checkpoint.find(path), block_size, dropout)
-    folder = _folder(name_or_folder)
-    config = read_config(folder, block_size, dropout)
-    tensors = _read(folder)
+    if checkpoint.is_ours(path := Path(name_or_folder)):
+        folder = checkpoint.find(path)
+        shape = checkpoint.read_state(folder)["config"]["model"]
+        config = stored_json.build(GPTConfig, shape, folder / "state.json")
+        tensors = checkpoint.load_weights(folder)
+    else:
+        folder = _folder(name_or_folder)
+        config, tensors = _without_zero_biases(read_config(folder), _read(folder))
+    positions = config.block_size
+    if block_size is not None and block_size > positions:
+        raise ValueError(
+            f"expected a block size of at most {positions}, the positions of the model in "
+            f"{folder}, found {block_size}: give --block-size {positions}"
+        )
+    config = replace(config, block_size=block_size or positions, dropout=dropout)
     if "wpe.weight" in tensors:
         tensors["wpe.weight"] = tensors["wpe.weight"][: config.block_size].clone()
-    if not config.bias:
-        biases = [name for name in tensors if name.endswith("bias")]
-        if any(tensors[name].any() for name in biases):  # an export trained on elsewhere
-            config = replace(config, bias=True)
-        else:
-            tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
     return build(config, tensors, folder)
 
 
-def _from_checkpoint(folder: Path, block_size: int | None, dropout: float) -> GPT:
-    """Load a checkpoint of ours."""
-    path = folder / "state.json"
-    shape = checkpoint.read_state(folder)["config"]["model"]
-    config = replace(stored_json.build(GPTConfig, shape, path), dropout=dropout)
-    config = _with_block_size(config, block_size, path)
-    tensors = checkpoint.load_weights(folder)
-    tensors["wpe.weight"] = tensors["wpe.weight"][: config.block_size].clone()
-    return build(config, tensors, folder)
+def _without_zero_biases(
+    config: GPTConfig, tensors: dict[str, Tensor]
+) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Leave out the biases of a model that has none, unless an export was trained on elsewhere."""
+    biases = {name for name in tensors if name.endswith("bias")}
+    if config.bias or any(tensors[name].any() for name in biases):
+        return replace(config, bias=True), tensors
+    return config, {name: tensor for name, tensor in tensors.items() if name not in biases}
 
 
-def read_config(folder: Path, block_size: int | None = None, dropout: float = 0.0) -> GPTConfig:
+def read_config(folder: Path) -> GPTConfig:
     """Read the model's shape from `folder/config.json`; ValueError if that is not a GPT-2."""
     path = folder / "config.json"
     if not path.is_file():
@@ -98,23 +100,9 @@ def read_config(folder: Path, block_size: int | None = None, dropout: float = 0.
         "n_heads": values.get("n_head", 12),
         "n_embed": values.get("n_embd", 768),
         "n_hidden": 0 if values.get("n_inner") is None else values["n_inner"],
-        "dropout": dropout,
         "bias": values.get("bias", True),  # only exports of myGPT have the key
     }
-    return _with_block_size(
-        stored_json.build(GPTConfig, shape, path, remedy=remedy), block_size, path
-    )
-
-
-def _with_block_size(config: GPTConfig, block_size: int | None, path: Path) -> GPTConfig:
-    """Return the shape with fewer positions; ValueError if the model has not so many."""
-    positions = config.block_size
-    if block_size is not None and block_size > positions:
-        raise ValueError(
-            f"{path}: expected a block size of at most {positions}, the model's positions, found "
-            f"{block_size}: give --block-size {positions}"
-        )
-    return replace(config, block_size=block_size or positions)
+    return stored_json.build(GPTConfig, shape, path, remedy=remedy)
 
 
 def read_tokenizer(name_or_folder: str | Path) -> Tokenizer | None:

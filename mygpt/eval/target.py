@@ -89,11 +89,7 @@ class Target:
 
         Raises ValueError if it has fewer token ids than `n_vocab` or a context below `block_size`.
         """
-        if self.config is None:
-            model = pretrained.from_pretrained(self.name)
-        else:
-            model = GPT(self.config.model)
-            checkpoint.load_model(Path(self.name), model)
+        model = pretrained.from_pretrained(self.name)
         if model.config.vocab_size < n_vocab:
             raise ValueError(
                 f"expected a model of the dataset's {n_vocab} token ids, found one of "

@@ -63,8 +63,7 @@ def export(target: Path, out: Path, best: bool = False, data: Sequence[str] = ()
             f"found {about.config.model.vocab_size} in {folder}: give the dataset that the model "
             "was trained on with --data"
         )
-    model = GPT(about.config.model).eval()
-    checkpoint.load_model(folder, model)
+    model = pretrained.from_pretrained(folder, dropout=about.config.model.dropout)
 
     def write_card(temporary: Path, comparison: str) -> str:
         picture = about.run / "loss.png"
