@@ -45,7 +45,7 @@ from dataclasses import replace
 
 import torch
 
-from mygpt import autotune, checkpoint, plot, run_config, sharding, start, trackers
+from mygpt import autotune, checkpoint, plot, sharding, start, trackers
 from mygpt.describe import describe_end, describe_run, nothing_left
 from mygpt.distributed import EXIT_LOST, DistributedContext, RanksLost, autocast, init_distributed
 from mygpt.evaluate import Loss, default_batch_size, evaluate
@@ -56,7 +56,7 @@ from mygpt.schedule import learning_rate, steps_of
 from mygpt.spikes import fp16_overflow
 from mygpt.stopping import Stop, Stopped
 from mygpt.time_budget import BudgetClock, measure_length
-from mygpt.train_state import TrainState, build_train_state, load_checkpoint, prune, save_checkpoint
+from mygpt.train_state import TrainState, build_train_state, load_checkpoint, save_checkpoint
 from shards import checks
 from shards.mixture import Mixture
 from shards.tokenizer import Tokenizer, open_tokenizer
@@ -311,11 +311,7 @@ def resume_or_init(
 ) -> None:
     """Load the checkpoint of step `newest` if that is not -1, and describe the run."""
     config, is_main = state.config, state.ranks.is_main
-    if is_main:
-        checkpoint.set_aside(config.log_dir, after=newest)  # damaged: their steps are trained again
-        run_config.write(state.record, dataset)
-        prune(state.record, config.log_dir)
-    state.ranks.barrier()
+    start.write_record(state.record, dataset, newest, state.ranks)
     if newest >= 0:
         load_checkpoint(state, newest)
     elif config.init_from:

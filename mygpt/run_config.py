@@ -82,6 +82,11 @@ class RunRecord:
         horizons = self.horizons or [Horizon(0, self.config.max_steps)]
         return max((s for s in steps if wsd_coefficient(s, horizons) == 1), default=None)
 
+    def prune(self, run_dir: Path) -> None:
+        """Remove the checkpoints of a folder but for those to keep; the last before a decay is."""
+        before_decay = self.before_decay(checkpoint.steps(run_dir))
+        checkpoint.prune(run_dir, self.config.keep, self.config.keep_every, before_decay)
+
     def lacks_validation(self, step: int) -> bool:
         """Return whether the checkpoint of `step` was saved before its validation was finished."""
         config = self.config

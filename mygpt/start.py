@@ -155,3 +155,15 @@ def advance_generation(
         record = replace(record, earlier=(*record.earlier, former))
     check_ranks_agree(record, ranks)
     return record, latest
+
+
+def write_record(
+    record: RunRecord, dataset: Mixture, newest: int, ranks: DistributedContext
+) -> None:
+    """Write config.json, from which a resume follows, and leave the checkpoints up to `newest`."""
+    if ranks.is_main:
+        run_dir = record.config.log_dir
+        checkpoint.set_aside(run_dir, after=newest)  # damaged: their steps are trained again
+        run_config.write(record, dataset)
+        record.prune(run_dir)
+    ranks.barrier()

@@ -179,15 +179,9 @@ def save_checkpoint(state: TrainState, run_dir: Path, val_loss: float | None) ->
             "config": run_config.to_dict(state.config),
         }
         checkpoint.save(run_dir, state.step, weights, tensors, record)
-        prune(state.record, run_dir)
+        state.record.prune(run_dir)
     state.saved_step = state.step
     state.ranks.barrier()
-
-
-def prune(record: RunRecord, run_dir: Path) -> None:
-    """Remove the checkpoints that are no longer to be kept; the last before a decay is."""
-    before_decay = record.before_decay(checkpoint.steps(run_dir))
-    checkpoint.prune(run_dir, record.config.keep, record.config.keep_every, before_decay)
 
 
 def load_checkpoint(state: TrainState, step: int) -> None:
