@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bench import feeds, worker
+from bench import feeds, train, worker
 from bench.gpu import race, stages
 from bench.gpu.runner import Setting, read
 from bench.plain import PlainGPT
@@ -133,3 +134,30 @@ def test_text_is_prepared_the_smaller_first(
         ["prepare", s, "--out", o] for s, o in zip(["stdlib", "corpus.parquet"], out, strict=True)
     )
     assert commands == [small, small, large]
+
+
+def test_what_is_compiled_is_warmed(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the plain step that is not compiled, and on a CPU nothing."""
+    warmed: list[Any] = []
+    monkeypatch.setattr(worker, "measure", lambda makers, *_: warmed.append(list(makers)))
+    stages.warm(setting)
+    stages.warm(replace(setting, device="cuda"))
+    compiled = [name + train.COMPILED for name in (train.PLAIN, train.PEER)]
+    assert warmed == [[train.PRODUCT, train.OURS, *compiled]]
+
+
+def test_a_gpu_is_sampled_until_the_end(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(
+        ["its clocks", "1980, 2619, 700.0, 61, 100, 99\n", "1755, 2619, 699.5, 62, 90, 98\n"]
+    )
+    monkeypatch.setattr("bench.table.machine", lambda *_: {})
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(
+        "subprocess.run", lambda command, **_: CompletedProcess(command, 0, next(lines))
+    )
+    with pytest.raises(StopIteration):
+        stages.machine(setting)
+    found = list(read(setting.out))
+    assert [f["nvidia-smi"] for f in found if "nvidia-smi" in f] == ["its clocks"]
+    assert [f["sample"]["sm_mhz"] for f in found if "sample" in f] == [1980, 1755]
