@@ -131,7 +131,7 @@ def find_checkpoint(
 def set_aside_former_end(record: RunRecord) -> None:
     """Rename the checkpoints that an extended run made before, after the step it goes on from."""
     config = record.config
-    for step in checkpoint.steps(config.log_dir) if record.extensions else ():
+    for step in checkpoint.steps(config.log_dir):
         folder = checkpoint.folder_of(config.log_dir, step)
         is_later = step > record.extensions[-1].since
         if is_later and checkpoint.read_state(folder)["config"].get("extend", 0) < config.extend:

@@ -126,6 +126,7 @@ def test_a_finished_run_says_so_and_stays(
     capsys.readouterr()
     assert start(data, run) == 0
     assert re.search(r"nothing left to do: .* is finished, step 20 of 20", capsys.readouterr().out)
+    assert start(data, run, "--micro-batch", "3") == 0  # 8 sequences don't divide so, nor need they
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
 
 
