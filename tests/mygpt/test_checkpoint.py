@@ -92,6 +92,14 @@ def test_wrapped_models_are_saved_and_loaded_under_plain_names(tmp_path: Path) -
         dist.destroy_process_group()
 
 
+def test_prefixes_of_wrappers_are_no_part_of_a_name() -> None:
+    layers = nn.ModuleDict({"_checkpoint_wrapped_module": Tied(), "module_2": nn.Linear(1, 1)})
+    model = nn.ModuleDict({"_orig_mod": nn.ModuleDict({"module": nn.ModuleDict({"h": layers})})})
+    assert set(checkpoint.parameters(model)) == {
+        *("h.wte.weight", "h.norm.weight", "h.norm.bias", "h.module_2.weight", "h.module_2.bias"),
+    }
+
+
 def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     whole = (folder / "model.safetensors").read_bytes()
@@ -388,6 +396,14 @@ def test_a_checkpoint_is_found(tmp_path: Path) -> None:
         assert checkpoint.find(folders[1], best) == folders[1]
     assert checkpoint.is_ours(tmp_path) and checkpoint.is_ours(folders[1])
     assert not checkpoint.is_ours(tmp_path / "checkpoints")
+
+
+def test_a_damaged_state_is_not_the_best(tmp_path: Path) -> None:
+    folders = [save(tmp_path, step, loss) for step, loss in ((1, 2.0), (2, 1.0), (3, 1.5))]
+    (folders[1] / "state.json").write_bytes(b"[")
+    assert checkpoint.best_of(tmp_path) == folders[2]
+    (folders[2] / "state.json").unlink()
+    assert checkpoint.best_of(tmp_path) == folders[0]
 
 
 def test_no_checkpoint_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
