@@ -301,6 +301,10 @@ def test_beyond_the_limit_reading_stops(
     assert result.read == read + sum(one.documents for one in result.bad)
     again = write_unit(reader, tmp_path, tokenizer.load())
     assert (again.stopped, again.read, again.bad) == (result.stopped, result.read, result.bad)
+    # That a file was replaced explains more than what is bad in it.
+    write_jsonl(tmp_path / "a.jsonl", ["y", "z"])
+    with pytest.raises(ValueError, match=r"a\.jsonl .* found that file changed"):
+        list(reader.read(UnitResult(7, {})))
 
 
 def test_shards_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
