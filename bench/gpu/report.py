@@ -256,7 +256,7 @@ def whole_run(findings: Findings) -> str:
     """How train.py and eval.py ended, and the speed that train.py logged."""
     rows = []
     for f in having(findings, "run", "command"):
-        last = "".join(f["tail"][-1:]).replace("|", "/")
+        last = "".join(f["tail"][-1:]).strip()[:80].replace("|", "/")
         rows.append((f["command"], str(f["exit"]), f"{f['seconds']:.0f}", last))
     lines = [table.as_text(("command", "exit code", "s", "last line"), rows)] if rows else []
     for f in having(findings, "run", "timings"):
