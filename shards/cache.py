@@ -18,7 +18,7 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 from shards import remote
-from shards.files import move_durably
+from shards.files import sync_file
 
 DEFAULT_GIGABYTES = 100.0
 PARTIAL = ".part"
@@ -129,7 +129,10 @@ def _fetch(uri: str, name: str, sha256: str) -> IO[bytes]:
                 source.seek(0)
                 if (found := _copy(source, partial)) == sha256:
                     file = open(partial, "rb")  # noqa: SIM115 - opened before it can be evicted
-                    move_durably(partial, folder() / sha256)
+                    sync_file(partial)
+                    # A listing may miss a file that is renamed meanwhile: not while one is made.
+                    with _room_lock():
+                        os.replace(partial, folder() / sha256)
                     return file
         raise ValueError(
             f"expected sha256 {sha256[:12]} of {uri}/{name}, found {found[:12]}: the file was "
@@ -162,7 +165,7 @@ def _make_room(size: int, partial: Path) -> None:
             f"limit of {limit / 1e9:.3g} GB: set MYGPT_CACHE_GB"
         )
     while True:
-        with FileLock(folder() / "room.lock"):
+        with _room_lock():
             partial.unlink(missing_ok=True)
             kept = sorted(_kept(), key=lambda item: item[1].st_mtime_ns)
             free = limit - sum(found.st_size for _, found in kept)
@@ -199,6 +202,11 @@ def _evict(path: Path, partial: Path) -> bool:
     except (Timeout, PermissionError):
         return False  # still being written, or, on Windows, still open
     return True
+
+
+def _room_lock() -> FileLock:
+    """Return the lock held while the files are listed, and by what changes their names."""
+    return FileLock(folder() / "room.lock")
 
 
 def _lock_number(sha256: str) -> int:
