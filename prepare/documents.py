@@ -212,10 +212,13 @@ def _text_at(value: dict[str, Any], column: str) -> str:
 def _read_parquet(file: InputFile, part: Slice) -> Iterator[Batch]:
     """Read the rows of some row groups, straight from Arrow's buffers."""
     try:
-        plain, by_dictionary = (
-            # With one column there is nothing to pre-buffer.
-            pq.ParquetFile(byte_stream(file.path), pre_buffer=False, read_dictionary=columns)
-            for columns in ([], [file.column])
+        # With one column there is nothing to pre-buffer.
+        plain = pq.ParquetFile(byte_stream(file.path), pre_buffer=False)
+        by_dictionary = pq.ParquetFile(
+            byte_stream(file.path),
+            metadata=plain.metadata,
+            pre_buffer=False,
+            read_dictionary=[file.column],
         )
     except (OSError, pa.ArrowException) as error:
         reason = damage(file.path, error)
